@@ -1,0 +1,29 @@
+"""Merge attention over disjoint sets of keys by their log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["merge_states"]
+
+
+def merge_states(states: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Combine partial attention outputs (Flash-Decoding, Dao et al. 2023; Online softmax, Milakov 2018).
+
+    Args:
+        states: pairs of an output `[B, Hq, S, D]`, normalised over its own keys, and the
+            natural-log sum of exponentials of its scores `[B, Hq, S]` in float32, `-inf` where a query saw no key.
+
+    Returns:
+        The output over the union of the keys `[B, Hq, S, D]` in the dtype of the first output
+        (zero where no key was seen at all), and its log-sum-exp `[B, Hq, S]`.
+    """
+    if len(states) == 1:
+        return states[0]
+    lse = torch.stack([lse for _, lse in states])  # [P, B, Hq, S]
+    top = lse.amax(0).clamp(min=torch.finfo(lse.dtype).min)
+    weight = torch.exp(lse - top)
+    total = weight.sum(0)
+    share = (weight / total.clamp(min=torch.finfo(lse.dtype).tiny)).unsqueeze(-1)  # [P, B, Hq, S, 1]
+    out = sum(out.float() * part for (out, _), part in zip(states, share))
+    return out.to(states[0][0].dtype), top + torch.log(total)

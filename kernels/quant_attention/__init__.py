@@ -1,0 +1,86 @@
+"""Attention of a few queries over packed integer rows and a dense tail."""
+
+from __future__ import annotations
+
+import torch
+from hf_kvcache.kernels.dense_attention import check_operands
+
+from hf_kvcache.kernels import select
+
+__all__ = ["quant_attention"]
+
+Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def quant_attention(
+    q: torch.Tensor,
+    keys: Packed,
+    values: Packed,
+    tail_k: torch.Tensor | None = None,
+    tail_v: torch.Tensor | None = None,
+    *,
+    bits: tuple[int, int],
+    key_axis: str,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over packed keys and values without unpacking them to memory, then over a dense tail.
+
+    Scales are folded into the query and into the softmax weights (KIVI, Liu et al. 2024, section 3.2;
+    algebra and byte layout in README.md).
+
+    Args:
+        q: queries `[B, Hq, S, D]`, float16, bfloat16 or float32.
+        keys: codes int16 `[B, Hkv, N, D * bits[0] / 16]`, scale and zero float16, as `quant_pack` returns them:
+            `[B, Hkv, N / 32, D]` for `key_axis="channel"`, `[B, Hkv, N, groups]` for "token".
+        values: codes, scale and zero `[B, Hkv, N, groups]`, packed per token.
+        tail_k: dense keys `[B, Hkv, M, D]` that follow the packed rows, in the dtype of `q`, or None.
+        tail_v: dense values, likewise.
+        bits: width of a key code and of a value code, each 8, 4, 3 or 2.
+        key_axis: "channel" or "token".
+        scaling: factor on the scores.
+        mask: boolean `[B | 1, Hkv | 1, S, N + M]`, True where a query may look; None for everything.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+
+    Returns:
+        The output `[B, Hq, S, D]` in the dtype of `q` and the natural log-sum-exp of the scores
+        `[B, Hq, S]` in float32. A query that sees nothing gets zeros and `-inf`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    n_packed = keys[0].shape[2]
+    if tail_k is None:
+        tail_k = tail_v = q.new_empty(q.shape[0], keys[0].shape[1], 0, q.shape[-1])
+    check_operands(q, tail_k, tail_v, mask, n_packed + tail_k.shape[2])
+    _check_packed("keys", keys, q, bits[0], n_packed)
+    _check_packed("values", values, q, bits[1], n_packed)
+    run = select("quant_attention", q.device, _obstacle(q, keys, values, bits, key_axis))
+    return run(
+        q, keys, values, tail_k, tail_v, bits=bits, key_axis=key_axis, scaling=scaling, mask=mask, softcap=softcap
+    )
+
+
+def _check_packed(name, packed, q, bits, n_packed):
+    codes, scale, zero = packed
+    words = q.shape[-1] * bits // 16
+    if codes.dtype != torch.int16 or codes.shape[2:] != (n_packed, words) or codes.shape[0] != q.shape[0]:
+        raise ValueError(f"{name}: codes must be int16 [B, Hkv, {n_packed}, {words}], got {codes.dtype} {list(codes.shape)}")
+    if scale.dtype != torch.float16 or scale.shape != zero.shape:
+        raise ValueError(f"{name}: scale and zero must be float16 of one shape")
+
+
+def _obstacle(q, keys, values, bits, key_axis):
+    def why_not(backend):
+        if backend == "reference":
+            return None
+        if q.requires_grad and torch.is_grad_enabled():
+            return "gradients are needed"
+        if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return f"{q.dtype} is not supported"
+        if 3 in bits:
+            return "3 bits have no kernel"
+        return None
+
+    return why_not

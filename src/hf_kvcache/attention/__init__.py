@@ -1,0 +1,1 @@
+"""Attention over views: what transformers calls, and how the stored bytes are read."""

@@ -1,0 +1,67 @@
+"""Attention on the stored bytes: pick the op that reads a store's format."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.attention import blockwise
+from hf_kvcache.kernels.dense_attention import dense_attention
+from hf_kvcache.kernels.merge_states import merge_states
+from hf_kvcache.kernels.quant_attention import quant_attention
+from hf_kvcache.registry import FUSED, load
+
+# above this many queries a call is compute-bound: unpacking a block once for all of them and using a large matrix
+# product beats reading the packed bytes for every group of queries
+MAX_QUERIES = 32
+
+
+def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
+    """Attend over what `view`'s layer keeps; arguments and result as in `blockwise.attend`."""
+    store = view.layer.store
+    if q.shape[2] > MAX_QUERIES:
+        return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
+    if not store.n_packed:
+        dense = store.dense
+        return dense_attention(q, dense["k"], dense["v"], scaling=scaling, mask=mask, softcap=softcap)[0]
+    op = _op(store.keys.format, store.values.format)
+    if op is None:
+        return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
+    if store.keys.projects or store.values.projects:
+        return _attend_projected(op, q, store, scaling, mask, softcap)
+    return op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)[0]
+
+
+def _attend_projected(op, q, store, scaling, mask, softcap):
+    """Packed rows live in a basis of their own: attend there, come back, and merge with the dense tail."""
+    n = store.n_packed
+    in_basis = store.keys.project_query(q)
+    packed_mask = None if mask is None else mask[..., :n]
+    out, lse = op(in_basis, store, None, scaling=scaling, mask=packed_mask, softcap=softcap)
+    states = [(store.values.project_output(out), lse)]
+    if store.dense.n_tokens:
+        tail_mask = None if mask is None else mask[..., n:]
+        k, v = store.dense["k"], store.dense["v"]
+        states.append(dense_attention(q, k, v, scaling=scaling, mask=tail_mask, softcap=softcap))
+    return merge_states(states)[0]
+
+
+def _op(key_format: str, value_format: str):
+    where = FUSED.get((key_format, value_format))
+    return None if where is None else load(where)
+
+
+def integers(q, store, dense, *, scaling, mask, softcap):
+    """`quant_attention` over a store whose keys and values are integers."""
+    k, v = store.encoded("k"), store.encoded("v")
+    return quant_attention(
+        q,
+        (k["codes"], k["scale"], k["zero"]),
+        (v["codes"], v["scale"], v["zero"]),
+        None if dense is None else dense["k"],
+        None if dense is None else dense["v"],
+        bits=(store.keys.bits, store.values.bits),
+        key_axis=store.keys.axis,
+        scaling=scaling,
+        mask=mask,
+        softcap=softcap,
+    )

@@ -1,0 +1,124 @@
+"""The attention function that transformers calls, and the pass-throughs for models loaded without naming it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from hf_kvcache import compat
+from hf_kvcache.attention import fused
+from hf_kvcache.attention.mask import KVMask, as_additive, resolve
+from hf_kvcache.view import KVView
+
+NAME = "hf_kvcache"
+
+# arguments that change the softmax itself; the model's own function gets dense tensors when one is in use
+_UNFUSED = ("s_aux", "position_bias", "head_mask", "output_attentions")
+
+
+def kv_attention(module, query, key, value, attention_mask, **kwargs):
+    """`attn_implementation="hf_kvcache"`: attention over a `KVView`; without one, exactly sdpa (softcap included).
+
+    Args:
+        module: the attention module.
+        query: `[B, Hq, S, D]`, after RoPE.
+        key, value: the `KVView` that `KVCache.update` returned, or tensors `[B, Hkv, N, D]`.
+        attention_mask: `KVMask`, a tensor, or None.
+
+    Returns:
+        The output `[B, S, Hq, D]`, and None in place of the attention weights.
+    """
+    if isinstance(key, KVView):
+        return _attend(_exact, module, query, key, attention_mask, **kwargs)
+    return _exact(module, query, key, value, _tensor(attention_mask), **kwargs)
+
+
+def kv_mask(batch_size, q_length, kv_length, **kwargs):
+    """The mask function that goes with `kv_attention`: a `KVMask`."""
+    return KVMask(batch_size, q_length, kv_length, **kwargs)
+
+
+def register() -> None:
+    """Make `attn_implementation="hf_kvcache"` known."""
+    compat.register_attention(NAME, kv_attention)
+    compat.register_mask(NAME, kv_mask)
+
+
+def register_pass_throughs() -> None:
+    """Let every registered attention function meet a `KVView`; without one, what was there is called unchanged."""
+    functions = compat.attention_functions()
+    functions.setdefault("eager", _eager)
+    for name, stock in functions.items():
+        if name == NAME or getattr(stock, "_passes_views", False):
+            continue
+        compat.register_attention(name, _pass_through(stock, fuses=name in ("sdpa", "eager")))
+
+
+def _pass_through(stock, fuses):
+    @functools.wraps(stock)
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if isinstance(key, KVView):
+            return _attend(stock, module, query, key, attention_mask, fuses=fuses, **kwargs)
+        return stock(module, query, key, value, attention_mask, **kwargs)
+
+    attention._passes_views = True
+    return attention
+
+
+def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
+    """Append has happened in `update`: attend, then let the layer compress."""
+    n_new = query.shape[2]
+    if view.cache is not None and not view.cache.bind(module, view):
+        # the layer turned out to be one that transformers' own class serves
+        return stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
+    view.layer.note_padding(mask, n_new)
+    if view.is_prefill:
+        out = stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
+    elif not fuses or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _UNFUSED):
+        out = _attend_dense(stock, module, query, view, mask, **kwargs)
+    else:
+        scaling = kwargs.get("scaling")
+        attended = fused.attend(
+            query,
+            view,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            mask=resolve(view, mask, n_new),
+            softcap=kwargs.get("softcap"),
+        )
+        out = attended.transpose(1, 2).contiguous(), None
+    view.layer.settle(query, view)
+    if view.cache is not None:
+        view.cache.after_attention(module.layer_idx)
+    return out
+
+
+def _attend_dense(stock, module, query, view, mask, **kwargs):
+    """Hand dense tensors to a function that can only read those; one layer is dense at a time."""
+    if view.n_kept < view.tokens_seen and (mask is not None or query.shape[2] > 1):
+        raise ValueError(
+            f"layer {module.layer_idx} has evicted rows, which the mask of this attention implementation cannot "
+            'express; load the model with attn_implementation="hf_kvcache"'
+        )
+    k, v = view.materialize()
+    return stock(module, query, k, v, _tensor(mask), **kwargs)
+
+
+def _exact(module, query, key, value, mask, **kwargs):
+    if kwargs.get("softcap") is not None:
+        return _eager(module, query, key, value, mask, **kwargs)
+    return compat.sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _eager(module, query, key, value, mask, **kwargs):
+    mask = as_additive(mask, key.shape[2], query.shape[2], query) if _is_ours(mask) else mask
+    return compat.eager_attention(module)(module, query, key, value, mask, **kwargs)
+
+
+def _is_ours(mask) -> bool:
+    # stock eager masks are additive tensors already; ours are boolean, or absent where sdpa would need none
+    return mask is None or mask.dtype == torch.bool
+
+
+def _tensor(mask):
+    return mask.dense() if isinstance(mask, KVMask) else mask

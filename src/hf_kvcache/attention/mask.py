@@ -1,0 +1,102 @@
+"""Which rows a query may see, as an object that waits until the layer says what it has kept."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.compat import sdpa_mask
+
+
+class KVMask:
+    """The mask of one forward pass under `attn_implementation="hf_kvcache"`.
+
+    transformers builds one mask and shares it among layers, but layers and heads may keep different rows. So the mask
+    function hands this object through: layers that keep everything ask for the dense mask, layers that evict build
+    theirs from the positions of their rows and the padding recorded here.
+    """
+
+    def __init__(self, batch_size, q_length, kv_length, q_offset=0, attention_mask=None, **kwargs):
+        self.padding = attention_mask  # bool [B, T], True for real tokens, or None
+        self._arguments = kwargs | {
+            "batch_size": batch_size,
+            "q_length": q_length,
+            "kv_length": kv_length,
+            "q_offset": q_offset,
+            "attention_mask": attention_mask,
+        }
+        self._dense: list[torch.Tensor | None] = []
+
+    def dense(self) -> torch.Tensor | None:
+        """The boolean mask `[B, 1, S, N]` that sdpa would get, or None where it needs none."""
+        if not self._dense:
+            self._dense.append(sdpa_mask(**self._arguments))
+        return self._dense[0]
+
+    def contiguous(self) -> KVMask:
+        """Tensors are asked for this by `prepare_inputs_for_generation`."""
+        return self
+
+
+def resolve(view, mask, n_new: int) -> torch.Tensor | None:
+    """The boolean mask of this call, `[B | 1, Hkv | 1, S, N]` in view order, or None when everything is visible.
+
+    Args:
+        view: the `KVView` of the layer.
+        mask: what transformers handed over: a `KVMask`, a boolean or additive tensor `[B, 1, S, N]`, or None.
+        n_new: `S`, the queries of this call.
+
+    Raises:
+        ValueError: a tensor mask that does not fit the rows of this layer.
+    """
+    layer = view.layer
+    if view.n_kept < view.tokens_seen:
+        if n_new == 1 and not layer.has_padding:
+            return None
+        return visible(view.positions, view.tokens_seen, n_new)
+    dense = mask.dense() if isinstance(mask, KVMask) else as_boolean(mask)
+    if dense is None:
+        return None if n_new == 1 else causal(view.n_kept, n_new, view.device)
+    if dense.shape[-1] != view.n_kept:
+        raise ValueError(
+            f"the attention mask covers {dense.shape[-1]} rows, layer {layer.layer_idx} keeps {view.n_kept}; "
+            'load the model with attn_implementation="hf_kvcache", which builds masks per layer'
+        )
+    return layer.store.to_view_order(dense)
+
+
+def visible(positions: torch.Tensor, tokens_seen: int, n_new: int) -> torch.Tensor:
+    """Causal mask from positions `[B, Hkv, N]` (-1 is never seen): boolean `[B, Hkv, S, N]`."""
+    queries = torch.arange(tokens_seen - n_new, tokens_seen, device=positions.device)
+    rows = positions.unsqueeze(2)
+    return (rows >= 0) & (rows <= queries.view(-1, 1))
+
+
+def causal(n_rows: int, n_new: int, device: torch.device) -> torch.Tensor:
+    """Causal mask for the last `n_new` of `n_rows` rows: boolean `[1, 1, S, N]`."""
+    return torch.ones(n_new, n_rows, dtype=torch.bool, device=device).tril(n_rows - n_new)[None, None]
+
+
+def new_token_padding(mask, n_new: int, tokens_seen: int) -> torch.Tensor | None:
+    """Which of the new tokens are real, boolean `[B, S]`; None when all are."""
+    if isinstance(mask, KVMask):
+        return None if mask.padding is None else mask.padding[:, tokens_seen - n_new : tokens_seen]
+    mask = as_boolean(mask)
+    return None if mask is None else mask[:, 0, -1, -n_new:]
+
+
+def as_boolean(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask tensor as boolean, True = visible; additive masks hold zero or a huge negative number."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def as_additive(mask: torch.Tensor | None, n_rows: int, n_new: int, like: torch.Tensor) -> torch.Tensor | None:
+    """A boolean mask as the additive one that eager attention expects, causal where none is given."""
+    if mask is None:
+        if n_new == 1:
+            return None
+        mask = causal(n_rows, n_new, like.device)
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, torch.finfo(like.dtype).min)

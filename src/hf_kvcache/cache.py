@@ -1,0 +1,227 @@
+"""The cache: a list of layers that compress themselves."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from transformers import Cache
+
+from hf_kvcache import compat
+from hf_kvcache.attention.interface import register_pass_throughs
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.layer import KVLayer
+from hf_kvcache.policies.base import Policy
+from hf_kvcache.view import KVView
+
+
+class KVCache(Cache):
+    """A KV cache made of a policy (which tokens stay) over a codec (how a row is encoded).
+
+    Pass it to `generate` or to a forward pass: `model.generate(**x, past_key_values=KVCache(codec=Quantize(4)))`.
+    Without arguments it is lossless. Sliding-window and linear-attention layers keep transformers' own classes.
+
+    Args:
+        policy: which tokens stay; None keeps all.
+        codec: how rows older than the window are encoded, on keys and on values; a pair `(keys, values)` sets
+            them apart; None keeps them dense.
+        window: newest rows that stay dense under a codec.
+        n_sink: oldest rows that stay dense under a codec.
+        max_length: tokens to make room for at the first call, instead of growing.
+        config: the model's config. Only models with linear-attention layers need it; others are recognised when
+            the cache is first used.
+        offloading: keep layers in CPU memory and bring them to the GPU one ahead of their turn (CUDA only).
+
+    Raises:
+        ValueError: a policy that drops single tokens over a codec that packs them in blocks.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | None = None,
+        codec: Codec | tuple[Codec, Codec] | None = None,
+        *,
+        window: int = 64,
+        n_sink: int = 0,
+        max_length: int | None = None,
+        config=None,
+        offloading: bool = False,
+    ):
+        register_pass_throughs()
+        self.policy, self.window, self.n_sink, self.max_length = policy, window, n_sink, max_length
+        if window < 0 or n_sink < 0:
+            raise ValueError(f"window={window} and n_sink={n_sink} must not be negative")
+        if policy is not None and not isinstance(policy, Policy):
+            raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
+        self.codec = self._pair(codec)
+        self._check_pair()
+        self._model: weakref.ref | None = None
+        self._stock: list | None = None
+        self._records_past = False
+        if config is not None:
+            self._stock = compat.stock_layers(config)
+        super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=True)
+        while self._stock is not None and len(self.layers) < len(self._stock):
+            self.layers.append(self._new_layer(len(self.layers)))
+
+    @staticmethod
+    def _pair(codec) -> tuple[Codec, Codec] | None:
+        keys, values = codec if isinstance(codec, tuple) else (codec, codec)
+        if keys is None and values is None:
+            return None
+        for side in (keys, values):
+            if not isinstance(side, Codec):
+                raise TypeError(f"codec must be a Codec such as Quantize(bits=4), or a pair of them, not {codec!r}")
+        return keys.for_side("k"), values.for_side("v")
+
+    def _check_pair(self) -> None:
+        if self.policy is None or self.codec is None:
+            return
+        for side in self.codec:
+            if side.granularity > 1:
+                raise ValueError(
+                    f"{type(self.policy).__name__} drops single tokens, but {side} packs {side.granularity} tokens "
+                    'together; use a row-granular codec, such as Quantize(axis="token")'
+                )
+
+    def codec_of_layer(self, layer_idx: int, n_layers: int | None) -> tuple[Codec, Codec] | None:
+        """The pair of codecs of one layer; `n_layers` is None while the model is not known yet."""
+        return self.codec
+
+    def _new_layer(self, layer_idx: int):
+        stock = self._stock[layer_idx] if self._stock is not None else None
+        if stock is not None:
+            return stock
+        codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
+        layer = KVLayer(
+            layer_idx, *codec, self.policy, window=self.window, n_sink=self.n_sink, max_length=self.max_length
+        )
+        if self._records_past:
+            layer.activate_past_recording()
+        return layer
+
+    # -- the walk ----------------------------------------------------------------------------------------------------
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """Append `[B, Hkv, S, D]` to a layer; returns a `KVView` twice (tensors for layers that are not ours)."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self._new_layer(len(self.layers)))
+        layer = self.layers[layer_idx]
+        if self.offloading and key_states.is_cuda:
+            self._prefetch_ahead(layer_idx, key_states.device)
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if isinstance(keys, KVView):
+            keys.cache = self
+        return keys, values
+
+    def bind(self, module: torch.nn.Module, view: KVView) -> bool:
+        """Learn the model from the attention module that reads `view`; called at every attention call.
+
+        Returns:
+            False if the layer belongs to transformers' own class (sliding window, ...): it has taken the rows over.
+
+        Raises:
+            ValueError: the cache holds tokens of another model.
+        """
+        layer_idx = view.layer.layer_idx
+        if self._stock is None:
+            self._stock = compat.stock_layers(module.config)
+        stock = self._stock[layer_idx] if layer_idx < len(self._stock) else None
+        if stock is not None:
+            stock.update(view.new_k, view.new_v)
+            self.layers[layer_idx] = stock
+            return False
+        if layer_idx == self._first_layer():
+            known = self._model() if self._model is not None else None
+            if known is not None and known is not module and not view.is_prefill:
+                raise ValueError(
+                    "this cache holds tokens of another model; use a new cache, reset() this one, or say rebind() "
+                    "if the two models really share their weights"
+                )
+            self._model = weakref.ref(module)
+        return True
+
+    def rebind(self) -> None:
+        """Let another module with the same weights (a copy, a compiled model) go on with this cache."""
+        self._model = None
+
+    def _first_layer(self) -> int:
+        return next((i for i, layer in enumerate(self.layers) if isinstance(layer, KVLayer)), 0)
+
+    def after_attention(self, layer_idx: int) -> None:
+        """Called once a layer has settled: its bytes may leave the GPU now."""
+        if self.offloading and self.layers[layer_idx].device.type == "cuda":
+            self.offload(layer_idx, self.only_non_sliding)
+
+    def _prefetch_ahead(self, layer_idx: int, device: torch.device) -> None:
+        default = torch.cuda.default_stream(device)
+        default.wait_stream(self.prefetch_stream)
+        self.prefetch_stream.wait_stream(default)
+        self.layers[layer_idx].prefetch()
+        self.prefetch(layer_idx + 1, self.only_non_sliding)
+
+    # -- what transformers asks of a cache ---------------------------------------------------------------------------
+
+    def activate_past_recording(self) -> None:
+        # layers are created as they are needed, so the flag must outlive this call
+        self._records_past = True
+        super().activate_past_recording()
+
+    def reset(self) -> None:
+        super().reset()
+        self._model = None
+
+    def update_conv_state(self, *args, **kwargs):
+        if not self.layers:
+            raise ValueError(
+                f"this model has linear-attention layers: construct {type(self).__name__}(config=model.config, ...)"
+            )
+        return super().update_conv_state(*args, **kwargs)
+
+    # -- bytes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated by all layers: storages that exist, spare rows and metadata included."""
+        return sum(_nbytes(layer) for layer in self.layers)
+
+    @property
+    def nbytes_dense(self) -> int:
+        """Bytes that a dense cache of the same tokens would hold."""
+        return sum(layer.nbytes_dense if isinstance(layer, KVLayer) else _nbytes(layer) for layer in self.layers)
+
+    @property
+    def compression_ratio(self) -> float:
+        """`nbytes_dense / nbytes`; 1.0 for an empty cache."""
+        return self.nbytes_dense / self.nbytes if self.nbytes else 1.0
+
+    def report(self) -> list[dict]:
+        """One row per layer: class, tokens seen, rows kept, bytes, bytes of a dense cache."""
+        return [
+            {
+                "layer": i,
+                "class": type(layer).__name__,
+                "tokens_seen": layer.get_seq_length() if hasattr(layer, "get_seq_length") else None,
+                "n_kept": layer.store.n_kept if isinstance(layer, KVLayer) else None,
+                "nbytes": _nbytes(layer),
+                "nbytes_dense": layer.nbytes_dense if isinstance(layer, KVLayer) else _nbytes(layer),
+            }
+            for i, layer in enumerate(self.layers)
+        ]
+
+    def __repr__(self) -> str:
+        parts = [f"{name}={value!r}" for name, value in (("policy", self.policy), ("codec", self.codec)) if value]
+        seen = self.get_seq_length() if self.layers else 0
+        return f"{type(self).__name__}({', '.join(parts)}; {len(self.layers)} layers, {seen} tokens, {self.nbytes} bytes)"
+
+
+def _nbytes(layer) -> int:
+    """Bytes of one layer of any class, by unique storages."""
+    if isinstance(layer, KVLayer):
+        return layer.nbytes
+    storages = {}
+    for value in vars(layer).values():
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())

@@ -1,0 +1,7 @@
+"""Codecs: how a row is encoded."""
+
+from hf_kvcache.codecs.base import Chain, Codec
+from hf_kvcache.codecs.dense import Dense
+from hf_kvcache.codecs.quantize import Quantize
+
+__all__ = ["Chain", "Codec", "Dense", "Quantize"]

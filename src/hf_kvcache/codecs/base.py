@@ -1,0 +1,131 @@
+"""What a codec must offer, and how codecs chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+class Codec:
+    """How rows of K or V are encoded. A dataclass of its knobs; `a >> b` encodes what `a` leaves with `b`.
+
+    Class attributes:
+        format: name of the byte format, which picks the attention kernel.
+        carrier: the encoded tensor that a following codec may encode further, or None.
+    """
+
+    format: str = ""
+    carrier: str | None = None
+
+    @property
+    def granularity(self) -> int:
+        """Rows that are encoded together: 1 means any row can be kept or dropped."""
+        return max(self.fields.values(), default=1)
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """Encoded tensors by name, and how many tokens one of their rows stands for."""
+        raise NotImplementedError
+
+    def for_side(self, side: str) -> Codec:
+        """This codec with the defaults of keys (`side="k"`) or values (`"v"`) filled in."""
+        return self
+
+    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode rows `[B, Hkv, n, D]`, `n` a multiple of `granularity`, into tensors `[B, Hkv, rows, ...]`."""
+        raise NotImplementedError
+
+    def decode(self, encoded: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Rows `[B, Hkv, n, D]` in `dtype`."""
+        raise NotImplementedError
+
+    def nbytes_per_token(self, head_dim: int, itemsize: int) -> float:
+        """Bytes of one encoded row of one head: the promise that tests hold the store to."""
+        raise NotImplementedError
+
+    def carrier_width(self, head_dim: int) -> int:
+        """Channels of the carrier at this head size."""
+        raise NotImplementedError
+
+    @property
+    def projects(self) -> bool:
+        """Whether queries and outputs change basis (`project_query`, `project_output`)."""
+        return False
+
+    def project_query(self, q: torch.Tensor) -> torch.Tensor:
+        """Bring queries `[B, Hq, S, D]` into the basis in which this codec keeps keys."""
+        return q
+
+    def project_output(self, out: torch.Tensor) -> torch.Tensor:
+        """Bring an output `[B, Hq, S, D]` back from the basis in which this codec keeps values."""
+        return out
+
+    def __rshift__(self, other: Codec) -> Codec:
+        return self if other.format == "dense" else Chain(self, other)
+
+    def spec(self) -> dict:
+        """JSON-able description, read back by `codec_from_spec`."""
+        return {"codec": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Chain(Codec):
+    """`first >> second`: the carrier of the first codec is what the second one encodes."""
+
+    first: Codec
+    second: Codec
+
+    def __post_init__(self):
+        if self.first.carrier is None:
+            raise ValueError(
+                f"{type(self.first).__name__} >> {type(self.second).__name__}: {type(self.first).__name__} leaves "
+                "integers, which another codec cannot encode; put it last"
+            )
+
+    @property
+    def format(self) -> str:
+        return f"{self.first.format}>{self.second.format}"
+
+    @property
+    def carrier(self) -> str | None:
+        return None if self.second.carrier is None else f"second.{self.second.carrier}"
+
+    def carrier_width(self, head_dim):
+        return self.second.carrier_width(self.first.carrier_width(head_dim))
+
+    @property
+    def fields(self) -> dict[str, int]:
+        own = {name: n for name, n in self.first.fields.items() if name != self.first.carrier}
+        return own | {f"second.{name}": n for name, n in self.second.fields.items()}
+
+    def for_side(self, side: str) -> Codec:
+        return Chain(self.first.for_side(side), self.second.for_side(side))
+
+    def encode(self, x):
+        encoded = self.first.encode(x)
+        carried = self.second.encode(encoded.pop(self.first.carrier))
+        return encoded | {f"second.{name}": t for name, t in carried.items()}
+
+    def decode(self, encoded, dtype):
+        inner = {name: encoded[f"second.{name}"] for name in self.second.fields}
+        outer = {name: encoded[name] for name in self.first.fields if name != self.first.carrier}
+        return self.first.decode(outer | {self.first.carrier: self.second.decode(inner, dtype)}, dtype)
+
+    def nbytes_per_token(self, head_dim, itemsize):
+        whole = self.first.nbytes_per_token(head_dim, itemsize)
+        carried = self.first.carrier_width(head_dim)
+        return whole - carried * itemsize + self.second.nbytes_per_token(carried, itemsize)
+
+    @property
+    def projects(self):
+        return self.first.projects or self.second.projects
+
+    def project_query(self, q):
+        return self.second.project_query(self.first.project_query(q))
+
+    def project_output(self, out):
+        return self.first.project_output(self.second.project_output(out))
+
+    def spec(self):
+        return {"codec": "Chain", "first": self.first.spec(), "second": self.second.spec()}

@@ -1,0 +1,34 @@
+"""The codec that changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_kvcache.codecs.base import Codec
+
+
+@dataclass(frozen=True)
+class Dense(Codec):
+    """Rows as they are: the neutral element of `>>`."""
+
+    format = "dense"
+    carrier = "rows"
+
+    @property
+    def fields(self):
+        return {"rows": 1}
+
+    def encode(self, x):
+        return {"rows": x.contiguous()}
+
+    def decode(self, encoded, dtype):
+        return encoded["rows"].to(dtype)
+
+    def nbytes_per_token(self, head_dim, itemsize):
+        return head_dim * itemsize
+
+    def carrier_width(self, head_dim):
+        return head_dim
+
+    def __rshift__(self, other):
+        return other

@@ -1,0 +1,25 @@
+"""Orthogonal mixing of channels, so that an outlier channel is shared out before rounding."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=64)
+def hadamard(size: int, device: torch.device) -> torch.Tensor:
+    """Block-diagonal normalised Hadamard matrix `[size, size]` in float32 (symmetric, its own inverse).
+
+    The blocks are as large as the largest power of two that divides `size` (QuaRot, Ashkboos et al. 2024, section 3).
+    """
+    block = size & -size
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return torch.block_diag(*[matrix / block**0.5] * (size // block)).to(device)
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Multiply the last axis of `x` by the Hadamard matrix; twice is the identity."""
+    return (x.float() @ hadamard(x.shape[-1], x.device)).to(x.dtype)

@@ -1,0 +1,101 @@
+"""One op per storage format; this module says which backend runs it.
+
+An op lives in `kernels/<op>/` and is installed as `hf_kvcache.kernels.<op>`. Its `__init__` checks
+the arguments and calls `select`, which returns the function of the best backend that can do the job:
+
+    reference   plain PyTorch, any device: the definition of the op
+    native      C++ for CPU tensors, compiled on first use (`hf_kvcache.kernels.native`)
+    triton      fused kernels for CUDA tensors
+
+`use_backend` overrides the choice (tests, benchmarks); `HF_KVCACHE_BACKEND` does it for a process.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+BACKENDS = ("native", "triton", "reference")
+
+_forced: list[str] = []
+_said: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend chosen for a call and the reason, for `hf-kvcache doctor`."""
+
+    backend: str
+    reason: str
+
+
+class BackendUnavailable(RuntimeError):
+    """Raised when a backend that was asked for by name cannot run the op."""
+
+
+def forced_backend() -> str | None:
+    """Name of the backend asked for by `use_backend` or `HF_KVCACHE_BACKEND`, or None."""
+    name = _forced[-1] if _forced else os.environ.get("HF_KVCACHE_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"HF_KVCACHE_BACKEND={name!r} is not one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str):
+    """Run every op inside the block with one backend; raises `BackendUnavailable` where it cannot."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose(op: str, device: torch.device, obstacle=lambda backend: None) -> Choice:
+    """Pick the backend of `op` on `device`.
+
+    Args:
+        op: folder name of the op.
+        device: device of the operands.
+        obstacle: `backend -> str | None`, the op's own reason why a backend cannot take this call
+            (an unsupported bit width, gradients needed, ...).
+    """
+    wanted = forced_backend()
+    if wanted is not None:
+        why_not = _missing(op, wanted, device) or obstacle(wanted)
+        if why_not:
+            raise BackendUnavailable(f"{op}: backend {wanted!r} was asked for but {why_not}")
+        return Choice(wanted, "asked for")
+    fast = "triton" if device.type == "cuda" else "native"
+    why_not = _missing(op, fast, device) or obstacle(fast)
+    return Choice("reference", why_not) if why_not else Choice(fast, f"{device.type} tensors")
+
+
+def select(op: str, device: torch.device, obstacle=lambda backend: None):
+    """The function that runs `op` on `device`; says once, with the reason, when that is the reference."""
+    choice = choose(op, device, obstacle)
+    if choice.backend == "reference" and choice.reason != "asked for" and (op, choice.reason) not in _said:
+        _said.add((op, choice.reason))
+        warnings.warn(f"hf_kvcache: {op} runs on the PyTorch reference: {choice.reason}", stacklevel=3)
+    return getattr(_module(op, choice.backend), op)
+
+
+def _module(op: str, backend: str):
+    return import_module(f"hf_kvcache.kernels.{op}.{'triton_kernel' if backend == 'triton' else backend}")
+
+
+def _missing(op: str, backend: str, device: torch.device) -> str | None:
+    if backend == "reference":
+        return None
+    try:
+        module = _module(op, backend)
+    except ImportError as error:
+        return f"{backend} is not installed ({error})"
+    return module.unavailable(device)

@@ -1,0 +1,237 @@
+"""One attention layer: a store and a policy."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.attention.mask import new_token_padding
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.compat import CacheLayerMixin
+from hf_kvcache.policies.base import Policy
+from hf_kvcache.stores.uniform import UniformStore
+from hf_kvcache.view import KVView
+
+
+class KVLayer(CacheLayerMixin):
+    """Rows of one layer, appended by `update`, compressed by `settle` once attention has read them.
+
+    Args:
+        layer_idx: index of the layer in the model.
+        keys, values: codecs, or None to stay dense.
+        policy: which tokens stay, or None for all.
+        window, n_sink, max_length: see `UniformStore`.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(
+        self,
+        layer_idx: int = 0,
+        keys: Codec | None = None,
+        values: Codec | None = None,
+        policy: Policy | None = None,
+        *,
+        window: int = 64,
+        n_sink: int = 0,
+        max_length: int | None = None,
+    ):
+        super().__init__()
+        self.layer_idx, self.policy = layer_idx, policy
+        tracked = {} if policy is None else {"position": torch.int32, **policy.state}
+        self.store = UniformStore(keys, values, window=window, n_sink=n_sink, tracked=tracked, max_length=max_length)
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.tokens_seen = 0
+        self.has_padding = False
+        self.evicted_at: int | None = None
+        self._staged: torch.Tensor | None = None
+        self._is_unsettled = self._is_decoding = False
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.policy is None
+
+    # -- append, attend, compress ------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.batch_size, self.n_kv_heads, _, self.head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        for side, codec in (("keys", self.store.keys), ("values", self.store.values)):
+            if codec is not None:
+                try:
+                    codec.nbytes_per_token(self.head_dim, key_states.element_size())
+                    codec.encode(key_states.new_zeros(1, 1, self.store.step, self.head_dim))
+                except (ValueError, StopIteration) as error:
+                    raise ValueError(f"{side} of layer {self.layer_idx} cannot be encoded: {error}") from error
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[KVView, KVView]:
+        """Append rows `[B, Hkv, S, D]`; returns the view, as keys and as values."""
+        view = self.append(key_states, value_states)
+        return view, view
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> KVView:
+        """Add new rows to the dense tail and return the handle that attention reads.
+
+        Raises:
+            ValueError: shapes, dtype, device or batch size differ from what the layer holds, or no rows are given.
+        """
+        self._check(k, v)
+        if self._is_unsettled:
+            # past states were kept for a `crop` that never came: another generate() without speculation
+            self._commit()
+        is_prefill, n = self.tokens_seen == 0, k.shape[2]
+        self.store.append(k, v)
+        if self.policy is not None:
+            fresh = torch.arange(self.tokens_seen, self.tokens_seen + n, dtype=torch.int32, device=k.device)
+            self.store.dense["position"][:, :, -n:] = fresh
+        self.tokens_seen += n
+        return KVView(self, k, v, is_prefill)
+
+    def note_padding(self, mask, n_new: int) -> None:
+        """Mark new rows that are padding, so that they are neither seen nor kept."""
+        if self.policy is None or n_new == 1:
+            return
+        is_real = new_token_padding(mask, n_new, self.tokens_seen)
+        if is_real is not None:
+            self.has_padding = True
+            rows = self.store.dense["position"][:, :, -n_new:]
+            rows.masked_fill_(~is_real.unsqueeze(1), -1)
+
+    def settle(self, q: torch.Tensor, view: KVView) -> None:
+        """Evict and pack after attention. While past states are recorded this waits for `crop`."""
+        # verifying drafted tokens is decoding too, several tokens at a time
+        self._is_decoding = q.shape[2] == 1 or (self.record_past and not view.is_prefill)
+        self._staged = self.policy.score(q, view) if self._is_due() else None
+        self._is_unsettled = True
+        if not self.record_past:
+            self._commit()
+
+    def _is_due(self) -> bool:
+        return self.policy is not None and self.policy.is_due(self.store.n_kept, self.tokens_seen, self._is_decoding)
+
+    def _commit(self) -> None:
+        if self._staged is not None:
+            store = self.store
+            n_fixed = store.dense.n_tokens if store.n_packed else 0
+            store.keep(self.policy.select(self._staged, store.positions, self.tokens_seen, n_fixed))
+            self.evicted_at = self.tokens_seen
+        self.store.pack()
+        self._staged, self._is_unsettled = None, False
+
+    # -- what transformers asks of a layer ---------------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Tokens seen: positions follow from this."""
+        return self.tokens_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Rows that attention will find, and the offset that makes the newest of them the newest token."""
+        n_kept = self.store.n_kept
+        return n_kept + query_length, self.tokens_seen - n_kept
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Speculative decoding begins: compress only once `crop` has said which tokens stay."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens (transformers passes zero or a negative number)."""
+        n = -int(tokens_to_remove)
+        if n < 0:
+            raise ValueError("crop() takes the tokens to remove as a number that is zero or negative")
+        n = min(n, self.tokens_seen)
+        if self.evicted_at is not None and n > self.tokens_seen - self.evicted_at + self.policy.n_recent:
+            raise ValueError(
+                f"cannot crop {n} tokens: {type(self.policy).__name__} has already evicted tokens among them; "
+                f"raise n_recent (now {self.policy.n_recent})"
+            )
+        if n:
+            self.store.crop(n)
+            self.tokens_seen -= n
+            if self._staged is not None:
+                self._staged = self._staged[..., : self.store.n_kept]
+                if not self._is_due():
+                    self._staged = None
+        if self._is_unsettled:
+            self._commit()
+        if not self.tokens_seen:
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget every token; the bytes are freed."""
+        for buffer in self.store.buffers().values():
+            buffer.clear()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_batch(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda t: t.repeat_interleave(repeats, 0))
+
+    def offload(self) -> None:
+        """Move every payload to CPU memory."""
+        self._map_batch(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move every payload back to the device of the layer."""
+        if self.is_initialized:
+            self._map_batch(lambda t: t.to(self.device, non_blocking=True))
+
+    def _map_batch(self, change) -> None:
+        for buffer in self.store.buffers().values():
+            buffer.map_batch(change)
+            if buffer.tensors:
+                self.batch_size = next(iter(buffer.tensors.values())).shape[0]
+        if self._staged is not None:
+            self._staged = change(self._staged)
+
+    # -- bytes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for this layer, spare rows and metadata included."""
+        return self.store.nbytes
+
+    @property
+    def nbytes_dense(self) -> int:
+        """Bytes of a dense cache of the tokens seen."""
+        if not self.tokens_seen:
+            return 0
+        row = self.n_kv_heads * self.head_dim * torch.finfo(self.dtype).bits // 8
+        return 2 * self.batch_size * self.tokens_seen * row
+
+    def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        where = f"layer {self.layer_idx}"
+        if k.dim() != 4 or k.shape[:3] != v.shape[:3]:
+            raise ValueError(f"{where}: keys {list(k.shape)} and values {list(v.shape)} must be [B, Hkv, S, D]")
+        if not k.shape[2]:
+            raise ValueError(f"{where}: the input is empty; a forward pass needs at least one token")
+        if k.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{where}: keys are {k.dtype}; a cache holds float16, bfloat16 or float32")
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        if not self.tokens_seen:
+            self.batch_size, self.dtype, self.device = k.shape[0], k.dtype, k.device
+        found = {
+            "batch size": (k.shape[0], self.batch_size),
+            "KV heads": (k.shape[1], self.n_kv_heads),
+            "head size": (k.shape[3], self.head_dim),
+            "dtype": (k.dtype, self.dtype),
+            "device": (k.device, self.device),
+        }
+        for what, (got, held) in found.items():
+            if got != held:
+                raise ValueError(
+                    f"{where}: {what} of the new tokens is {got}, of the cache {held}; "
+                    "use a new cache (or reset() this one) for another batch or model"
+                )

@@ -1,0 +1,24 @@
+"""KeyDiff: keep the keys that differ most from the mean key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cosine_similarity, normalize
+
+from hf_kvcache.policies.base import Policy
+
+
+@dataclass
+class KeyDiff(Policy):
+    """Evict keys that point where the average key points (KeyDiff, Park et al. 2025, section 3.2).
+
+    The score is minus the cosine between a key and the mean of the normalised keys of its head.
+    """
+
+    def score(self, q, view):  # -> [B, Hkv, N]
+        is_real = (view.positions >= 0).unsqueeze(-1)  # [B, Hkv, N, 1]
+        keys = torch.cat([k for k, _ in view.blocks()], 2).float()
+        anchor = (normalize(keys, dim=-1) * is_real).sum(2, keepdim=True)
+        return -cosine_similarity(keys, anchor, dim=-1)

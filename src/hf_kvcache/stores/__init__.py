@@ -1,0 +1,7 @@
+"""Stores: where rows live."""
+
+from hf_kvcache.stores.base import Store
+from hf_kvcache.stores.buffer import RowBuffer
+from hf_kvcache.stores.uniform import UniformStore
+
+__all__ = ["RowBuffer", "Store", "UniformStore"]

@@ -1,0 +1,174 @@
+"""The store in which every head keeps the same number of rows."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.stores.base import Store
+from hf_kvcache.stores.buffer import RowBuffer
+
+PACK_STEP = 32  # rows are packed in steps, so that packing costs a launch per 32 tokens, not per token
+
+
+class UniformStore(Store):
+    """Packed rows, then dense rows: the attention sinks and the recent window.
+
+    Args:
+        keys: codec of packed keys, or None for a store that stays dense.
+        values: codec of packed values, or None.
+        window: newest rows that stay dense.
+        n_sink: oldest rows that stay dense.
+        tracked: per-row state that follows the rows, name -> dtype; `position` is filled here.
+        max_length: rows to make room for at once, instead of growing.
+    """
+
+    def __init__(
+        self,
+        keys: Codec | None = None,
+        values: Codec | None = None,
+        *,
+        window: int = 64,
+        n_sink: int = 0,
+        tracked: dict[str, torch.dtype] | None = None,
+        max_length: int | None = None,
+    ):
+        self.keys, self.values = keys, values
+        self.window, self.n_sink, self.max_length = window, n_sink, max_length
+        self.tracked = dict(tracked or {})
+        state = dict.fromkeys(self.tracked, 1)
+        self.dense = RowBuffer({"k": 1, "v": 1, **state})
+        sides = [] if keys is None else [("k", keys), ("v", values)]
+        fields = {f"{side}.{name}": per_row for side, codec in sides for name, per_row in codec.fields.items()}
+        self.packed = RowBuffer({**fields, **state} if sides else {})
+        self.step = max(PACK_STEP, self.packed.unit)
+        self.dtype: torch.dtype | None = None
+        self.owned = True
+
+    @property
+    def n_packed(self) -> int:
+        return self.packed.n_tokens
+
+    @property
+    def n_kept(self) -> int:
+        return self.packed.n_tokens + self.dense.n_tokens
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        return self.state("position") if "position" in self.tracked else None
+
+    def state(self, name: str) -> torch.Tensor:
+        """Tracked per-row state `[B, Hkv, N]` in view order (a copy where some rows are packed)."""
+        parts = [buffer[name] for buffer in (self.packed, self.dense) if buffer.n_tokens]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        n = k.shape[2]
+        self.dtype, self.owned = k.dtype, self.n_kept > 0
+        rows = {"k": k, "v": v}
+        for name, dtype in self.tracked.items():
+            rows[name] = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
+        self.dense.append(rows, n)
+
+    def keep(self, indices: torch.Tensor) -> None:
+        if self.n_packed:
+            # policies protect every dense row, so the same number of packed rows goes from every head
+            n_packed = indices.shape[2] - self.dense.n_tokens
+            self.packed.gather(indices[..., :n_packed])
+        else:
+            self.dense.gather(indices)
+            self.owned = True
+
+    def pack(self) -> None:
+        surplus = self.dense.n_tokens - self.n_sink - self.window
+        if self.keys is None:
+            if not self.owned:
+                self._own()
+            return
+        if surplus < self.step:
+            if not self.owned:
+                self._own()
+            return
+        n = surplus // self.step * self.step
+        start, stop = self.n_sink, self.n_sink + n
+        rows = {f"k.{name}": t for name, t in self.keys.encode(self.dense["k"][:, :, start:stop]).items()}
+        rows |= {f"v.{name}": t for name, t in self.values.encode(self.dense["v"][:, :, start:stop]).items()}
+        rows |= {name: self.dense[name][:, :, start:stop].clone() for name in self.tracked}
+        room = None if self.max_length is None else self.max_length - self.n_sink - self.window
+        first = not self.packed.tensors
+        self.packed.append(rows, n)
+        if first and room is not None and room > n:
+            self.packed.reserve(room)
+        steady = self.n_sink + self.window + self.step
+        self.dense.remove(start, stop, capacity=None if self.owned and self.dense.capacity <= steady else steady)
+        self.owned = True
+
+    def _own(self) -> None:
+        if self.max_length is not None and self.keys is None and self.max_length > self.dense.n_tokens:
+            self.dense.reserve(self.max_length)
+        else:
+            self.dense.own()
+        self.owned = True
+
+    def crop(self, n_tokens: int) -> None:
+        if n_tokens > self.dense.n_tokens - min(self.n_sink, self.dense.n_tokens) and self.n_packed:
+            self._unpack(n_tokens - (self.dense.n_tokens - self.n_sink))
+        self.dense.truncate(max(self.dense.n_tokens - n_tokens, 0))
+
+    def _unpack(self, n_tokens: int) -> None:
+        """Bring at least the newest `n_tokens` packed rows back into the dense tail, decoded."""
+        unit = self.packed.unit
+        n = min(-(-n_tokens // unit) * unit, self.n_packed)
+        start = self.n_packed - n
+        back = dict(zip("kv", self.rows(start, self.n_packed)))
+        back |= {name: self.packed[name][:, :, start:] for name in self.tracked}
+        after = {name: t[:, :, self.n_sink :].clone() for name, t in self.dense.views().items()}
+        n_after = self.dense.n_tokens - self.n_sink
+        self.packed.truncate(start)
+        self.dense.truncate(self.n_sink)
+        self.dense.append(back, n)
+        self.dense.append(after, n_after)
+
+    def buffers(self) -> dict[str, RowBuffer]:
+        return {"packed": self.packed, "dense": self.dense}
+
+    def encoded(self, side: str) -> dict[str, torch.Tensor]:
+        """Packed tensors of one side, "k" or "v", under the codec's own names."""
+        return {name[2:]: t for name, t in self.packed.views().items() if name.startswith(f"{side}.")}
+
+    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed rows `[start, stop)`, decoded: K and V `[B, Hkv, stop - start, D]` in the dtype of the cache."""
+        return tuple(
+            codec.decode(
+                {
+                    name: t[:, :, start // codec.fields[name] : -(-stop // codec.fields[name])]
+                    for name, t in self.encoded(side).items()
+                },
+                self.dtype,
+            )
+            for side, codec in (("k", self.keys), ("v", self.values))
+        )
+
+    def logical_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything, dense and in the order of the positions: K and V `[B, Hkv, N, D]`."""
+        dense = self.dense["k"], self.dense["v"]
+        if not self.n_packed:
+            return dense
+        packed = self.rows(0, self.n_packed)
+        sinks, tail = slice(0, self.n_sink), slice(self.n_sink, None)
+        return tuple(torch.cat([d[:, :, sinks], p, d[:, :, tail]], 2) for p, d in zip(packed, dense))
+
+    def to_view_order(self, mask: torch.Tensor) -> torch.Tensor:
+        """Reorder the last axis of `mask` `[..., N]` from the order of positions to view order."""
+        if not (self.n_sink and self.n_packed):
+            return mask
+        sinks, packed, tail = mask.split([self.n_sink, self.n_packed, self.n_kept - self.n_sink - self.n_packed], -1)
+        return torch.cat([packed, sinks, tail], -1)
+
+    def blocks(self, size: int):
+        unit = self.packed.unit
+        size = max(size // unit, 1) * unit
+        for start in range(0, self.n_packed, size):
+            yield self.rows(start, min(start + size, self.n_packed))
+        for start in range(0, self.dense.n_tokens, size):
+            yield self.dense["k"][:, :, start : start + size], self.dense["v"][:, :, start : start + size]
