@@ -55,7 +55,8 @@ def check_operands(q, k, v, mask, n_rows=None):
         B, S = q.shape[0], q.shape[2]
         sizes_fit = mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[1] in (1, k.shape[1])
         if mask.dtype != torch.bool or not sizes_fit or mask.shape[2:] != (S, n_rows):
-            raise ValueError(f"mask must be bool [{B}|1, {k.shape[1]}|1, {S}, {n_rows}], got {mask.dtype} {list(mask.shape)}")
+            wanted = f"[{B}|1, {k.shape[1]}|1, {S}, {n_rows}]"
+            raise ValueError(f"mask must be bool {wanted}, got {mask.dtype} {list(mask.shape)}")
 
 
 def _obstacle(q):

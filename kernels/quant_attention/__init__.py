@@ -66,7 +66,8 @@ def _check_packed(name, packed, q, bits, n_packed):
     codes, scale, zero = packed
     words = q.shape[-1] * bits // 16
     if codes.dtype != torch.int16 or codes.shape[2:] != (n_packed, words) or codes.shape[0] != q.shape[0]:
-        raise ValueError(f"{name}: codes must be int16 [B, Hkv, {n_packed}, {words}], got {codes.dtype} {list(codes.shape)}")
+        wanted = f"[B, Hkv, {n_packed}, {words}]"
+        raise ValueError(f"{name}: codes must be int16 {wanted}, got {codes.dtype} {list(codes.shape)}")
     if scale.dtype != torch.float16 or scale.shape != zero.shape:
         raise ValueError(f"{name}: scale and zero must be float16 of one shape")
 

@@ -212,7 +212,8 @@ class KVCache(Cache):
     def __repr__(self) -> str:
         parts = [f"{name}={value!r}" for name, value in (("policy", self.policy), ("codec", self.codec)) if value]
         seen = self.get_seq_length() if self.layers else 0
-        return f"{type(self).__name__}({', '.join(parts)}; {len(self.layers)} layers, {seen} tokens, {self.nbytes} bytes)"
+        parts.append(f"{len(self.layers)} layers, {seen} tokens, {self.nbytes} bytes")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 def _nbytes(layer) -> int:

@@ -55,7 +55,7 @@ class KVView:
         return self.layer.store.blocks(size)
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense K and V `[B, Hkv, N, D]`, in the order of the positions. Allocates; fused attention does not need it."""
+        """Dense K and V `[B, Hkv, N, D]`, in the order of the positions (allocates them)."""
         if self.is_prefill:
             return self.new_k, self.new_v
         return self.layer.store.logical_rows()
