@@ -21,9 +21,7 @@ def quant_attention(q, keys, values, tail_k=None, tail_v=None, *, bits, key_axis
     for start in range(0, n_packed, BLOCK):
         stop = min(start + BLOCK, n_packed)
         rows, scales = slice(start, stop), slice(start // rows_per_scale, stop // rows_per_scale)
-        k = quant_unpack(
-            k_codes[:, :, rows], k_scale[:, :, scales], k_zero[:, :, scales], bits=bits[0], axis=key_axis
-        )
+        k = quant_unpack(k_codes[:, :, rows], k_scale[:, :, scales], k_zero[:, :, scales], bits=bits[0], axis=key_axis)
         v = quant_unpack(v_codes[:, :, rows], v_scale[:, :, rows], v_zero[:, :, rows], bits=bits[1], axis="token")
         state.add(k, v, None if mask is None else mask[..., rows])
     if tail_k is not None and tail_k.shape[2]:

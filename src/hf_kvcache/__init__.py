@@ -9,6 +9,7 @@ from hf_kvcache.codecs import Chain, Codec, Dense, Quantize
 from hf_kvcache.kernels import BackendUnavailable, use_backend
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.models import embedded_model
+from hf_kvcache.persist import CacheFileError
 from hf_kvcache.policies import KeyDiff, Policy, Streaming
 from hf_kvcache.presets import DenseCache, EvictionCache, QuantCache
 from hf_kvcache.view import KVView
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "CacheFileError",
     "Chain",
     "Codec",
     "Dense",

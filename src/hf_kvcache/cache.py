@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import weakref
+from pathlib import Path
 
 import torch
 from transformers import Cache
 
-from hf_kvcache import compat
+from hf_kvcache import compat, persist
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.layer import KVLayer
@@ -56,6 +58,7 @@ class KVCache(Cache):
         self.codec = self._pair(codec)
         self._check_pair()
         self._model: weakref.ref | None = None
+        self._expected: dict | None = None
         self._stock: list | None = None
         self._records_past = False
         if config is not None:
@@ -131,21 +134,66 @@ class KVCache(Cache):
             stock.update(view.new_k, view.new_v)
             self.layers[layer_idx] = stock
             return False
-        if layer_idx == self._first_layer():
+        if layer_idx == self.first_layer:
             known = self._model() if self._model is not None else None
             if known is not None and known is not module and not view.is_prefill:
                 raise ValueError(
                     "this cache holds tokens of another model; use a new cache, reset() this one, or say rebind() "
                     "if the two models really share their weights"
                 )
+            if self._expected is not None:
+                self.check_model(module, "the loaded cache")
             self._model = weakref.ref(module)
         return True
 
     def rebind(self) -> None:
         """Let another module with the same weights (a copy, a compiled model) go on with this cache."""
-        self._model = None
+        self._model = self._expected = None
 
-    def _first_layer(self) -> int:
+    @property
+    def fingerprint(self) -> dict | None:
+        """What identifies the model whose tokens these are; None before the first use or when the model is gone."""
+        module = self._model() if self._model is not None else None
+        return self._expected if module is None else persist.fingerprint(module)
+
+    def expect(self, model: dict | None) -> None:
+        """Refuse models with another fingerprint from now on."""
+        self._expected = model
+
+    def check_model(self, module: torch.nn.Module, what: str) -> None:
+        """Raise `CacheFileError` unless `module` is of the model that `what` was made with."""
+        found = persist.fingerprint(module)
+        if self._expected is not None and found != self._expected:
+            differing = ", ".join(key for key in found if found[key] != self._expected.get(key))
+            raise persist.CacheFileError(f"{what} was made with another model (differs in: {differing})")
+        self._expected = None
+
+    def save(self, directory: str | os.PathLike) -> Path:
+        """Write the cache to a folder, atomically; `KVCache.load` goes on from there.
+
+        Returns:
+            The folder, with `manifest.json` and one safetensors file.
+        """
+        return persist.save(self, directory)
+
+    @staticmethod
+    def load(directory: str | os.PathLike, model=None, device=None) -> KVCache:
+        """Read a cache that `save` wrote; the continuation is the same as without saving.
+
+        Args:
+            directory: the folder.
+            model: the model to check against and to take the device from. Models with sliding-window layers need it;
+                without it the check happens at the first forward pass.
+            device: where to put the tensors.
+
+        Raises:
+            CacheFileError: files are missing, truncated, altered, of another format version or of another model.
+        """
+        return persist.load(KVCache, directory, model, device)
+
+    @property
+    def first_layer(self) -> int:
+        """Index of the first layer that is ours: the one that identifies the model."""
         return next((i for i, layer in enumerate(self.layers) if isinstance(layer, KVLayer)), 0)
 
     def after_attention(self, layer_idx: int) -> None:
@@ -169,7 +217,7 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self._model = None
+        self.rebind()
 
     def update_conv_state(self, *args, **kwargs):
         if not self.layers:

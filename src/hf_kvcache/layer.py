@@ -80,9 +80,8 @@ class KVLayer(CacheLayerMixin):
             ValueError: shapes, dtype, device or batch size differ from what the layer holds, or no rows are given.
         """
         self._check(k, v)
-        if self._is_unsettled:
-            # past states were kept for a `crop` that never came: another generate() without speculation
-            self._commit()
+        # past states may have been kept for a `crop` that never came: another generate() without speculation
+        self.finish()
         is_prefill, n = self.tokens_seen == 0, k.shape[2]
         self.store.append(k, v)
         if self.policy is not None:
@@ -108,6 +107,11 @@ class KVLayer(CacheLayerMixin):
         self._staged = self.policy.score(q, view) if self._is_due() else None
         self._is_unsettled = True
         if not self.record_past:
+            self._commit()
+
+    def finish(self) -> None:
+        """Compress what is still waiting for a `crop`."""
+        if self._is_unsettled:
             self._commit()
 
     def _is_due(self) -> bool:
@@ -158,8 +162,7 @@ class KVLayer(CacheLayerMixin):
                 self._staged = self._staged[..., : self.store.n_kept]
                 if not self._is_due():
                     self._staged = None
-        if self._is_unsettled:
-            self._commit()
+        self.finish()
         if not self.tokens_seen:
             self.reset()
 

@@ -81,6 +81,4 @@ class EvictionCache(KVCache):
             policy = kind(**knobs)
         elif knobs:
             raise TypeError(f"{', '.join(knobs)}: give the arguments of a policy to the policy itself")
-        super().__init__(
-            policy, codec, window=window, max_length=max_length, config=config, offloading=offloading
-        )
+        super().__init__(policy, codec, window=window, max_length=max_length, config=config, offloading=offloading)

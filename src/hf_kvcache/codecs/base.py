@@ -129,3 +129,14 @@ class Chain(Codec):
 
     def spec(self):
         return {"codec": "Chain", "first": self.first.spec(), "second": self.second.spec()}
+
+
+def codec_from_spec(spec: dict | None) -> Codec | None:
+    """The codec that `spec()` described."""
+    if spec is None:
+        return None
+    kinds = {kind.__name__: kind for kind in Codec.__subclasses__()}
+    if spec.get("codec") not in kinds:
+        raise ValueError(f"no codec is called {spec.get('codec')!r}")
+    knobs = {k: codec_from_spec(v) if isinstance(v, dict) else v for k, v in spec.items() if k != "codec"}
+    return kinds[spec["codec"]](**knobs)

@@ -94,3 +94,13 @@ class Policy:
     def spec(self) -> dict:
         """JSON-able description, read back by `policy_from_spec`."""
         return {"policy": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def policy_from_spec(spec: dict | None) -> Policy | None:
+    """The policy that `spec()` described."""
+    if spec is None:
+        return None
+    kinds = {kind.__name__: kind for kind in Policy.__subclasses__()}
+    if spec.get("policy") not in kinds:
+        raise ValueError(f"no policy is called {spec.get('policy')!r}")
+    return kinds[spec["policy"]](**{k: v for k, v in spec.items() if k != "policy"})

@@ -1,0 +1,117 @@
+"""One attention layer, one decode step: append, attend, compress."""
+
+from __future__ import annotations
+
+import peers
+import torch
+
+from hf_kvcache.bench.timing import interleaved
+
+BASELINE = "DynamicCache + sdpa"
+# relative error of the output against float64 attention on the exact rows, which a contestant must stay under
+TOLERANCE = {"8 bit": 0.02, "4 bit": 0.2, "2 bit": 0.9, "": 0.02}
+LLAMA_8B = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+
+
+def decode_step(options) -> list[dict]:
+    """A decode step at the shape of Llama-3.1-8B, bf16, cold data: rotates over several layers."""
+    if options.device == "cpu":
+        grid = [(1, 16384, 4)]
+    else:
+        grid = [(batch, n, 4 if batch * n <= 2**20 else 2) for n in (32768, 131072) for batch in (1, 4, 16)]
+    return [row for batch, n, layers in grid for row in _decode_step(options, batch, n, layers)]
+
+
+def scaling(options) -> list[dict]:
+    """The same step at growing lengths: linear in what is kept, and append and settle flat."""
+    lengths = (2048, 4096, 8192, 16384, 32768)
+    names = (BASELINE, "KVCache", "QuantCache 4 bit")
+    return [row for n in lengths for row in _decode_step(options, 1, n, 2, names)]
+
+
+def _decode_step(options, batch, n_tokens, n_layers, names=None) -> list[dict]:
+    module = peers.Layer(**LLAMA_8B)
+    q_shape = (batch, LLAMA_8B["heads"], 1, LLAMA_8B["head_dim"])
+    kv_shape = (batch, LLAMA_8B["kv_heads"], n_tokens, LLAMA_8B["head_dim"])
+    layers: dict[str, list] = {}
+    generator = torch.Generator(options.device).manual_seed(0)
+
+    def rows(shape):
+        return torch.randn(shape, generator=generator, device=options.device).to(torch.bfloat16)
+
+    for _ in range(n_layers):
+        k, v, prompt_q = rows(kv_shape), rows(kv_shape), rows(q_shape).expand(-1, -1, 1, -1)
+        exact = None
+        for name, contestant in peers.contestants(module).items():
+            if names is not None and name not in names:
+                continue
+            _fill(contestant, k, v, prompt_q)
+            new = rows(q_shape), k[:, :, :1], v[:, :, :1]
+            out = contestant.step(*new)
+            exact = _exact(*new, k, v, module.scaling)
+            error = ((out.double() - exact).norm() / exact.norm()).item()
+            limit = next(limit for key, limit in TOLERANCE.items() if key in name)
+            if not error < limit:
+                raise AssertionError(f"{name}: relative error {error:.3g} is over {limit}; nothing was timed")
+            layers.setdefault(name, []).append((contestant, new, error))
+    turns = {name: 0 for name in layers}
+
+    def stepper(name):
+        def step():
+            contestant, new, _ = layers[name][turns[name] % n_layers]
+            turns[name] += 1
+            contestant.step(*new)
+
+        return step
+
+    times = interleaved({name: stepper(name) for name in layers}, options.rounds, options.device)
+    base = times[BASELINE]["ms"]
+    return [
+        {
+            "cache": name,
+            "batch": batch,
+            "tokens": n_tokens,
+            "ms": times[name]["ms"],
+            "min": times[name]["min"],
+            "max": times[name]["max"],
+            "x stock": base / times[name]["ms"],
+            "MiB": _nbytes(layers[name][0][0].cache) / 2**20,
+            "error": layers[name][0][2],
+        }
+        for name in layers
+    ]
+
+
+def _fill(contestant, k, v, q) -> None:
+    """Bring a cache to the state after a prompt; only its last query is computed, the rest would only cost time."""
+    cache = contestant.cache
+    keys, _ = cache.update(k, v, 0)
+    if hasattr(keys, "layer"):
+        keys.cache.bind(peers.Layer(**LLAMA_8B), keys)
+        keys.layer.settle(q.expand(-1, -1, 2, -1), keys)
+        cache.rebind()
+
+
+def _exact(q, new_k, new_v, k, v, scaling):
+    """Float64 attention of one query over the exact rows, `[B, 1, Hq, D]`."""
+    groups = q.shape[1] // k.shape[1]
+    q = q.double().unflatten(1, (k.shape[1], groups)).squeeze(3)  # [B, Hkv, G, D]
+    k, v = torch.cat([k, new_k], 2).double(), torch.cat([v, new_v], 2).double()
+    weights = torch.softmax(q @ k.transpose(2, 3) * scaling, -1)
+    return (weights @ v).flatten(1, 2).unsqueeze(1)
+
+
+def _nbytes(cache) -> int:
+    if hasattr(cache, "nbytes"):
+        return cache.nbytes
+    return sum(_tensor_bytes(value) for layer in cache.layers for value in vars(layer).values())
+
+
+def _tensor_bytes(value) -> int:
+    """Bytes of a tensor, of the parts of a quantised one, or of nothing."""
+    if not isinstance(value, torch.Tensor):
+        return 0
+    if type(value) is not torch.Tensor and hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        return sum(_tensor_bytes(getattr(value, name)) for name in names)
+    return value.numel() * value.element_size()

@@ -1,0 +1,117 @@
+"""A whole model: prefill and decode, on the embedded model (CPU) or an 8B-shaped one with random weights (GPU)."""
+
+from __future__ import annotations
+
+import functools
+
+import peers
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+import hf_kvcache as kv
+from hf_kvcache.bench.timing import interleaved, timed
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+}
+BASELINE = "DynamicCache"
+
+
+def caches(config) -> dict:
+    """Name -> constructor."""
+    found = {
+        BASELINE: lambda: DynamicCache(config=config),
+        "KVCache": kv.KVCache,
+        "QuantCache 8 bit": lambda: kv.QuantCache(8),
+        "QuantCache 4 bit": lambda: kv.QuantCache(4),
+        "QuantCache 2 bit": lambda: kv.QuantCache(2),
+        "EvictionCache keydiff 25 %": lambda: kv.EvictionCache("keydiff", ratio=0.25),
+    }
+    for backend in ("quanto", "hqq"):
+        if peers.quantized_cache(backend, 4, config) is not None:
+            found[f"QuantizedCache {backend} 4 bit"] = functools.partial(peers.quantized_cache, backend, 4, config)
+    return found
+
+
+@torch.no_grad()
+def prefill(options) -> list[dict]:
+    """Time to the first token, and what compressing adds to it."""
+    model, dtype = _model(options)
+    rows = []
+    for n_tokens in (2048, 8192) if options.device == "cpu" else (32768,):
+        ids = _ids(model, 1, n_tokens)
+        calls = {name: functools.partial(_prefill, model, ids, make) for name, make in caches(model.config).items()}
+        times = interleaved(calls, min(options.rounds, 7), options.device)
+        base = times[BASELINE]["ms"]
+        rows += [
+            {"cache": name, "tokens": n_tokens, "dtype": dtype, "ms": t["ms"], "x DynamicCache": t["ms"] / base}
+            for name, t in times.items()
+        ]
+    return rows
+
+
+@torch.no_grad()
+def decode(options) -> list[dict]:
+    """Tokens per second after a prompt of 8,192 tokens (32,768 on a GPU)."""
+    model, dtype = _model(options)
+    grid = [(1, 8192)] if options.device == "cpu" else [(1, 32768), (8, 32768)]
+    rows = []
+    for batch, n_tokens in grid:
+        ids = _ids(model, batch, n_tokens)
+        contestants, reference = {}, None
+        for name, make in caches(model.config).items():
+            cache = make()
+            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+            reference = logits if reference is None else reference
+            if not torch.allclose(logits.float(), reference.float(), atol=0.05, rtol=0.05):
+                raise AssertionError(f"{name}: prefill logits differ from DynamicCache; nothing was timed")
+            token = ids[:, -1:]
+            contestants[name] = functools.partial(model, token, past_key_values=cache)
+        times = interleaved(contestants, options.rounds * 4, options.device)
+        base = times[BASELINE]["ms"]
+        rows += [
+            {
+                "cache": name,
+                "batch": batch,
+                "tokens": n_tokens,
+                "dtype": dtype,
+                "ms per token": times[name]["ms"],
+                "tokens/s": batch * 1e3 / times[name]["ms"],
+                "x DynamicCache": base / times[name]["ms"],
+            }
+            for name in contestants
+        ]
+    return rows
+
+
+def _prefill(model, ids, make):
+    return model(ids, past_key_values=make(), logits_to_keep=1)
+
+
+@functools.cache
+def _cached_model(device: str):
+    if device == "cpu":
+        model = AutoModelForCausalLM.from_pretrained(kv.embedded_model(), dtype=torch.bfloat16)
+    else:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16)
+    model.set_attn_implementation("hf_kvcache")
+    # a first call builds native code and tunes libraries, which is nobody's decode time
+    timed(lambda: model(_ids(model, 1, 256), past_key_values=kv.QuantCache(4)), device)
+    return model.eval()
+
+
+def _model(options):
+    return _cached_model(options.device), "bfloat16"
+
+
+def _ids(model, batch, n_tokens):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(8, 3000, (batch, n_tokens), generator=generator).to(model.device)

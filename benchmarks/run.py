@@ -1,0 +1,77 @@
+"""Measure hf_kvcache against its peers: verify, then time, then write JSON.
+
+    python benchmarks/run.py                      # everything the device allows, into benchmarks/results/
+    python benchmarks/run.py attention generate   # some of it
+    python benchmarks/run.py --device cuda
+
+CPU times are only good as ratios within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import attention
+import generation
+import memory
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hf_kvcache.bench.environment import environment
+
+SUITES = {
+    "attention": attention.decode_step,
+    "scaling": attention.scaling,
+    "prefill": generation.prefill,
+    "generate": generation.decode,
+    "memory": memory.process_memory,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", help=f"any of: {', '.join(SUITES)} (default: all)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls per contestant (default 15)")
+    options = parser.parse_args(arguments)
+    unknown = set(options.suites) - set(SUITES)
+    if unknown:
+        parser.error(f"no suite is called {', '.join(sorted(unknown))}")
+    console = Console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.suites or SUITES:
+        started = time.time()
+        rows = SUITES[name](options)
+        console.print(as_table(name, rows))
+        seconds = round(time.time() - started, 1)
+        result = {"suite": name, "seconds": seconds, **environment(options.device), "rows": rows}
+        path = options.out / f"{name}-{options.device}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        console.print(f"{path}\n")
+    return 0
+
+
+def as_table(title: str, rows: list[dict]) -> Table:
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, justify="left" if isinstance(rows[0].get(column), str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    return table
+
+
+def _cell(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

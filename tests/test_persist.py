@@ -1,0 +1,168 @@
+"""A saved cache goes on as if it had never been saved, and refuses what it is not."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+
+import hf_kvcache as kv
+from hf_kvcache import persist
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+CACHES = {
+    "dense": lambda: kv.KVCache(),
+    "quant4": lambda: kv.QuantCache(4, window=16),
+    "quant3-rotated": lambda: kv.QuantCache(3, window=16, rotate=True),
+    "quant2-edge8": lambda: kv.QuantCache(2, window=16, edge_layers=1),
+    "keydiff": lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, interval=4),
+    "streaming+quant8": lambda: kv.QuantCache(8, window=8, policy=kv.Streaming(budget=48, n_recent=8, interval=4)),
+}
+
+
+def make_model(config_class=LlamaConfig, seed=0, **changes):
+    torch.manual_seed(seed)
+    config = config_class(**SHAPE | changes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="hf_kvcache").eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def prompt(n=90, batch=2):
+    return torch.randint(3, 96, (batch, n), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def fill(model, cache, ids):
+    model(ids, past_key_values=cache)
+    return cache
+
+
+@torch.no_grad()
+def go_on(model, cache, steps=40):
+    ids, logits = prompt(n=steps), []
+    for token in ids.split(1, 1):
+        logits.append(model(token, past_key_values=cache).logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+def test_continuation_is_the_same(model, make, tmp_path):
+    cache = fill(model, make(), prompt())
+    cache.save(tmp_path / "prompt")
+    loaded = kv.KVCache.load(tmp_path / "prompt", model=model)
+    assert loaded.get_seq_length() == 90
+    assert loaded.nbytes <= cache.nbytes
+    assert torch.equal(go_on(model, loaded), go_on(model, cache))
+
+
+def test_hybrid_model(tmp_path):
+    model = make_model(Gemma2Config, sliding_window=16)
+    cache = fill(model, kv.QuantCache(8, window=16), prompt())
+    cache.save(tmp_path)
+    with pytest.raises(kv.CacheFileError, match="load it with model="):
+        kv.KVCache.load(tmp_path)
+    assert torch.equal(go_on(model, kv.KVCache.load(tmp_path, model=model)), go_on(model, cache))
+
+
+def test_saving_again_replaces_the_old_cache(model, tmp_path):
+    fill(model, kv.QuantCache(4), prompt(n=120)).save(tmp_path)
+    fill(model, kv.QuantCache(4), prompt(n=64)).save(tmp_path)
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"]
+    assert kv.KVCache.load(tmp_path).get_seq_length() == 64
+
+
+def test_an_interrupted_save_leaves_the_old_cache(model, tmp_path, monkeypatch):
+    fill(model, kv.QuantCache(4), prompt(n=120)).save(tmp_path)
+    longer = fill(model, kv.QuantCache(4), prompt(n=130))
+
+    def broken(tensors, path):
+        path.write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(persist, "save_file", broken)
+    with pytest.raises(OSError, match="disk full"):
+        longer.save(tmp_path)
+    assert kv.KVCache.load(tmp_path, model=model).get_seq_length() == 120
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class TestRefusals:
+    @pytest.fixture
+    def saved(self, model, tmp_path):
+        return fill(model, kv.QuantCache(4), prompt()).save(tmp_path)
+
+    def tensors(self, saved):
+        return next(saved.glob("*.safetensors"))
+
+    def edit(self, saved, **changes):
+        path = saved / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(kv.CacheFileError, match="manifest.json is missing"):
+            kv.KVCache.load(tmp_path)
+
+    def test_truncated(self, saved):
+        path = self.tensors(saved)
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(kv.CacheFileError, match=f"{path.name} is truncated or altered"):
+            kv.KVCache.load(saved)
+
+    def test_one_flipped_bit(self, saved):
+        path = self.tensors(saved)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(kv.CacheFileError, match="truncated or altered"):
+            kv.KVCache.load(saved)
+
+    def test_missing_tensors(self, saved):
+        self.tensors(saved).unlink()
+        with pytest.raises(kv.CacheFileError, match="is missing"):
+            kv.KVCache.load(saved)
+
+    def test_damaged_manifest(self, saved):
+        (saved / "manifest.json").write_text("{")
+        with pytest.raises(kv.CacheFileError, match="is damaged"):
+            kv.KVCache.load(saved)
+
+    def test_newer_format(self, saved):
+        self.edit(saved, format_version=99)
+        with pytest.raises(kv.CacheFileError, match="has format 99"):
+            kv.KVCache.load(saved)
+
+    def test_a_path_instead_of_a_name(self, saved):
+        self.edit(saved, tensors="../elsewhere.safetensors")
+        with pytest.raises(kv.CacheFileError, match="no cache would write"):
+            kv.KVCache.load(saved)
+
+    def test_other_shapes(self, saved):
+        self.edit(saved, shapes={})
+        with pytest.raises(kv.CacheFileError, match="does not hold the tensors"):
+            kv.KVCache.load(saved)
+
+    def test_other_weights(self, saved):
+        other = make_model(seed=1)
+        with pytest.raises(kv.CacheFileError, match="another model .differs in: weights"):
+            kv.KVCache.load(saved, model=other)
+        late = kv.KVCache.load(saved)
+        with pytest.raises(kv.CacheFileError, match="another model"):
+            other(prompt(n=1), past_key_values=late)
+
+    def test_other_depth(self, saved):
+        with pytest.raises(kv.CacheFileError, match="num_hidden_layers"):
+            kv.KVCache.load(saved, model=make_model(num_hidden_layers=2))
