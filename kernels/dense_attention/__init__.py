@@ -67,6 +67,10 @@ def _obstacle(q):
             return "gradients are needed"
         if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"{q.dtype} is not supported"
+        if backend == "triton":
+            from hf_kvcache.kernels.dense_attention import triton_kernel
+
+            return triton_kernel.obstacle(q)
         return None
 
     return why_not

@@ -80,8 +80,12 @@ def _obstacle(q, keys, values, bits, key_axis):
             return "gradients are needed"
         if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"{q.dtype} is not supported"
-        if 3 in bits:
+        if 3 in bits and backend != "native":
             return "3 bits have no kernel"
+        if backend == "triton":
+            from hf_kvcache.kernels.quant_attention import triton_kernel
+
+            return triton_kernel.obstacle(q, keys, values, bits, key_axis)
         return None
 
     return why_not

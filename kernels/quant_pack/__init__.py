@@ -71,8 +71,12 @@ def _obstacle(x, bits, axis, group_size):
             return None
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return f"{x.dtype} is not supported"
-        if bits == 3:
+        if bits == 3 and backend != "native":
             return "3 bits have no kernel"
+        if backend == "triton":
+            from hf_kvcache.kernels.quant_pack import triton_kernel
+
+            return triton_kernel.obstacle(x, bits, axis, group_size)
         return None
 
     return why_not

@@ -14,6 +14,7 @@ from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.stores.uniform import PACK_STEP
 from hf_kvcache.view import KVView
 
 
@@ -86,13 +87,20 @@ class KVCache(Cache):
                     f"{type(self.policy).__name__} drops single tokens, but {side} packs {side.granularity} tokens "
                     'together; use a row-granular codec, such as Quantize(axis="token")'
                 )
+        n_dense = self.n_sink + self.window + PACK_STEP
+        if self.policy.budget is not None and self.policy.budget < n_dense + self.policy.n_sink:
+            raise ValueError(
+                f"{type(self.policy).__name__}: budget={self.policy.budget} leaves no room for packed rows beside up to "
+                f"{n_dense} dense ones (n_sink={self.n_sink} + window={self.window} + {PACK_STEP} waiting) and its own "
+                f"{self.policy.n_sink} sinks; raise budget or lower window"
+            )
 
     def codec_of_layer(self, layer_idx: int, n_layers: int | None) -> tuple[Codec, Codec] | None:
         """The pair of codecs of one layer; `n_layers` is None while the model is not known yet."""
         return self.codec
 
     def _new_layer(self, layer_idx: int):
-        stock = self._stock[layer_idx] if self._stock is not None else None
+        stock = self._stock_layer(layer_idx)
         if stock is not None:
             return stock
         codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
@@ -102,6 +110,13 @@ class KVCache(Cache):
         if self._records_past:
             layer.activate_past_recording()
         return layer
+
+    def _stock_layer(self, layer_idx: int):
+        """transformers' own layer for this index, or None where ours serves (or the model is not known yet)."""
+        stock = self._stock[layer_idx] if self._stock is not None and layer_idx < len(self._stock) else None
+        if self._records_past and hasattr(stock, "activate_past_recording"):
+            stock.activate_past_recording()
+        return stock
 
     # -- the walk ----------------------------------------------------------------------------------------------------
 
@@ -129,7 +144,7 @@ class KVCache(Cache):
         layer_idx = view.layer.layer_idx
         if self._stock is None:
             self._stock = compat.stock_layers(module.config)
-        stock = self._stock[layer_idx] if layer_idx < len(self._stock) else None
+        stock = self._stock_layer(layer_idx)
         if stock is not None:
             stock.update(view.new_k, view.new_v)
             self.layers[layer_idx] = stock
@@ -209,6 +224,12 @@ class KVCache(Cache):
         self.prefetch(layer_idx + 1, self.only_non_sliding)
 
     # -- what transformers asks of a cache ---------------------------------------------------------------------------
+
+    def get_mask_sizes(self, query_length: int, *args, **kwargs) -> tuple[int, int]:
+        if query_length == 0:
+            # asked before any layer runs: the model's own reshape would fail with a riddle
+            raise ValueError("the input is empty; a forward pass needs at least one token")
+        return super().get_mask_sizes(query_length, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
         # layers are created as they are needed, so the flag must outlive this call

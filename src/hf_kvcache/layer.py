@@ -47,7 +47,7 @@ class KVLayer(CacheLayerMixin):
         self.tokens_seen = 0
         self.has_padding = False
         self.evicted_at: int | None = None
-        self._staged: torch.Tensor | None = None
+        self._queries: torch.Tensor | None = None
         self._is_unsettled = self._is_decoding = False
 
     @property
@@ -92,7 +92,8 @@ class KVLayer(CacheLayerMixin):
 
     def note_padding(self, mask, n_new: int) -> None:
         """Mark new rows that are padding, so that they are neither seen nor kept."""
-        if self.policy is None or n_new == 1:
+        # without padding so far, a single new token is none: a row has at least one token per call
+        if self.policy is None or (n_new == 1 and not self.has_padding and self.tokens_seen > 1):
             return
         is_real = new_token_padding(mask, n_new, self.tokens_seen)
         if is_real is not None:
@@ -104,7 +105,7 @@ class KVLayer(CacheLayerMixin):
         """Evict and pack after attention. While past states are recorded this waits for `crop`."""
         # verifying drafted tokens is decoding too, several tokens at a time
         self._is_decoding = q.shape[2] == 1 or (self.record_past and not view.is_prefill)
-        self._staged = self.policy.score(q, view) if self._is_due() else None
+        self._queries = q if self._is_due() else None
         self._is_unsettled = True
         if not self.record_past:
             self._commit()
@@ -118,13 +119,18 @@ class KVLayer(CacheLayerMixin):
         return self.policy is not None and self.policy.is_due(self.store.n_kept, self.tokens_seen, self._is_decoding)
 
     def _commit(self) -> None:
-        if self._staged is not None:
-            store = self.store
+        q, store = self._queries, self.store
+        if q is not None:
+            if store.n_packed:
+                # dense rows are fixed once others are packed, so let go of those that have left the window first
+                store.pack()
+            new_k, new_v = (store.dense[name][:, :, -q.shape[2] :] for name in "kv")
+            scores = self.policy.score(q, KVView(self, new_k, new_v, is_prefill=q.shape[2] == self.tokens_seen))
             n_fixed = store.dense.n_tokens if store.n_packed else 0
-            store.keep(self.policy.select(self._staged, store.positions, self.tokens_seen, n_fixed))
+            store.keep(self.policy.select(scores, store.positions, self.tokens_seen, n_fixed))
             self.evicted_at = self.tokens_seen
-        self.store.pack()
-        self._staged, self._is_unsettled = None, False
+        store.pack()
+        self._queries, self._is_unsettled = None, False
 
     # -- what transformers asks of a layer ---------------------------------------------------------------------------
 
@@ -158,10 +164,11 @@ class KVLayer(CacheLayerMixin):
         if n:
             self.store.crop(n)
             self.tokens_seen -= n
-            if self._staged is not None:
-                self._staged = self._staged[..., : self.store.n_kept]
-                if not self._is_due():
-                    self._staged = None
+            if self._queries is not None:
+                # rejected drafts must not have a say in what is evicted
+                self._queries = self._queries[:, :, :-n]
+                if not self._queries.shape[2] or not self._is_due():
+                    self._queries = None
         self.finish()
         if not self.tokens_seen:
             self.reset()
@@ -195,8 +202,8 @@ class KVLayer(CacheLayerMixin):
             buffer.map_batch(change)
             if buffer.tensors:
                 self.batch_size = next(iter(buffer.tensors.values())).shape[0]
-        if self._staged is not None:
-            self._staged = change(self._staged)
+        if self._queries is not None:
+            self._queries = change(self._queries)
 
     # -- bytes -------------------------------------------------------------------------------------------------------
 

@@ -34,9 +34,11 @@ def kv_attention(module, query, key, value, attention_mask, **kwargs):
     return _exact(module, query, key, value, _tensor(attention_mask), **kwargs)
 
 
-def kv_mask(batch_size, q_length, kv_length, **kwargs):
+def kv_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
     """The mask function that goes with `kv_attention`: a `KVMask`."""
-    return KVMask(batch_size, q_length, kv_length, **kwargs)
+    if isinstance(attention_mask, KVMask):
+        return attention_mask
+    return KVMask(batch_size, q_length, kv_length, attention_mask=attention_mask, **kwargs)
 
 
 def register() -> None:

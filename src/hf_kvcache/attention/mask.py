@@ -15,15 +15,21 @@ class KVMask:
     theirs from the positions of their rows and the padding recorded here.
     """
 
+    # `generate` builds the mask of a compileable cache before the forward pass, which asks whether it is two-dimensional
+    ndim = 4
+
     def __init__(self, batch_size, q_length, kv_length, q_offset=0, attention_mask=None, **kwargs):
         self.padding = attention_mask  # bool [B, T], True for real tokens, or None
-        self._arguments = kwargs | {
+        self.n_rows = kv_length
+        arguments = kwargs | {
             "batch_size": batch_size,
             "q_length": q_length,
             "kv_length": kv_length,
             "q_offset": q_offset,
-            "attention_mask": attention_mask,
         }
+        # some caches count in tensors that the layer updates in place before the mask is asked for
+        counts = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        self._arguments = arguments | counts | {"attention_mask": attention_mask}
         self._dense: list[torch.Tensor | None] = []
 
     def dense(self) -> torch.Tensor | None:
@@ -31,6 +37,13 @@ class KVMask:
         if not self._dense:
             self._dense.append(sdpa_mask(**self._arguments))
         return self._dense[0]
+
+    def of_all_tokens(self, tokens_seen: int, n_new: int, device: torch.device) -> torch.Tensor | None:
+        """The mask of a layer that keeps everything, where the shared one is of a layer that does not."""
+        if self.padding is None and n_new == 1:
+            return None
+        mask = causal(tokens_seen, n_new, device)
+        return mask if self.padding is None else mask & self.padding[:, None, None, :tokens_seen]
 
     def contiguous(self) -> KVMask:
         """Tensors are asked for this by `prepare_inputs_for_generation`."""
@@ -53,7 +66,11 @@ def resolve(view, mask, n_new: int) -> torch.Tensor | None:
         if n_new == 1 and not layer.has_padding:
             return None
         return visible(view.positions, view.tokens_seen, n_new)
-    dense = mask.dense() if isinstance(mask, KVMask) else as_boolean(mask)
+    if isinstance(mask, KVMask):
+        fits = mask.n_rows == view.n_kept
+        dense = mask.dense() if fits else mask.of_all_tokens(view.tokens_seen, n_new, view.device)
+    else:
+        dense = as_boolean(mask)
     if dense is None:
         return None if n_new == 1 else causal(view.n_kept, n_new, view.device)
     if dense.shape[-1] != view.n_kept:
@@ -78,6 +95,11 @@ def causal(n_rows: int, n_new: int, device: torch.device) -> torch.Tensor:
 
 def new_token_padding(mask, n_new: int, tokens_seen: int) -> torch.Tensor | None:
     """Which of the new tokens are real, boolean `[B, S]`; None when all are."""
+    if mask is not None and not isinstance(mask, (KVMask, torch.Tensor)):
+        raise ValueError(
+            f"a {type(mask).__name__} does not say which tokens are padding, which eviction needs to know; "
+            'load the model with attn_implementation="hf_kvcache"'
+        )
     if isinstance(mask, KVMask):
         return None if mask.padding is None else mask.padding[:, tokens_seen - n_new : tokens_seen]
     mask = as_boolean(mask)

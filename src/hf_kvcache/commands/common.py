@@ -1,0 +1,79 @@
+"""Arguments and loading shared by the commands that run a model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hf_kvcache.commands import UserError
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+ATTENTION = ("hf_kvcache", "sdpa", "eager")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="ID_OR_PATH", help="Hub id or local folder (default: the embedded model)")
+    group.add_argument("--dtype", choices=DTYPES, help="weights and cache (default: what the model was saved in)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
+    group.add_argument(
+        "--attn", choices=ATTENTION, default="hf_kvcache", help="attention implementation (default: %(default)s)"
+    )
+
+
+def load_model(args: argparse.Namespace):
+    """Model in evaluation mode, and its tokenizer.
+
+    Raises:
+        UserError: the model, its tokenizer or the device is not there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_kvcache.models import embedded_model
+
+    where = args.model
+    if where is None:
+        where = embedded_model()
+        if not (where / "config.json").exists():
+            raise UserError("this installation has no embedded model; name one with --model ID_OR_PATH")
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else "auto"
+    try:
+        device = torch.device(args.device) if args.device else default_device()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=args.attn)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {str(where)!r}: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def default_device():
+    """The accelerator if there is one, else the CPU."""
+    import torch
+
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def read_text(path: str | Path, option: str) -> str:
+    """A text file in UTF-8; `option` is the argument that an error names."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: cannot read {str(path)!r} as UTF-8 text: {error}") from error
+
+
+def parse_specs(texts: list[str]):
+    """Cache specifications as typed; raises UserError for a name or an argument that does not exist."""
+    from hf_kvcache.eval.specs import SpecError, parse
+
+    try:
+        specs = [parse(text) for text in texts]
+        for spec in specs:
+            spec.check()
+    except SpecError as error:
+        raise UserError(str(error)) from error
+    return specs

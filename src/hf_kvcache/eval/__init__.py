@@ -1,0 +1,1 @@
+"""Fidelity and task scores of a model behind a cache."""

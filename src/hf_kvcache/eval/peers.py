@@ -1,0 +1,50 @@
+"""transformers' own caches, under the names that the command line gives them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from time import time
+
+from transformers import DynamicCache, QuantizedCache
+
+
+def dynamic(config=None) -> DynamicCache:
+    """The default of `generate`: the baseline of every ratio."""
+    return DynamicCache(config=config)
+
+
+def quanto(config=None, bits: int = 4, group_size: int = 64, window: int = 128) -> QuantizedCache:
+    """`QuantizedCache` on optimum-quanto, with transformers' defaults."""
+    _refuse_stale_lock()
+    return QuantizedCache("quanto", config, nbits=bits, q_group_size=group_size, residual_length=window)
+
+
+def hqq(config=None, bits: int = 4, group_size: int = 64, window: int = 128) -> QuantizedCache:
+    """`QuantizedCache` on hqq, grouped within a token (axis 1), where its packing works for any length."""
+    return QuantizedCache(
+        "hqq", config, nbits=bits, axis_key=1, axis_value=1, q_group_size=group_size, residual_length=window
+    )
+
+
+PEERS = {"dynamic": dynamic, "quanto": quanto, "hqq": hqq}
+
+# its extension compiles in less than this
+STALE_S = 300
+
+_MODULES = {"quanto": "optimum", "hqq": "hqq"}
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package behind a peer can be imported."""
+    return name not in _MODULES or find_spec(_MODULES[name]) is not None
+
+
+def _refuse_stale_lock() -> None:
+    """optimum-quanto waits for ever for a build that was interrupted: raise instead, and say what to delete."""
+    from optimum.quanto.library import extensions
+
+    for lock in Path(extensions.__file__).parent.glob("*/build/lock"):
+        age = time() - lock.stat().st_mtime
+        if age > STALE_S:
+            raise RuntimeError(f"optimum-quanto waits for {lock}, {age / 60:.0f} minutes old; delete that file")

@@ -1,0 +1,147 @@
+"""Caches as they are typed: `quant:bits=4,rotate=true`, `keydiff:ratio=0.25`, `keydiff:ratio=0.5+quant:bits=8`.
+
+A part is a name of the registry or of a peer, then its arguments. `+` puts an eviction policy over a cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+
+from transformers import Cache
+
+from hf_kvcache import registry
+from hf_kvcache.cache import KVCache
+from hf_kvcache.eval.peers import PEERS, is_installed
+from hf_kvcache.policies.base import Policy
+
+# what the default comparison runs of a method; a method without a line here runs with its defaults
+SHOWN = {
+    "dense": ("dense",),
+    "quant": (
+        "quant:bits=8",
+        "quant:bits=4",
+        "quant:bits=4,rotate=true",
+        "quant:bits=3",
+        "quant:bits=2",
+        "quant:bits=2,edge_layers=1",
+    ),
+    "keydiff": ("keydiff:ratio=0.25", "keydiff:ratio=0.5+quant:bits=8"),
+}
+
+# arguments that are objects, which the command line composes itself
+_OBJECTS = {"self", "policy", "codec", "config", "kwargs"}
+
+
+class SpecError(ValueError):
+    """A specification that names something that does not exist, or in a way that cannot work."""
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A cache that can be built again and again.
+
+    Attributes:
+        text: as typed; the name of its row.
+        factory: `KVCache` subclass, or the function of a peer.
+        knobs: its arguments.
+        policy: policy class over it, or None.
+        policy_knobs: arguments of the policy.
+    """
+
+    text: str
+    factory: type[KVCache] | object
+    knobs: dict = field(default_factory=dict)
+    policy: type[Policy] | None = None
+    policy_knobs: dict = field(default_factory=dict)
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether this is transformers' own cache, not ours."""
+        return self.factory in PEERS.values()
+
+    def build(self, config=None) -> Cache:
+        """A new, empty cache for a model with this config."""
+        knobs = dict(self.knobs, config=config)
+        if self.policy is not None:
+            knobs["policy"] = self.policy(**self.policy_knobs)
+        return self.factory(**knobs)
+
+    def check(self) -> None:
+        """Raise `SpecError` for arguments that no model could make work."""
+        if self.is_peer:
+            return
+        try:
+            self.build()
+        except (ValueError, TypeError) as error:
+            raise SpecError(f"{self.text}: {error}") from error
+
+
+def parse(text: str) -> CacheSpec:
+    """Read one specification; raises `SpecError` with the names there are."""
+    caches, policies = [], []
+    for part in text.split("+"):
+        name, _, rest = part.strip().partition(":")
+        kind = _kind(name)
+        knobs = _knobs(rest, name, kind)
+        (policies if inspect.isclass(kind) and issubclass(kind, Policy) else caches).append((kind, knobs))
+    if len(caches) > 1 or len(policies) > 1 or (policies and caches and caches[0][0] in PEERS.values()):
+        raise SpecError(f"{text!r}: '+' joins one eviction policy and one cache of this package")
+    cache = caches[0] if caches else (KVCache, {})
+    policy = policies[0] if policies else (None, {})
+    return CacheSpec(text, *cache, *policy)
+
+
+def default_specs() -> list[CacheSpec]:
+    """The default comparison: the peers that are installed, then every method of the registry."""
+    texts = ["dynamic", *(f"{name}:bits=4" for name in ("quanto", "hqq") if is_installed(name))]
+    for method in registry.METHODS:
+        kind = registry.load(method.factory)
+        plain = f"{method.name}:ratio=0.25" if issubclass(kind, Policy) else method.name
+        texts += SHOWN.get(method.name, (plain,))
+    return [parse(text) for text in texts]
+
+
+def _kind(name: str):
+    if name in PEERS:
+        return PEERS[name]
+    names = [method.name for method in registry.METHODS]
+    if name not in names:
+        raise SpecError(f"no cache is called {name!r}; there are {', '.join([*PEERS, *names])}")
+    return registry.load(registry.method(name).factory)
+
+
+def _knobs(text: str, name: str, kind) -> dict:
+    knobs = {}
+    accepted = _accepted(kind)
+    for pair in filter(None, text.split(",")):
+        key, equals, value = pair.strip().partition("=")
+        if not equals:
+            raise SpecError(f"{name}: {pair!r} is not of the form argument=value")
+        if key not in accepted:
+            raise SpecError(f"{name} has no argument {key!r}; it takes {', '.join(accepted)}")
+        knobs[key] = _value(value)
+    return knobs
+
+
+def _accepted(kind) -> list[str]:
+    """Argument names of a factory, and of its base classes while it passes `**kwargs` on."""
+    names = {}
+    for cls in kind.__mro__ if inspect.isclass(kind) else [kind]:
+        parameters = inspect.signature(cls).parameters
+        names |= dict.fromkeys(n for n in parameters if n not in _OBJECTS)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            break
+    return list(names)
+
+
+def _value(text: str):
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,246 @@
+"""Compile every Triton kernel ahead of time, on any machine, and read from the machine code what it will cost.
+
+    python -m hf_kvcache.kernels.aot [--cc 90 80] [--only quant] [--json]
+
+The Triton wheel carries the assembler and the disassembler, so neither a GPU nor a CUDA toolkit is needed. A kernel
+fails when it does not compile, spills registers, or wants more shared memory than a thread block may have. Races,
+bank conflicts and time are out of sight. Exit code 1 when anything fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024}  # bytes a thread block may ask for
+SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
+REGISTERS_PER_SM, WARPS_PER_SM = 65536, 64
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+@dataclass
+class Spec:
+    """One kernel variant.
+
+    Attributes:
+        name: readable id.
+        kernel: the `triton.jit` function.
+        types: type of every run-time argument, as Triton writes it ("*bf16", "i32", ...).
+        constants: compile-time arguments, compiler options among them.
+        elements: cached elements (K and V) that one iteration of the main loop consumes; 0 when there is none.
+    """
+
+    name: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict
+    elements: int = 0
+
+
+@dataclass
+class Report:
+    """What the machine code of one variant shows."""
+
+    name: str
+    cc: int
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    blocks_per_sm: int = 0
+    loop: int = 0
+    lane_instructions: float = 0.0
+    tensor_core: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def compile_spec(spec: Spec, cc: int) -> Report:
+    """Compile one variant for compute capability `cc` and inspect it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    report = Report(spec.name, cc)
+    names = spec.kernel.arg_names
+    options = {key: spec.constants[key] for key in OPTIONS if key in spec.constants}
+    source = ASTSource(
+        fn=spec.kernel,
+        signature={name: spec.types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(key),): value for key, value in spec.constants.items() if key in names},
+        # allocations of torch are aligned, and the launcher says so to the compiler in the same way
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]] for name, kind in spec.types.items() if kind[0] == "*"
+        },
+    )
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    except Exception as error:  # whatever the compiler raises is the finding
+        report.faults.append(f"{type(error).__name__}: {str(error)[:300]}")
+        return report
+    report.shared = compiled.metadata.shared
+    _read_machine_code(report, compiled.asm["cubin"], options["num_warps"], spec.elements)
+    if report.spills or report.stack:
+        report.faults.append(f"{report.spills} spill instructions, {report.stack} bytes of stack")
+    if report.shared > SHARED_PER_BLOCK[cc]:
+        report.faults.append(f"{report.shared} bytes of shared memory")
+    return report
+
+
+def _read_machine_code(report, cubin, num_warps, elements):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (_cuobjdump(flag, file.name) for flag in ("--dump-resource-usage", "--dump-sass"))
+    report.registers, report.stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))
+    instruction = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+ )?\s*([A-Z][A-Z0-9_]*)(\S*)(.*);", re.M)
+    listing = [(int(at, 16), name, rest) for at, name, _, rest in instruction.findall(code)]
+    counts = Counter(name for _, name, _ in listing)
+    report.spills = counts["STL"] + counts["LDL"]
+    report.tensor_core = counts["HMMA"] + counts["HGMMA"]
+    # the main loop is the longest stretch that a branch jumps back over
+    for at, name, rest in listing:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
+        if target and int(target.group(1), 16) < at:
+            report.loop = max(report.loop, sum(int(target.group(1), 16) <= x <= at for x, _, _ in listing))
+    if elements:
+        report.lane_instructions = round(report.loop * 32 * num_warps / elements, 2)
+    per_warp = -(-report.registers * 32 // 256) * 256
+    by_shared = SHARED_PER_SM[report.cc] // (report.shared + 1024)
+    report.blocks_per_sm = min(REGISTERS_PER_SM // (per_warp * num_warps), by_shared, WARPS_PER_SM // num_warps)
+
+
+def _cuobjdump(flag, path):
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+
+
+def specs() -> list[Spec]:
+    """Every kernel variant that the launchers can ask for, up to what changes nothing in the machine code."""
+    return [*_dense_specs(), *_quant_specs(), *_pack_specs(), *_merge_specs()]
+
+
+def _dense_specs():
+    from hf_kvcache.kernels.dense_attention import triton_kernel as dense
+
+    for D, dtype, mask, cap in [
+        (64, "bf16", 0, False),
+        (80, "bf16", 0, False),
+        (128, "bf16", 0, False),
+        (128, "bf16", 2, True),
+        (256, "bf16", 0, False),
+        (128, "fp16", 1, False),
+    ]:
+        kernel = dense.dense_attention_fwd_kernel
+        config = dense.dense_config(D, 2)
+        pointers = {**dict.fromkeys(("q", "k", "v"), dtype), "mask": "u8", "out": "fp32", "lse": "fp32"}
+        constants = {**config, "UNIT": 8, "MASK": mask, "CAP": cap}
+        name = f"dense-d{D}-{dtype}" + ("-mask" if mask else "") + ("-softcap" if cap else "")
+        yield _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * D * 2)
+
+
+def _quant_specs():
+    from hf_kvcache.kernels.quant_attention import triton_kernel as quant
+
+    for D, bits, axis, group, dtype, mask, cap in [
+        (64, (4, 4), "channel", 64, "bf16", 0, False),
+        (64, (2, 2), "channel", 32, "bf16", 0, False),
+        (80, (4, 4), "channel", 80, "bf16", 0, False),
+        (128, (8, 8), "channel", 64, "bf16", 0, False),
+        (128, (4, 4), "channel", 64, "bf16", 0, False),
+        (128, (2, 2), "channel", 32, "bf16", 0, False),
+        (128, (8, 4), "channel", 64, "bf16", 0, False),
+        (128, (4, 4), "channel", 64, "bf16", 1, False),
+        (128, (4, 4), "channel", 64, "fp16", 2, True),
+        (128, (8, 8), "token", 64, "bf16", 0, False),
+        (128, (4, 4), "token", 64, "bf16", 0, False),
+        (128, (2, 2), "token", 32, "bf16", 0, False),
+        (256, (8, 8), "channel", 128, "bf16", 0, False),
+        (256, (8, 8), "token", 128, "bf16", 0, False),
+        (256, (4, 4), "token", 64, "bf16", 0, False),
+        (256, (4, 4), "channel", 64, "bf16", 0, False),
+        (256, (2, 2), "channel", 32, "bf16", 0, False),
+    ]:
+        kernel = quant.quant_attention_fwd_kernel
+        config = quant.quant_config(D, bits, axis, D // group, D // group)
+        halves = dict.fromkeys(("k_scale", "k_zero", "v_scale", "v_zero"), "fp16")
+        pointers = {"q": dtype, "k_codes": "i16", "v_codes": "i16", **halves}
+        pointers |= {"mask": "u8", "out": "fp32", "lse": "fp32"}
+        constants = {**config, "UNIT": 8, "MASK": mask, "CAP": cap, "EXACT": False, "ASM": True}
+        name = f"quant-d{D}-k{bits[0]}v{bits[1]}-{axis}-g{group}-{dtype}"
+        name += ("-mask" if mask else "") + ("-softcap" if cap else "")
+        yield _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * D * 2)
+
+
+def _pack_specs():
+    from hf_kvcache.kernels.quant_pack import triton_kernel as pack
+
+    for D, bits, axis, group, dtype in [
+        (128, 8, "channel", 32, "bf16"),
+        (128, 4, "channel", 32, "bf16"),
+        (128, 2, "channel", 32, "fp16"),
+        (128, 8, "token", 64, "bf16"),
+        (128, 4, "token", 64, "bf16"),
+        (256, 2, "token", 32, "fp32"),
+    ]:
+        pointers = {"x": dtype, "codes": "i16", "scale": "fp16", "zero": "fp16"}
+        constants = pack.pack_config(D, bits, axis == "channel", group)
+        yield _spec(f"pack-d{D}-{bits}bit-{axis}-{dtype}", pack.quant_pack_fwd_kernel, pointers, constants)
+
+
+def _merge_specs():
+    from hf_kvcache.kernels.merge_states import triton_kernel as merge
+
+    for D, dtype in ((64, "bf16"), (128, "bf16"), (256, "fp16")):
+        pointers = {"partial_out": "fp32", "partial_lse": "fp32", "out": dtype, "lse": "fp32"}
+        constants = {"D": D, "DP": D, "BP": 16, "num_warps": 4, "enable_fp_fusion": True}
+        yield _spec(f"merge-d{D}-{dtype}", merge.merge_states_fwd_kernel, pointers, constants)
+
+
+def _spec(name, kernel, pointers, constants, elements=0):
+    """Type the remaining arguments: factors are fp32, counts and strides i32."""
+    types = {key: f"*{kind}" for key, kind in pointers.items()}
+    for key in kernel.arg_names:
+        if key not in types and key not in constants:
+            types[key] = "fp32" if key in ("scaling", "softcap") else "i32"
+    return Spec(name, kernel, types, constants, elements)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU.")
+    parser.add_argument("--cc", type=int, nargs="+", default=[90, 80], help="compute capabilities")
+    parser.add_argument("--only", default="", help="only the variants whose name contains this")
+    parser.add_argument("--json", action="store_true", help="one JSON line per variant")
+    args = parser.parse_args(argv)
+    if os.environ.pop("TRITON_INTERPRET", None):
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    failed = False
+    if not args.json:
+        print(f"{'variant':44} sm regs spills shared blocks/SM HMMA loop lane-instr/element")
+    for spec in specs():
+        for cc in args.cc if args.only in spec.name else ():
+            report = compile_spec(spec, cc)
+            failed |= bool(report.faults)
+            if args.json:
+                print(json.dumps(asdict(report)), flush=True)
+                continue
+            verdict = "; ".join(report.faults) or "ok"
+            print(
+                f"{spec.name:44} {cc} {report.registers:4} {report.spills:6} {report.shared:6} {report.blocks_per_sm:9}"
+                f" {report.tensor_core:4} {report.loop:4} {report.lane_instructions:6}  {verdict}",
+                flush=True,
+            )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

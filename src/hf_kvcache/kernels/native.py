@@ -1,0 +1,204 @@
+"""Builds the C++ source of an op on first use and loads it with ctypes.
+
+A library is keyed by a hash of its source, the shared headers, the compiler and the flags, and lives in
+`HF_KVCACHE_CACHE`, `$XDG_CACHE_HOME/hf_kvcache` or `~/.cache/hf_kvcache`. The instruction set is the best this CPU
+has, `HF_KVCACHE_ISA` overrides it; `CXX` names the compiler. Without a compiler nothing breaks: `unavailable`
+says why and the ops run on their PyTorch reference.
+
+This module knows nothing of the arguments of an op.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+OPS = ("dense_attention", "quant_attention", "quant_pack")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
+# best first: name, features the CPU must report, flags
+LEVELS = {
+    "avx512_vnni": (("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"), (*_AVX512, "-mavx512vnni")),
+    "avx512": (("avx512f", "avx512bw", "avx512vl", "avx512dq"), _AVX512),
+    "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
+    "scalar": ((), ()),
+}
+COMPILE_SECONDS = 300
+
+_lock = threading.Lock()
+_functions: dict[tuple[str, str | None], ctypes._CFuncPtr] = {}
+_reasons: dict[tuple[str, str | None], str] = {}
+
+
+class BuildError(RuntimeError):
+    """Raised when an op cannot be compiled or loaded; the message is the reason."""
+
+
+def unavailable(op: str, device: torch.device) -> str | None:
+    """Why the native `op` cannot run on `device`, or None; compiles it the first time it is asked."""
+    if device.type != "cpu":
+        return f"native code does not run on {device.type} tensors"
+    try:
+        function(op)
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def function(op: str):
+    """The C function of `op`; it takes one bytes object, the packed arguments.
+
+    Raises:
+        BuildError: there is no compiler, it failed, or the library does not load. The reason is remembered.
+    """
+    key = op, os.environ.get("HF_KVCACHE_ISA")
+    found = _functions.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        if key not in _functions and key not in _reasons:
+            try:
+                _functions[key] = _load(op, build(op))
+            except BuildError as error:
+                _reasons[key] = str(error)
+        if key in _reasons:
+            raise BuildError(_reasons[key])
+        return _functions[key]
+
+
+def forget() -> None:
+    """Forget loaded functions and remembered failures (tests)."""
+    with _lock:
+        _functions.clear()
+        _reasons.clear()
+
+
+def build(op: str, isa: str | None = None) -> Path:
+    """Compile `op` unless its library is already cached; return the path of the library."""
+    program = compiler()
+    command = [*program, *FLAGS, *isa_flags(isa or instruction_set())]
+    source = Path(sys.modules["hf_kvcache.kernels." + op].__file__).with_name("native.cpp")
+    headers = Path(__file__).parent
+    read = [source, *sorted(source.parent.glob("*.h")), *sorted(headers.glob("*.h"))]
+    parts = [path.read_bytes() for path in read]
+    key = hashlib.sha256(b"\0".join([*parts, "\0".join(command).encode(), _version(program[0]).encode()])).hexdigest()
+    folder = cache_folder()
+    library = folder / f"{op}-{key[:20]}.so"
+    if library.exists():
+        return library
+    # compiled under another name and renamed: a reader never sees half a file, two builders just waste one build
+    with tempfile.TemporaryDirectory(prefix=f"{op}-", dir=folder) as scratch:
+        compiled, linked = os.path.join(scratch, "op.o"), os.path.join(scratch, "op.so")
+        _run([*command, "-I", str(headers), "-c", str(source), "-o", compiled])
+        # linked without -fopenmp: the GOMP_* symbols then come from the OpenMP runtime torch has loaded, so that
+        # there is one pool of threads, not two
+        _run([*program, "-shared", compiled, "-o", linked])
+        os.replace(linked, library)
+    return library
+
+
+def instruction_set() -> str:
+    """`HF_KVCACHE_ISA`, or the best level of this CPU."""
+    wanted = os.environ.get("HF_KVCACHE_ISA")
+    if wanted is None:
+        return supported()[0]
+    if wanted not in supported():
+        raise BuildError(f"HF_KVCACHE_ISA={wanted!r} is not one of {', '.join(supported())}")
+    return wanted
+
+
+@lru_cache(None)
+def supported() -> tuple[str, ...]:
+    """Names of the levels this CPU can run, best first."""
+    features = set()
+    if platform.machine() in ("x86_64", "AMD64"):
+        try:
+            found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+            features = set(found.group(1).split()) if found else set()
+        except OSError:
+            pass
+    return tuple(name for name, (needed, _) in LEVELS.items() if features.issuperset(needed))
+
+
+def isa_flags(isa: str) -> tuple[str, ...]:
+    """Compiler flags of a level."""
+    # off x86 the one portable level may use whatever this machine has; its cache is not shared with another one
+    return LEVELS[isa][1] if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
+
+
+def compiler() -> list[str]:
+    """The C++ compiler as a command: `CXX`, else g++ or clang++ on PATH."""
+    if sys.platform == "win32":
+        raise BuildError("native code is not built on Windows")
+    named = os.environ.get("CXX")
+    if named:
+        words = named.split()
+        if words and shutil.which(words[0]):
+            return words
+        raise BuildError(f"the compiler CXX={named!r} is not found")
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return [name]
+    raise BuildError("no C++ compiler is found (install g++ or set CXX)")
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept; a private temporary folder when the usual one cannot be written."""
+    named = os.environ.get("HF_KVCACHE_CACHE")
+    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_kvcache"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=base):
+            return base
+    except OSError:
+        return _temporary_folder()
+
+
+@lru_cache(None)
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="hf_kvcache-"))
+
+
+@lru_cache(None)
+def _version(name: str) -> str:
+    return _run([name, "--version"])
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from None
+    if done.returncode:
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        first = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no message")
+        raise BuildError(f"{command[0]} failed: {first}")
+    return done.stdout
+
+
+def _load(op: str, library: Path):
+    try:
+        loaded = ctypes.CDLL(str(library))
+    except OSError:
+        try:
+            # torch links another OpenMP runtime here: bring the one of the compiler
+            ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+            loaded = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise BuildError(f"the library of {op} does not load: {error}") from None
+    found = loaded[op]
+    found.argtypes, found.restype = [ctypes.c_char_p], None
+    return found

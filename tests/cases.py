@@ -1,0 +1,198 @@
+"""THE table: every method with the settings that tests use, and the tiny models they run on.
+
+Adding a method means adding its rows here; the questions in `test_*.py` are then asked of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import hf_kvcache as kv
+
+# -- methods -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache with settings that make it work hard on about 80 tokens (or, `lossless`, have nothing to do)."""
+
+    id: str
+    make: Callable[[], kv.KVCache]
+    lossless: bool = False
+    evicts: bool = False
+
+    def __str__(self):
+        return self.id
+
+
+# small enough that tiny prompts are evicted and packed several times
+KNOBS = dict(n_sink=2, n_recent=8, interval=4)
+
+CASES = [
+    # nothing to compress
+    Case("dense", kv.KVCache, lossless=True),
+    Case("dense-max_length256", lambda: kv.KVCache(max_length=256), lossless=True),
+    Case("dense-codec-window8", lambda: kv.KVCache(codec=kv.Dense(), window=8), lossless=True),
+    Case("quant4-window256", lambda: kv.QuantCache(4, window=256), lossless=True),
+    Case("streaming-budget256", lambda: kv.EvictionCache("streaming", budget=256), lossless=True),
+    Case("keydiff-ratio1", lambda: kv.EvictionCache("keydiff", ratio=1.0, n_sink=0, n_recent=0), lossless=True),
+    # quantised
+    Case("quant8-window8", lambda: kv.QuantCache(8, window=8)),
+    Case("quant4-window8", lambda: kv.QuantCache(4, window=8)),
+    Case("quant4-window0-sink4", lambda: kv.QuantCache(4, window=0, n_sink=4)),
+    Case("quant4-rotate-window8", lambda: kv.QuantCache(4, window=8, rotate=True)),
+    Case("quant4-edge1-window8", lambda: kv.QuantCache(4, window=8, edge_layers=1)),
+    Case("quant4-max_length256", lambda: kv.QuantCache(4, window=8, max_length=256)),
+    Case("quant3-window8", lambda: kv.QuantCache(3, window=8)),
+    Case("quant2-window8", lambda: kv.QuantCache(2, window=8)),
+    Case("quant8k4v-window8", lambda: kv.KVCache(codec=(kv.Quantize(8), kv.Quantize(4)), window=8)),
+    # evicting
+    Case("streaming-budget24", lambda: kv.EvictionCache("streaming", budget=24, **KNOBS), evicts=True),
+    Case("keydiff-budget24", lambda: kv.EvictionCache("keydiff", budget=24, **KNOBS), evicts=True),
+    Case("keydiff-ratio0.5", lambda: kv.EvictionCache("keydiff", ratio=0.5, **KNOBS), evicts=True),
+    Case("keydiff-prompt-only", lambda: kv.EvictionCache("keydiff", budget=24, decode=False, **KNOBS), evicts=True),
+    # both
+    Case("keydiff-quant8", lambda: kv.QuantCache(8, window=4, policy=kv.KeyDiff(budget=44, **KNOBS)), evicts=True),
+]
+LOSSLESS = [case for case in CASES if case.lossless]
+LOSSY = [case for case in CASES if not case.lossless]
+EVICTING = [case for case in CASES if case.evicts]
+BY_ID = {case.id: case for case in CASES}
+
+# -- models --------------------------------------------------------------------------------------------------------
+
+VOCAB = 128
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    head_dim=16,
+)
+WITHOUT_HEAD_DIM = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": 64}
+HYBRID = dict(num_hidden_layers=4, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+
+ARCHITECTURES = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None),
+    "mistral-window8": lambda: MistralConfig(**SIZES, sliding_window=8),
+    "qwen2": lambda: Qwen2Config(**WITHOUT_HEAD_DIM),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    "phi3": lambda: Phi3Config(**WITHOUT_HEAD_DIM),
+    "gemma": lambda: GemmaConfig(**SIZES),
+    "gemma2": lambda: Gemma2Config(**SIZES | HYBRID, query_pre_attn_scalar=16, attn_logit_softcapping=4.0),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES | HYBRID, query_pre_attn_scalar=16),
+}
+HYBRIDS = ["mistral-window8", "gemma2", "gemma3"]
+NAMED = "hf_kvcache"
+
+
+def stock_implementation(arch: str) -> str:
+    """What transformers would load the model with: Gemma-2 asks for eager because of its softcap."""
+    return "eager" if arch == "gemma2" else "sdpa"
+
+
+@lru_cache(maxsize=None)
+def tiny_model(arch="llama", implementation=NAMED, dtype=torch.float32, seed=0):
+    """A random model, never to be changed by a test: it is shared."""
+    return new_model(ARCHITECTURES[arch](), implementation, dtype, seed)
+
+
+def new_model(config, implementation=NAMED, dtype=torch.float32, seed=0):
+    """A random model whose attention matters: with the usual initialisation every score is close to zero."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval().to(dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embed" not in name and "lm_head" not in name:
+                weight.mul_(6)
+    model.generation_config.eos_token_id = None
+    return model.requires_grad_(False)
+
+
+def prompt(batch=1, length=60, seed=1):
+    """Random token ids `[batch, length]`."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(lengths, seed=1):
+    """Left-padded ids and mask for rows of these lengths, and the rows alone."""
+    width = max(lengths)
+    ids = prompt(len(lengths), width, seed)
+    mask = torch.ones_like(ids)
+    for row, n in enumerate(lengths):
+        ids[row, : width - n], mask[row, : width - n] = 0, 0
+    return ids, mask, [ids[row : row + 1, width - n :] for row, n in enumerate(lengths)]
+
+
+def generate(model, ids, cache=None, **options):
+    """Greedy unless told; returns transformers' output with `.sequences` and `.logits`."""
+    options = dict(max_new_tokens=16, do_sample=False, return_dict_in_generate=True, output_logits=True) | options
+    options.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, past_key_values=cache, **options)
+
+
+def replay(model, cache, ids, sizes, mask=None):
+    """Feed `ids` `[B, T]` in pieces of `sizes` tokens; returns the logits of every token `[B, T, vocabulary]`."""
+    assert sum(sizes) == ids.shape[1]
+    logits, start = [], 0
+    for size in sizes:
+        stop, options = start + size, {}
+        if mask is not None:
+            positions = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:]
+            options = dict(attention_mask=mask[:, :stop], position_ids=positions)
+        logits.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **options).logits)
+        start = stop
+    return torch.cat(logits, 1)
+
+
+def splits(total, size):
+    """`total` in pieces of `size`, the last one shorter."""
+    return [size] * (total // size) + ([total % size] if total % size else [])
+
+
+def state(cache):
+    """Every byte in use of a cache: `{(layer, buffer, name): tensor}`."""
+    return {
+        (i, which, name): tensor
+        for i, layer in enumerate(cache.layers)
+        if isinstance(layer, kv.KVLayer)
+        for which, buffer in layer.store.buffers().items()
+        for name, tensor in buffer.views().items()
+    }
+
+
+def assert_same_state(cache, other):
+    """Two caches hold the same bytes."""
+    ours, theirs = state(cache), state(other)
+    assert ours.keys() == theirs.keys()
+    for where, tensor in ours.items():
+        assert torch.equal(tensor, theirs[where]), f"{where} differs"
+    assert cache.get_seq_length() == other.get_seq_length()
+
+
+def assert_close(name, ours, reference, tolerance):
+    """The largest difference stays below `tolerance`; says by how much it does not."""
+    worst = (ours.float() - reference.float()).abs().max().item()
+    assert worst <= tolerance, f"{name}: {worst:.2e} > {tolerance:.0e}"

@@ -1,0 +1,228 @@
+"""The comparison on a random model: ratios, errors as rows, specifications, report and picture."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from cases import ARCHITECTURES, new_model
+from rich.console import Console
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import DynamicCache
+
+import hf_kvcache as kv
+from hf_kvcache import registry
+from hf_kvcache.eval.compare import Row, Settings, compare, n_stages, with_baseline
+from hf_kvcache.eval.memory import cache_nbytes
+from hf_kvcache.eval.report import as_dict, as_table
+from hf_kvcache.eval.specs import CacheSpec, SpecError, default_specs, parse
+
+SETTINGS = Settings(context=160, n_new=3, rounds=2, eval_context=512, n_windows=2, n_next=32, n_prompts=1)
+TEXTS = ["dense", "quant:bits=2,window=0", "streaming:ratio=0.25", "keydiff:ratio=0.5+quant:bits=8,window=4"]
+
+
+class Letters:
+    """A tokenizer with one token per character and no ledger."""
+
+    bos_token_id = 1
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [3 + ord(letter) % 120 for letter in text]}
+
+    def get_vocab(self):
+        return {}
+
+
+def broken(config):
+    raise RuntimeError("out of luck\nsecond line")
+
+
+@pytest.fixture(scope="module")
+def result():
+    """Rows by name, and the stages that were announced."""
+    model = new_model(ARCHITECTURES["llama"]())
+    specs = with_baseline([*map(parse, TEXTS), CacheSpec("broken", broken)])
+    stages = []
+    text = "".join(chr(97 + i * i % 26) for i in range(1500))
+    rows = compare(model, Letters(), text, specs, SETTINGS, stages.append)
+    assert len(stages) == n_stages(len(specs), SETTINGS)
+    return model, {row.cache: row for row in rows}
+
+
+def test_baseline_comes_first_and_is_the_unit(result):
+    rows = result[1]
+    assert next(iter(rows)) == "dynamic"
+    assert rows["dynamic"].bytes_ratio == rows["dynamic"].speedup == 1
+    # 2 layers of keys and values, 163 tokens, 2 heads, 16 channels, float32
+    assert rows["dynamic"].nbytes == 2 * 2 * (SETTINGS.context + SETTINGS.n_new) * 2 * 16 * 4
+
+
+def test_lossless_cache_equals_the_baseline(result):
+    dynamic, dense = result[1]["dynamic"], result[1]["dense"]
+    assert dense.kl == pytest.approx(0, abs=1e-6)
+    assert dense.perplexity == pytest.approx(dynamic.perplexity, rel=1e-4)
+    assert dense.retrieval == dynamic.retrieval
+    assert 1 <= dense.bytes_ratio < 1.13
+    assert dense.nbytes_prompt <= dynamic.nbytes
+
+
+def test_lossy_caches_save_bytes_and_cost_fidelity(result):
+    for text in TEXTS[1:]:
+        row = result[1][text]
+        assert row.error is None
+        assert row.bytes_ratio < 0.6, text
+        assert row.kl > 1e-5, text
+        assert row.prefill_s > 0 and row.tokens_per_s > 0 and row.speedup > 0
+
+
+def test_failure_is_a_row(result):
+    row = result[1]["broken"]
+    assert row.error == "RuntimeError: out of luck\nsecond line"
+    assert row.nbytes is row.kl is row.retrieval is None
+
+
+def test_peers_run_on_the_attention_they_have_without_us(result):
+    model = result[0]
+    seen = {}
+
+    def spy(name, make):
+        def factory(config, **knobs):
+            seen[name] = model.config._attn_implementation
+            return make(config)
+
+        return factory
+
+    specs = [parse("dynamic"), CacheSpec("ours", spy("ours", lambda config: kv.KVCache()))]
+    compare(model, Letters(), "a" * 600, specs, SETTINGS)
+    assert seen == {"ours": "hf_kvcache"}
+    assert specs[0].is_peer and not specs[1].is_peer
+
+
+def test_table_and_json_show_every_row(result):
+    model, rows = result
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))
+    console.print(as_table(list(rows.values()), SETTINGS, "title"))
+    text = console.export_text()
+    assert all(name in text for name in rows)
+    assert "RuntimeError: out of luck" in text and "second line" not in text
+    data = json.loads(json.dumps(as_dict(list(rows.values()), SETTINGS, model, "tiny")))
+    assert [row["cache"] for row in data["rows"]] == list(rows)
+    assert data["settings"]["context"] == 160 and data["dtype"] == "float32" and data["versions"]["torch"]
+
+
+def test_picture_is_drawn(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    from hf_kvcache.eval.picture import family, save_picture
+
+    save_picture(list(result[1].values()), tmp_path / "out.png", "title")
+    assert (tmp_path / "out.png").stat().st_size > 20_000
+    families = [family(row) for row in result[1].values() if not row.error]
+    assert families == ["transformers' own", "saves nothing", "saves bits", "saves tokens", "saves tokens and bits"]
+
+
+def test_nothing_is_drawn_without_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    from hf_kvcache.eval.picture import save_picture
+
+    save_picture([Row("dynamic", True, error="no")], tmp_path / "out.png", "title")
+    assert not (tmp_path / "out.png").exists()
+
+
+# -- specifications ------------------------------------------------------------------------------------------------
+
+
+def test_spec_builds_what_it_says():
+    cache = parse("quant:bits=2,rotate=true,edge_layers=1").build()
+    assert isinstance(cache, kv.QuantCache)
+    assert (cache.codec[0].bits, cache.codec[0].rotate, cache.edge_layers) == (2, True, 1)
+
+
+def test_policy_composes_with_cache():
+    cache = parse("keydiff:ratio=0.5,n_sink=2 + quant:bits=8").build()
+    assert isinstance(cache, kv.QuantCache) and isinstance(cache.policy, kv.KeyDiff)
+    assert (cache.policy.ratio, cache.policy.n_sink, cache.codec[0].axis) == (0.5, 2, "token")
+
+
+def test_policy_alone_is_dense():
+    cache = parse("streaming:budget=100").build()
+    assert isinstance(cache.policy, kv.Streaming) and cache.codec is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("quantum", "no cache is called 'quantum'; there are dynamic, quanto, hqq, dense, quant"),
+        ("quant:bit=4", "quant has no argument 'bit'; it takes bits, window, rotate"),
+        ("quant:4", "'4' is not of the form argument=value"),
+        ("quant:bits=5", "bits=5 is not one of"),
+        ("quant:bits=four", "quant:bits=four"),
+        ("keydiff", "give either budget="),
+        ("keydiff:ratio=0.5+quant:key_axis=channel", "drops single tokens"),
+        ("keydiff:ratio=0.5+streaming:ratio=0.5", "joins one eviction policy and one cache"),
+        ("keydiff:ratio=0.5+quanto", "joins one eviction policy and one cache"),
+        ("quant:policy=keydiff", "quant has no argument 'policy'"),
+        ("", "no cache is called ''"),
+    ],
+)
+def test_mistakes_are_named(text, message):
+    with pytest.raises(SpecError) as caught:
+        parse(text).check()
+    assert message in str(caught.value)
+
+
+def test_default_has_every_method_and_the_baseline():
+    texts = [spec.text for spec in default_specs()]
+    assert texts[0] == "dynamic"
+    for method in registry.METHODS:
+        assert any(text.split(":")[0] == method.name for text in texts), method.name
+
+
+def test_a_new_method_needs_only_its_registry_line(monkeypatch):
+    new = registry.Method("newest", "hf_kvcache.policies.streaming:Streaming", "tokens", "The newest tokens")
+    monkeypatch.setattr(registry, "METHODS", (*registry.METHODS, new))
+    assert default_specs()[-1].text == "newest:ratio=0.25"
+    assert isinstance(parse("newest:budget=64").build().policy, kv.Streaming)
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_count_a_storage_once_and_look_inside_wrappers():
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 10, 4), torch.zeros(1, 2, 10, 4), 0)
+    layer = cache.layers[0]
+    plain = 2 * 2 * 10 * 4 * 4
+    assert cache_nbytes(cache) == plain
+    layer.again = layer.keys[:, :, :3]
+    assert cache_nbytes(cache) == plain
+    layer.meta = ({"scale": torch.zeros(5, dtype=torch.float16)}, [torch.zeros(3)])
+    assert cache_nbytes(cache) == plain + 10 + 12
+    layer.wrapped = TwoTensor(torch.zeros(2), torch.zeros(2))
+    assert cache_nbytes(cache) == plain + 22 + 16
+
+
+def test_bytes_of_ours_are_its_own_count():
+    cache = kv.QuantCache(4, window=0)
+    cache.update(torch.randn(1, 2, 70, 16), torch.randn(1, 2, 70, 16), 0)
+    assert cache_nbytes(cache) == cache.nbytes > 0
+
+
+@pytest.mark.parametrize("name", ["quanto", "hqq"])
+def test_quantised_peers_are_smaller(name):
+    from hf_kvcache.eval.peers import PEERS, is_installed
+
+    if not is_installed(name):
+        pytest.skip(f"{name} is not installed")
+    config = ARCHITECTURES["llama"]()
+    make = partial(PEERS[name], config)
+    rows = torch.randn(1, 2, 256, 16)
+    sizes = {}
+    for bits in (4, 2):
+        try:
+            cache = make(bits=bits)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+        cache.update(rows, rows, 0)
+        sizes[bits] = cache_nbytes(cache)
+    dense = 2 * rows.numel() * 4
+    assert 0.05 * dense < sizes[2] < sizes[4] < 0.3 * dense

@@ -1,0 +1,177 @@
+"""The command line from end to end, on the embedded model with short contexts."""
+
+import argparse
+import json
+import sys
+
+import pytest
+
+from hf_kvcache import embedded_model
+from hf_kvcache.cli import COMMANDS, build_parser, main
+
+FAST = ["--context", "256", "--eval-context", "256", "--new-tokens", "2", "--rounds", "1", "--dtype", "fp32"]
+
+
+def run(capsys, *args):
+    """Exit code, standard output and standard error of one call."""
+    try:
+        code = main(list(args))
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_help_names_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert name in out
+        assert run(capsys, name, "--help")[0] == 0
+
+
+def test_every_command_has_help_for_every_argument():
+    parser = build_parser()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        assert command.description, name
+        assert all(action.help for action in command._actions), name
+
+
+def test_compare_writes_table_json_and_picture(capsys, tmp_path):
+    caches = "dense", "quant:bits=4", "keydiff:ratio=0.25"
+    code, out, _ = run(capsys, "compare", *FAST, "--out", str(tmp_path), "--caches", *caches)
+    assert code == 0
+    for name in ("dynamic", *caches, "perplexity", "retrieval"):
+        assert name in out
+    result = json.loads((tmp_path / "compare.json").read_text())
+    rows = {row["cache"]: row for row in result["rows"]}
+    assert list(rows) == ["dynamic", *caches]
+    assert rows["dense"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert rows["dense"]["perplexity"] == pytest.approx(rows["dynamic"]["perplexity"], rel=1e-3)
+    assert rows["dense"]["retrieval"] == rows["dynamic"]["retrieval"]
+    assert rows["keydiff:ratio=0.25"]["kl"] > rows["dense"]["kl"]
+    assert (tmp_path / "compare.png").exists() or "matplotlib" not in sys.modules
+
+
+def test_compare_prints_json_alone(capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The rain fell on the harbour and the boats lay still. " * 60)
+    code, out, _ = run(capsys, "compare", *FAST, "--json", "--caches", "dynamic", "--text", str(text), "--attn", "sdpa")
+    assert code == 0
+    (row,) = json.loads(out)["rows"]
+    assert row["cache"] == "dynamic" and row["bytes_ratio"] == 1
+
+
+def test_compare_reports_a_failed_cache_and_goes_on(capsys, monkeypatch):
+    from hf_kvcache import presets
+
+    monkeypatch.setattr(presets.DenseCache, "update", lambda *args, **kwargs: 1 / 0)
+    code, out, _ = run(capsys, "compare", *FAST, "--caches", "dense", "quant:bits=8")
+    assert code == 1
+    assert "ZeroDivisionError" in out and "quant:bits=8" in out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["compare", "--caches", "quantum"], "no cache is called 'quantum'"),
+        (["compare", "--caches", "quant:bits=5"], "bits=5 is not one of"),
+        (["compare", "--text", "no/such/file.txt"], "--text: cannot read 'no/such/file.txt'"),
+        (["compare", "--model", "./no/such/model"], "cannot load the model './no/such/model'"),
+        (["compare", "--context", "99999"], "this model reads at most"),
+        (["compare", "--eval-context", "10"], "use at least 64"),
+        (["compare", "--context", "0"], "0 is not a positive number"),
+        (["compare", "--device", "abacus"], "--device abacus"),
+        (["compare", "--dtype", "int8"], "invalid choice"),
+        (["generate"], "--prompt TEXT or --prompt-file FILE"),
+        (["generate", "--prompt", "a", "--cache", "keydiff"], "give either budget="),
+        (["generate", "--prompt", "a", "--max-new-tokens", "0"], "not a positive number"),
+        (["generate", "--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+        (["generate", "--load", "d", "--cache", "dense"], "leave --cache out"),
+        (["generate", "--load", "no/such/cache"], "no/such/cache holds no saved cache"),
+        (["generate", "--prompt", "a", "--cache", "dynamic", "--save", "d"], "cannot be saved"),
+        (["dance"], "invalid choice"),
+        ([], "required"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_end_with_two_and_a_sentence(capsys, args, message):
+    code, out, err = run(capsys, *args)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_short_text_is_a_mistake(capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Too short.")
+    code, _, err = run(capsys, "compare", *FAST, "--caches", "dense", "--text", str(text))
+    assert code == 2 and "give a longer text" in err
+
+
+def test_methods_lists_the_registry(capsys):
+    from hf_kvcache.registry import METHODS
+
+    code, out, _ = run(capsys, "methods", "--markdown")
+    assert code in (0, None)
+    lines = out.splitlines()
+    assert len(lines) == len(METHODS) + 2 and len({line.count("|") for line in lines}) == 1
+    assert "quanto" in run(capsys, "methods")[1]
+
+
+def test_doctor_names_a_backend_for_every_op(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    assert code == 0
+    found = json.loads(out)
+    ops = {row["op"]: row for row in found["backends"]}
+    assert {"dense_attention", "quant_attention", "quant_pack"} <= ops.keys()
+    assert all(row["backend"] in ("native", "triton", "reference") and row["reason"] for row in ops.values())
+    assert found["versions"]["torch"] and found["native"]["cache folder"]
+    assert "backends" in run(capsys, "doctor")[1]
+
+
+def test_generate_streams_text_and_counts(capsys):
+    code, out, err = run(capsys, "generate", "--prompt", "The old bridge", "--max-new-tokens", "8", "--dtype", "fp32")
+    assert code == 0
+    assert out.strip()
+    assert "tokens/s" in err and "of the dense" in err
+    again = run(capsys, "generate", "--prompt", "The old bridge", "--max-new-tokens", "8", "--dtype", "fp32")
+    assert again[1] == out
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "streaming:budget=64", "keydiff:budget=128+quant:bits=8"])
+def test_generate_takes_any_cache(capsys, cache):
+    code, out, _ = run(
+        capsys, "generate", "--prompt", "The old bridge " * 30, "--max-new-tokens", "4", "--cache", cache
+    )
+    assert code == 0 and out.strip()
+
+
+def test_saved_prompt_goes_on_as_it_would_have(capsys, tmp_path):
+    folder = str(tmp_path / "saved")
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("It rained all night upon the moor, and in the morning the river had risen. " * 12)
+    common = "--max-new-tokens", "8", "--dtype", "fp32"
+    code, out, _ = run(capsys, "generate", "--prompt-file", str(prompt), "--save", folder, *common)
+    assert code == 0
+    code, again, err = run(capsys, "generate", "--load", folder, *common)
+    assert (code, again) == (0, out)
+    assert "(1 tokens read)" in err
+    code, more, err = run(capsys, "generate", "--load", folder, "--prompt", " Then the old man said", *common)
+    assert code == 0 and more.strip()
+
+
+def test_folder_of_another_cache_is_refused(capsys, tmp_path):
+    folder = tmp_path / "saved"
+    args = "--max-new-tokens", "2", "--prompt", "It rained all night upon the moor."
+    assert run(capsys, "generate", *args, "--save", str(folder))[0] == 0
+    (folder / "prompt.json").write_text('{"ids": [1, 2, 3]}')
+    code, _, err = run(capsys, "generate", "--load", str(folder))
+    assert code == 2 and "belongs to another cache" in err
+
+
+def test_missing_embedded_model_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_kvcache.models.embedded_model", lambda: tmp_path)
+    code, _, err = run(capsys, "generate", "--prompt", "a")
+    assert code == 2 and "--model ID_OR_PATH" in err
+    assert embedded_model().exists()

@@ -1,0 +1,1 @@
+"""Training scripts, one per thing that can be trained."""
