@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from transformers import (
@@ -113,7 +113,7 @@ def stock_implementation(arch: str) -> str:
     return "eager" if arch == "gemma2" else "sdpa"
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny_model(arch="llama", implementation=NAMED, dtype=torch.float32, seed=0):
     """A random model, never to be changed by a test: it is shared."""
     return new_model(ARCHITECTURES[arch](), implementation, dtype, seed)

@@ -1,5 +1,6 @@
 """Bytes are real: what a cache reports is what it allocates, fits the codec's promise, and the process shrinks."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -77,12 +78,19 @@ def test_bytes_equal_the_formula(name):
     # a packing store keeps room for the rows that will wait for their block
     n_dense = store.n_sink + store.window + store.step if store.keys is not None else store.n_kept
     assert layer.nbytes == promised(layer, n_dense) == storages(layer)
-    settle_rows_more = settle_rows(layer, 1, 150)
-    assert settle_rows_more.nbytes == storages(layer)
+    settle_rows(layer, 1, 150)
+    assert layer.nbytes == storages(layer)
     spare = layer.nbytes - promised(layer, store.dense.n_tokens)
     # room to grow: an eighth of what is held, and never less than the blocks in waiting
     wait = promised(layer, store.n_sink + store.window + store.step + 8) - promised(layer, store.dense.n_tokens)
     assert 0 <= spare <= layer.nbytes / 8 + max(wait, 0)
+
+
+def test_a_dense_cache_does_not_hold_on_to_activations():
+    # Phi-3 slices K and V out of one qkv tensor: adopting the slices would keep the queries too
+    cache = kv.KVCache()
+    tiny_model("phi3")(prompt(2), past_key_values=cache)
+    assert cache.nbytes == cache.nbytes_dense == 2 * 2 * 2 * 2 * 60 * 16 * 4
 
 
 @pytest.mark.parametrize("bits, limit", [(8, 0.58), (4, 0.34), (3, 0.28), (2, 0.24)])
@@ -133,7 +141,7 @@ def test_the_process_shrinks():
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PROCESS), which],
             capture_output=True, text=True, check=True,
-            env={**__import__("os").environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
         )
         return map(int, done.stdout.split())
 

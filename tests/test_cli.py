@@ -41,7 +41,7 @@ def test_compare_writes_table_json_and_picture(capsys, tmp_path):
     caches = "dense", "quant:bits=4", "keydiff:ratio=0.25"
     code, out, _ = run(capsys, "compare", *FAST, "--out", str(tmp_path), "--caches", *caches)
     assert code == 0
-    for name in ("dynamic", *caches, "perplexity", "retrieval"):
+    for name in ("dynamic", *caches, "TTFT", "perplexity and KL"):
         assert name in out
     result = json.loads((tmp_path / "compare.json").read_text())
     rows = {row["cache"]: row for row in result["rows"]}

@@ -141,7 +141,7 @@ def test_positive_crop():
 def test_crop_of_what_was_evicted():
     cache = kv.EvictionCache("keydiff", budget=24, **KNOBS)
     replay(tiny_model(), cache, prompt(), [60])
-    with pytest.raises(ValueError, match=r"cannot crop 9 tokens: KeyDiff has already evicted.*raise n_recent \(now 8\)"):
+    with pytest.raises(ValueError, match=r"cannot crop 9 tokens: KeyDiff has .*raise n_recent \(now 8\)"):
         cache.crop(-9)
     # refused before anything changed
     assert cache.get_seq_length() == 60

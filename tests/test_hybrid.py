@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import BY_ID, HYBRIDS, NAMED, assert_close, generate, padded, prompt, replay, stock_implementation, tiny_model
+from cases import (
+    BY_ID,
+    HYBRIDS,
+    NAMED,
+    assert_close,
+    generate,
+    padded,
+    prompt,
+    replay,
+    stock_implementation,
+    tiny_model,
+)
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -63,7 +74,8 @@ def test_beams_reset_and_selection_reach_both_kinds(arch):
     ours, theirs = (replay(model, c, prompt(2, 5), [1] * 5) for c in (cache, alone))
     assert_close("logits", ours, theirs, 1e-5)
     cache.reset()
-    ours, theirs = replay(model, cache, prompt(), [60]), replay(model, alone.__class__("keydiff", budget=60), prompt(), [60])
+    # another batch size, in the layers of both kinds
+    ours, theirs = (replay(model, c, prompt(), [60]) for c in (cache, BY_ID["keydiff-budget24"].make()))
     assert torch.equal(ours, theirs)
     assert kinds(cache) == EXPECTED[arch]
 

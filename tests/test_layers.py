@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import BY_ID, CASES, KNOBS, LOSSLESS, LOSSY, assert_close, assert_same_state, prompt, replay, state, tiny_model
+from cases import (
+    BY_ID,
+    CASES,
+    KNOBS,
+    LOSSLESS,
+    LOSSY,
+    assert_close,
+    prompt,
+    replay,
+    state,
+    tiny_model,
+)
 
 import hf_kvcache as kv
 

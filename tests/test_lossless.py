@@ -1,6 +1,6 @@
 """With nothing to compress, every method equals `DynamicCache`, on every architecture and implementation."""
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ from transformers import DynamicCache
 IDS, MASK, ROWS = padded([40, 33])
 
 
-@lru_cache(maxsize=None)
+@cache
 def dense_run(arch):
     model = tiny_model(arch, stock_implementation(arch))
     return generate(model, IDS, DynamicCache(config=model.config), attention_mask=MASK, max_new_tokens=16)

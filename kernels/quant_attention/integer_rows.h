@@ -61,6 +61,62 @@ inline __m512i cut(__m512 x, __m512 factor, int8_t* to, int64_t stride) {
     return fixed;
 }
 
+// ---- helpers of the values ----
+
+// Bytes of four rows side by side, so that one dword holds a byte position of four tokens: 16 bytes of each row, a
+// unit, make one register. Calls emit(unit, quad, register); `position` tells which byte of the row a lane is.
+template <class Emit>
+inline void interleave(const uint8_t* rows, int64_t row_bytes, int n_quads, Emit emit) {
+    for (int quad = 0; quad < n_quads; quad++) {
+        const uint8_t* row = rows + quad * 4 * row_bytes;
+        int64_t byte = 0;
+        for (; byte + 64 <= row_bytes; byte += 64) {
+            __m512i x[4];
+            for (int t = 0; t < 4; t++) x[t] = _mm512_loadu_si512(row + t * row_bytes + byte);
+            const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+            const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+            emit(byte / 16, quad, _mm512_unpacklo_epi16(a, c));
+            emit(byte / 16 + 1, quad, _mm512_unpackhi_epi16(a, c));
+            emit(byte / 16 + 2, quad, _mm512_unpacklo_epi16(b, d));
+            emit(byte / 16 + 3, quad, _mm512_unpackhi_epi16(b, d));
+        }
+        for (; byte < row_bytes; byte += 16) {
+            __m128i x[4];
+            for (int t = 0; t < 4; t++) x[t] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + t * row_bytes + byte));
+            const __m128i a = _mm_unpacklo_epi8(x[0], x[1]), b = _mm_unpackhi_epi8(x[0], x[1]);
+            const __m128i c = _mm_unpacklo_epi8(x[2], x[3]), d = _mm_unpackhi_epi8(x[2], x[3]);
+            const __m256i low = _mm256_set_m128i(_mm_unpackhi_epi16(a, c), _mm_unpacklo_epi16(a, c));
+            const __m256i high = _mm256_set_m128i(_mm_unpackhi_epi16(b, d), _mm_unpacklo_epi16(b, d));
+            emit(byte / 16, quad, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+        }
+    }
+}
+
+// Byte of the row in lane `lane` of unit `unit` of `interleave`.
+inline int64_t position(int64_t unit, int lane, int64_t row_bytes) {
+    if ((unit / 4 + 1) * 64 <= row_bytes) return unit / 4 * 64 + lane / 4 * 16 + unit % 4 * 4 + lane % 4;
+    return unit * 16 + lane;
+}
+
+// One query, one group of channels: limbs of p * scale, `stride` bytes apart.
+template <int LIMBS>
+inline void weigh_group(const float* p, const float* scale, const float* zero, int n, float centre, int8_t* limbs,
+                        int64_t stride, float& unit, float& offset) {
+    alignas(64) float scaled[CHUNK];
+    __m512 top = _mm512_setzero_ps(), zeros = top;
+    for (int t = 0; t < n; t += 16) {
+        const __m512 x = _mm512_loadu_ps(p + t), y = _mm512_mul_ps(x, _mm512_load_ps(scale + t));
+        zeros = _mm512_fmadd_ps(x, _mm512_load_ps(zero + t), zeros);
+        _mm512_store_ps(scaled + t, y);
+        top = _mm512_max_ps(top, y);
+    }
+    unit = std::max(_mm512_reduce_max_ps(top), 1e-30f) / largest_fixed(LIMBS);
+    const __m512 factor = _mm512_set1_ps(1.0f / unit);
+    __m512i total = _mm512_setzero_si512();
+    for (int t = 0; t < n; t += 16) total = _mm512_add_epi32(total, cut<LIMBS>(_mm512_load_ps(scaled + t), factor, limbs + t, stride));
+    offset = _mm512_reduce_add_ps(zeros) - unit * centre * float(_mm512_reduce_add_epi32(total));
+}
+
 // ---- scores ----
 
 // HEADS queries of one block of rows. score = unit * dot + offset; sum of the query itself for zero points per token.
@@ -338,51 +394,14 @@ void score(const State& state, const Rows& k, int64_t start, int n, const attent
         for (int first = 0; first < state.n_q; first += HEADS) {
             const int count = std::min(HEADS, state.n_q - first);
             prepare<BITS, LIMBS>(state.q + first * state.width, state.width, count, per_channel ? scale : nullptr, zero, k.D, queries);
-            score_block<BITS, LIMBS>(block, row_bytes, queries, count, per_channel ? nullptr : scale, zero,
-                                     state.scores + first * CHUNK + t);
+            const float* row_scale = per_channel ? nullptr : scale;
+            float* scores = state.scores + first * CHUNK + t;
+            score_block<BITS, LIMBS>(block, row_bytes, queries, count, row_scale, zero, scores);
         }
     }
 }
 
 // ---- values ----
-
-// Bytes of four rows side by side, so that one dword holds a byte position of four tokens: 16 bytes of each row make
-// one register. `position` of lane i of register u tells which byte of the row it is.
-inline void interleave(const uint8_t* rows, int64_t row_bytes, int n_quads, uint8_t* out) {
-    const int64_t step = int64_t(n_quads) * 64;  // registers of one unit lie together
-    for (int quad = 0; quad < n_quads; quad++) {
-        const uint8_t* row = rows + quad * 4 * row_bytes;
-        uint8_t* to = out + quad * 64;
-        int64_t byte = 0;
-        for (; byte + 64 <= row_bytes; byte += 64, to += 4 * step) {
-            __m512i x[4];
-            for (int t = 0; t < 4; t++) x[t] = _mm512_loadu_si512(row + t * row_bytes + byte);
-            const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
-            const __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
-            _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
-            _mm512_store_si512(to + step, _mm512_unpackhi_epi16(a, c));
-            _mm512_store_si512(to + 2 * step, _mm512_unpacklo_epi16(b, d));
-            _mm512_store_si512(to + 3 * step, _mm512_unpackhi_epi16(b, d));
-        }
-        for (; byte < row_bytes; byte += 16, to += step) {
-            __m128i x[4];
-            for (int t = 0; t < 4; t++) x[t] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + t * row_bytes + byte));
-            const __m128i a = _mm_unpacklo_epi8(x[0], x[1]), b = _mm_unpackhi_epi8(x[0], x[1]);
-            const __m128i c = _mm_unpacklo_epi8(x[2], x[3]), d = _mm_unpackhi_epi8(x[2], x[3]);
-            __m128i* parts = reinterpret_cast<__m128i*>(to);
-            _mm_store_si128(parts, _mm_unpacklo_epi16(a, c));
-            _mm_store_si128(parts + 1, _mm_unpackhi_epi16(a, c));
-            _mm_store_si128(parts + 2, _mm_unpacklo_epi16(b, d));
-            _mm_store_si128(parts + 3, _mm_unpackhi_epi16(b, d));
-        }
-    }
-}
-
-// Byte of the row in lane `lane` of unit `unit` of `interleave`.
-inline int64_t position(int64_t unit, int lane, int64_t row_bytes) {
-    if ((unit / 4 + 1) * 64 <= row_bytes) return unit / 4 * 64 + lane / 4 * 16 + unit % 4 * 4 + lane % 4;
-    return unit * 16 + lane;
-}
 
 // Channel order while only packed rows are added: register by register of (unit, field). Back to the natural one:
 template <int BITS>
@@ -412,24 +431,6 @@ struct Weights {
     // out += unit * dot + offset, for even and odd bytes
     float unit[HEADS][MAX_PATTERNS][2], offset[HEADS][MAX_PATTERNS][2];
 };
-
-// One query, one group of channels: limbs `[LIMBS][CHUNK]` of p * scale.
-template <int LIMBS>
-inline void weigh_group(const float* p, const float* scale, const float* zero, int n, float centre, int8_t* limbs, float& unit, float& offset) {
-    alignas(64) float scaled[CHUNK];
-    __m512 top = _mm512_setzero_ps(), zeros = top;
-    for (int t = 0; t < n; t += 16) {
-        const __m512 x = _mm512_loadu_ps(p + t), y = _mm512_mul_ps(x, _mm512_load_ps(scale + t));
-        zeros = _mm512_fmadd_ps(x, _mm512_load_ps(zero + t), zeros);
-        _mm512_store_ps(scaled + t, y);
-        top = _mm512_max_ps(top, y);
-    }
-    unit = std::max(_mm512_reduce_max_ps(top), 1e-30f) / largest_fixed(LIMBS);
-    const __m512 factor = _mm512_set1_ps(1.0f / unit);
-    __m512i total = _mm512_setzero_si512();
-    for (int t = 0; t < n; t += 16) total = _mm512_add_epi32(total, cut<LIMBS>(_mm512_load_ps(scaled + t), factor, limbs + t, CHUNK));
-    offset = _mm512_reduce_add_ps(zeros) - unit * centre * float(_mm512_reduce_add_epi32(total));
-}
 
 // Dwords of two groups alternate.
 inline void zip(const int8_t* even, const int8_t* odd, int n, int8_t* out) {
@@ -462,7 +463,7 @@ inline void weigh(const float* p, const float* scale, const float* zero, int64_t
     alignas(64) int8_t limbs[16][MAX_LIMBS][CHUNK];
     float unit[16], offset[16];
     for (int64_t group = 0; group < n_groups; group++)
-        weigh_group<LIMBS>(p, scale + group * CHUNK, zero + group * CHUNK, n, CENTRE, limbs[group][0], unit[group], offset[group]);
+        weigh_group<LIMBS>(p, scale + group * CHUNK, zero + group * CHUNK, n, CENTRE, limbs[group][0], CHUNK, unit[group], offset[group]);
     const int n_patterns = n_groups == 1 ? 1 : FIELDS;
     for (int i = 0; i < n_patterns; i++) {
         const int64_t even = i * n_groups / (2 * FIELDS), odd = (i + FIELDS) * n_groups / (2 * FIELDS);
@@ -556,8 +557,10 @@ void add_values(const State& state, const Rows& v, int64_t start, int n, const a
     const auto* rows = reinterpret_cast<const uint8_t*>(v.codes + start * v.plane->row);
     ahead.fetch(0, CHUNK);
     if (whole < n_quads) rows = whole_block(rows, row_bytes, n, n_quads * 4, copy);
-    interleave(rows, row_bytes, n_quads, packed);
     widen_metadata(v, start, n, scale, zero);
+    interleave(rows, row_bytes, n_quads, [&](int64_t unit, int quad, __m512i x) {
+        _mm512_store_si512(packed + (unit * n_quads + quad) * 64, x);
+    });
     Weights weights;
     for (int first = 0; first < state.n_q; first += HEADS) {
         const int count = std::min(HEADS, state.n_q - first);

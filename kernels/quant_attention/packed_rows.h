@@ -27,22 +27,30 @@ struct Rows {
           per_scale(p.per_channel ? n_rows / p.n_scales : 1) {}
 };
 
-// Codes of one row, minus their centre, in channel order; the loops over words vectorise.
+// out[j] = field of `width` bits at `shift` of words[j], times `factor`, plus out[j] or `offset`.
+template <bool ADD>
+inline void decode_field(const uint16_t* words, int64_t n_words, int shift, int width, float factor, float offset, float* out) {
+    const int32_t mask = (1 << width) - 1;
+    int64_t j = 0;
+    for (; j + simd::LANES <= n_words; j += simd::LANES) {
+        const simd::vfloat code = simd::to_floats((simd::load_words(words + j) >> shift) & mask);
+        const simd::vfloat base = ADD ? simd::load(out + j) : simd::splat(offset);
+        simd::store(out + j, code * simd::splat(factor) + base);
+    }
+    for (; j < n_words; j++) out[j] = float((words[j] >> shift) & mask) * factor + (ADD ? out[j] : offset);
+}
+
+// Codes of one row, minus their centre, in channel order.
 template <int BITS>
 void decode(const uint16_t* words, int64_t D, float* out) {
     constexpr float CENTRE = ((1 << BITS) - 1) / 2.0f;
     if constexpr (BITS == 3) {
         const int64_t W = D / 8, H = D / 16;
-        const uint16_t* high = words + W;
-        for (int f = 0; f < 8; f++)
-            for (int64_t j = 0; j < W; j++) out[f * W + j] = float(int32_t((words[j] >> (2 * f)) & 3)) - CENTRE;
-        for (int f = 0; f < 16; f++)
-            for (int64_t j = 0; j < H; j++) out[f * H + j] += float(int32_t((high[j] >> f) & 1) * 4);
+        for (int f = 0; f < 8; f++) decode_field<false>(words, W, 2 * f, 2, 1.0f, -CENTRE, out + f * W);
+        for (int f = 0; f < 16; f++) decode_field<true>(words + W, H, f, 1, 4.0f, 0.0f, out + f * H);
     } else {
         const int64_t W = D * BITS / 16;
-        for (int f = 0; f < 16 / BITS; f++)
-            for (int64_t j = 0; j < W; j++)
-                out[f * W + j] = float(int32_t((words[j] >> (BITS * f)) & ((1 << BITS) - 1))) - CENTRE;
+        for (int f = 0; f < 16 / BITS; f++) decode_field<false>(words, W, BITS * f, BITS, 1.0f, -CENTRE, out + f * W);
     }
 }
 
@@ -53,6 +61,13 @@ inline void decode(int64_t bits, const uint16_t* words, int64_t D, float* out) {
         case 3: return decode<3>(words, D, out);
         default: return decode<2>(words, D, out);
     }
+}
+
+inline void stretch(float* x, int64_t n, float factor, float offset) {
+    int64_t d = 0;
+    for (; d + simd::LANES <= n; d += simd::LANES)
+        simd::store(x + d, simd::load(x + d) * simd::splat(factor) + simd::splat(offset));
+    for (; d < n; d++) x[d] = x[d] * factor + offset;
 }
 
 // Rows `[start, start + n)` as float32 `[n, width]`. `channels` holds 2 * width floats.
@@ -70,7 +85,7 @@ inline void decode_rows(const Rows& rows, int64_t start, int n, float* out, floa
         if (!p.per_channel) {
             for (int64_t g = 0; g < p.n_groups; g++) {
                 const float factor = simd::to_float(s[g]), offset = simd::to_float(z[g]);
-                for (int64_t d = g * group; d < (g + 1) * group; d++) x[d] = x[d] * factor + offset;
+                stretch(x + g * group, group, factor, offset);
             }
             continue;
         }
@@ -79,7 +94,8 @@ inline void decode_rows(const Rows& rows, int64_t start, int n, float* out, floa
             attention::widen(z, 0, 1, D, zero);
             current = block;
         }
-        for (int64_t d = 0; d < width; d++) x[d] = x[d] * scale[d] + zero[d];
+        for (int64_t d = 0; d < width; d += simd::LANES)
+            simd::store(x + d, simd::load(x + d) * simd::load(scale + d) + simd::load(zero + d));
     }
 }
 

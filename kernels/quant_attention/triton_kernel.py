@@ -117,7 +117,7 @@ def same_strides(codes, scale, zero):
 def quant_config(D, bits, key_axis, k_groups, v_groups):
     """Compile-time constants of the kernel for one format."""
     k_words, v_words = (D * width // 16 for width in bits)
-    # chosen by what does not spill (hf_kvcache.kernels.aot): half the rows, half the value channels, two warps to a lane
+    # chosen by what does not spill (hf_kvcache.kernels.aot): half the rows or value channels, or two warps to a lane
     if D > 128 and (bits != (4, 4) or key_axis == "token"):
         rows, num_warps, v_tiles = 16, 4, 2
     elif D > 128:
@@ -222,11 +222,13 @@ def quant_attention_fwd_kernel(
     for f in tl.static_range(K_FIELDS):
         b_x = tl.load(p_q[None, :] + (f * KW + o_kw)[:, None], mask=m_q, other=0.0).to(tl.float32)
         b_top = tl.maximum(b_top, tl.max(tl.abs(b_x), 0))
-    b_unit = tl.exp2(tl.ceil(tl.log2(tl.where(b_top > 1e-30, b_top, 1.0))))
+    # the power of two above b_top and its inverse, from the exponent bits: exp2 and log2 are approximate on a GPU
+    b_bits = (tl.where(b_top > 1e-30, b_top, 0.5).to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
+    b_unit, b_inverse = b_bits.to(tl.float32, bitcast=True), (0x7F000000 - b_bits).to(tl.float32, bitcast=True)
     b_q = ()
     for f in tl.static_range(K_FIELDS):
         b_x = tl.load(p_q[None, :] + (f * KW + o_kw)[:, None], mask=m_q, other=0.0).to(tl.float32)
-        b_q = b_q + ((b_x / b_unit[None, :]).to(DTYPE),)
+        b_q = b_q + ((b_x * b_inverse[None, :]).to(DTYPE),)
     b_scaling = scaling * b_unit  # [BM]
     b_q_sum = ()
     for g in tl.static_range(K_GROUPS):

@@ -38,6 +38,21 @@ struct Grid {
     }
 };
 
+// The same for LANES groups, none with NaN; the scale and zero point as they read back from float16.
+struct Grids {
+    vfloat step, offset;
+
+    Grids(vfloat low, vfloat high, float centre, f16* scale, f16* zero) {
+        const vfloat limit = splat(HALF_MAX);
+        simd::store(zero, simd::min(limit, simd::max(-limit, (low + high) / 2)));
+        offset = simd::load(zero);
+        const vfloat extent = simd::max(high - offset, offset - low);
+        simd::store(scale, simd::min(limit, simd::max(-limit, extent / centre * (1 + 0x1p-10f))));
+        const vfloat read = simd::load(scale);
+        step = simd::select(read > splat(0.0f), read, splat(1.0f));
+    }
+};
+
 // (x - offset) / step, correctly rounded; `inverse` is the rounded 1 / step.
 inline vfloat divide(vfloat x, [[maybe_unused]] vfloat step, [[maybe_unused]] vfloat inverse) {
 #if defined(__FMA__) || defined(__AVX512F__)
@@ -59,9 +74,7 @@ struct Quantiser {
             const vfloat y = divide(centred, simd::load(step + d), simd::load(inverse + d)) + splat(centre);
             // adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits
             const vfloat rounded = simd::min(splat(last), simd::max(y, splat(0.0f))) + splat(0x1.8p23f);
-            float bits[LANES];
-            simd::store(bits, rounded);
-            for (int i = 0; i < LANES; i++) codes[d + i] = uint16_t(simd::bit_cast<uint32_t>(bits[i]));
+            simd::store_low_halves(codes + d, simd::bit_cast<simd::vint>(rounded));
         }
     }
 
@@ -79,10 +92,10 @@ template <int WIDTH>
 void pack_plane(const uint16_t* codes, int shift, int64_t n_words, uint16_t* words) {
     constexpr int MASK = (1 << WIDTH) - 1;
     for (int64_t j = 0; j < n_words; j++) {
-        uint32_t word = 0;
+        uint16_t word = 0;
 #pragma GCC unroll 16
-        for (int f = 0; f < 16 / WIDTH; f++) word |= uint32_t((codes[f * n_words + j] >> shift) & MASK) << (f * WIDTH);
-        words[j] = uint16_t(word);
+        for (int f = 0; f < 16 / WIDTH; f++) word = uint16_t(word | ((codes[f * n_words + j] >> shift) & MASK) << (f * WIDTH));
+        words[j] = word;
     }
 }
 
@@ -159,7 +172,14 @@ void pack_channels(const Call& call, const Quantiser& quantiser, Block& block, i
             }
     const int64_t at = (bh * (call.n / call.group) + i) * call.D;
     f16 *scale = reinterpret_cast<f16*>(call.scale) + at, *zero = reinterpret_cast<f16*>(call.zero) + at;
-    for (int64_t d = 0; d < call.D; d++) {
+    int64_t d = 0;
+    for (; !careful && d + LANES <= call.D; d += LANES) {
+        const Grids grids(simd::load(block.low + d), simd::load(block.high + d), quantiser.centre, scale + d, zero + d);
+        simd::store(block.step + d, grids.step);
+        simd::store(block.inverse + d, splat(1.0f) / grids.step);
+        simd::store(block.offset + d, grids.offset);
+    }
+    for (; d < call.D; d++) {
         const Grid grid(block.low[d], block.high[d], quantiser.centre);
         scale[d] = grid.scale, zero[d] = grid.zero;
         set_grid(block, d, grid);

@@ -90,8 +90,8 @@ class KVCache(Cache):
         n_dense = self.n_sink + self.window + PACK_STEP
         if self.policy.budget is not None and self.policy.budget < n_dense + self.policy.n_sink:
             raise ValueError(
-                f"{type(self.policy).__name__}: budget={self.policy.budget} leaves no room for packed rows beside up to "
-                f"{n_dense} dense ones (n_sink={self.n_sink} + window={self.window} + {PACK_STEP} waiting) and its own "
+                f"{type(self.policy).__name__}: budget={self.policy.budget} leaves no room for packed rows beside up "
+                f"to {n_dense} dense ones (n_sink={self.n_sink} + window={self.window} + {PACK_STEP} waiting) and its "
                 f"{self.policy.n_sink} sinks; raise budget or lower window"
             )
 
@@ -238,6 +238,8 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         super().reset()
+        for layer in self.layers:
+            compat.drop_rows(layer)
         self.rebind()
 
     def update_conv_state(self, *args, **kwargs):

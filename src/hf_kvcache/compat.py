@@ -14,6 +14,7 @@ from transformers.masking_utils import sdpa_mask
 __all__ = [
     "CacheLayerMixin",
     "attention_functions",
+    "drop_rows",
     "eager_attention",
     "register_attention",
     "register_mask",
@@ -44,6 +45,13 @@ def register_attention(name: str, function: Callable) -> None:
 
 def register_mask(name: str, function: Callable) -> None:
     AttentionMaskInterface.register(name, function)
+
+
+def drop_rows(layer) -> None:
+    """Finish the `reset()` of transformers' own layer: 5.17 zeroes the rows, newer releases drop them."""
+    if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        layer.keys = layer.values = None
+        layer.is_initialized = False
 
 
 def stock_layers(config) -> list[CacheLayerMixin | None]:

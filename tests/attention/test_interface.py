@@ -8,7 +8,20 @@ import warnings
 
 import pytest
 import torch
-from cases import ARCHITECTURES, BY_ID, CASES, KNOBS, NAMED, assert_close, generate, new_model, padded, prompt, replay, tiny_model
+from cases import (
+    ARCHITECTURES,
+    BY_ID,
+    CASES,
+    KNOBS,
+    NAMED,
+    assert_close,
+    generate,
+    new_model,
+    padded,
+    prompt,
+    replay,
+    tiny_model,
+)
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

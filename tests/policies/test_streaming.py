@@ -60,20 +60,36 @@ def test_padding_goes_first_and_does_not_count_as_sinks():
     assert layer.store.positions[0, 0].tolist() == [15, 16, 17] + list(range(23, 40))
     # ten real tokens: the rest of the budget is padding, which is never seen
     assert layer.store.positions[1, 0].tolist() == [-1] * 10 + list(range(30, 40))
-    for layer in feed(layer, [1] * 10):
-        pass
+    list(feed(layer, [1] * 10))
     assert layer.store.positions[1, 0].tolist() == list(range(30, 50))
 
 
 def test_eviction_waits_for_crop_while_past_is_recorded():
     layer = kv.KVLayer(0, policy=kv.Streaming(budget=20, n_sink=2, n_recent=4, interval=1))
     layer.activate_past_recording()
-    for layer in feed(layer, [44]):
-        assert layer.store.n_kept == 44
+    list(feed(layer, [44]))
+    assert layer.store.n_kept == 44
     layer.crop(-4)
     assert layer.tokens_seen == 40 and layer.store.positions[0, 0].tolist() == [0, 1] + list(range(22, 40))
     # a crop that never comes is made up for at the next append
-    for layer in feed(layer, [3, 1]):
-        pass
+    list(feed(layer, [3, 1]))
     layer.finish()
     assert layer.store.n_kept == 20
+
+
+def test_rejected_drafts_have_no_say():
+    # a policy that reads queries gets those of the accepted tokens only
+    seen = []
+
+    class Listens(kv.Streaming):
+        def score(self, q, view):
+            seen.append((q.shape[2], view.n_kept, view.tokens_seen, view.new_k.shape[2], view.is_prefill))
+            return super().score(q, view)
+
+    layer = kv.KVLayer(0, policy=Listens(budget=20, n_sink=2, n_recent=4, interval=1))
+    layer.activate_past_recording()
+    list(feed(layer, [44]))
+    layer.crop(-4)
+    list(feed(layer, [5]))
+    layer.crop(-3)
+    assert seen == [(40, 40, 40, 40, True), (2, 22, 42, 2, False)]

@@ -15,7 +15,7 @@ class KVMask:
     theirs from the positions of their rows and the padding recorded here.
     """
 
-    # `generate` builds the mask of a compileable cache before the forward pass, which asks whether it is two-dimensional
+    # `generate` builds the mask of a compileable cache before the forward pass, which asks for its dimensions
     ndim = 4
 
     def __init__(self, batch_size, q_length, kv_length, q_offset=0, attention_mask=None, **kwargs):

@@ -58,16 +58,14 @@ class Row:
     """One cache. What could not be measured is None, and `error` says why.
 
     Attributes:
-        cache: its specification.
-        is_peer: whether it is transformers' own.
+        cache, is_peer: its specification, and whether it is transformers' own.
         nbytes, nbytes_prompt: bytes after the generation, and right after its prompt.
         bytes_ratio: `nbytes` as a share of `DynamicCache`'s.
-        prefill_s: seconds to the first token, median of the rounds.
+        prefill_s: seconds to the first token, compression included, median of the rounds.
         speedup: of a decoding step over `DynamicCache`'s in the same round, median of the rounds.
         tokens_per_s: decoded tokens per second: `DynamicCache`'s median step, times `speedup`.
         mean_step_s: seconds per step as measured, steps that pack or evict included.
-        perplexity, kl: see `Fidelity`.
-        retrieval: share of questions answered exactly.
+        perplexity, kl, retrieval: see `Fidelity`; share of questions answered exactly.
     """
 
     cache: str
@@ -191,8 +189,7 @@ def retrieval_task(tokenizer, prose: np.ndarray, settings: Settings) -> Callable
 def add_speed(trials: list[Trial]) -> None:
     """Fill in bytes and times, and the ratios to the baseline, which is the first trial."""
     base = trials[0]
-    for trial in filter(lambda trial: trial.rounds, trials):
-        row, rounds = trial.row, trial.rounds
+    for row, rounds in ((trial.row, trial.rounds) for trial in trials if trial.rounds):
         row.nbytes, row.nbytes_prompt = rounds[-1].nbytes, rounds[-1].nbytes_prompt
         row.prefill_s = median(r.prefill_s for r in rounds)
         row.mean_step_s = fmean(s for r in rounds for s in r.step_s)

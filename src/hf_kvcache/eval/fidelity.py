@@ -6,6 +6,7 @@ prediction is compared with the dense model's. The prefill's own prediction is l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -80,4 +81,5 @@ def fidelity(
         expected = log_softmax(dense[:, start:stop].float(), -1)
         divergence += kl_div(log_softmax(logits, -1), expected, reduction="sum", log_target=True).item()
     n = windows.shape[0] * n_predicted
-    return Fidelity(perplexity=float(torch.tensor(loss / n).exp()), kl=divergence / n)
+    # rounding can take a sum of zeros below zero
+    return Fidelity(perplexity=math.exp(loss / n), kl=max(divergence / n, 0.0))

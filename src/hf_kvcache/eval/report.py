@@ -25,7 +25,8 @@ def as_table(rows: list[Row], settings: Settings, title: str) -> Table:
         header_style="bold",
     )
     table.add_column("cache", overflow="fold")
-    for name in ("MiB", "of dense", "TTFT s", "tokens/s", "vs Dynamic", "perplexity", "KL", "retrieval"):
+    # two lines, so that the numbers fit narrow terminals
+    for name in ("MiB", "of\ndense", "TTFT\ns", "tokens\nper s", "vs\nDynamic", "perple-\nxity", "KL", "re-\ntrieval"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         cells = [

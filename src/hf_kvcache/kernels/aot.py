@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, on any machine, and read from the machine code what it will cost.
 
-    python -m hf_kvcache.kernels.aot [--cc 90 80] [--only quant] [--json]
+    python -m hf_kvcache.kernels.aot [--cc 90 80] [--only dense quant-d128] [--json]
 
 The Triton wheel carries the assembler and the disassembler, so neither a GPU nor a CUDA toolkit is needed. A kernel
 fails when it does not compile, spills registers, or wants more shared memory than a thread block may have. Races,
@@ -23,7 +23,7 @@ from pathlib import Path
 SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024}  # bytes a thread block may ask for
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
 REGISTERS_PER_SM, WARPS_PER_SM = 65536, 64
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 @dataclass
@@ -178,7 +178,8 @@ def _quant_specs():
         constants = {**config, "UNIT": 8, "MASK": mask, "CAP": cap, "EXACT": False, "ASM": True}
         name = f"quant-d{D}-k{bits[0]}v{bits[1]}-{axis}-g{group}-{dtype}"
         name += ("-mask" if mask else "") + ("-softcap" if cap else "")
-        yield _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * D * 2)
+        # V_TILES programs share the elements of one tile
+        yield _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * D * 2 // config["V_TILES"])
 
 
 def _pack_specs():
@@ -218,7 +219,7 @@ def _spec(name, kernel, pointers, constants, elements=0):
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU.")
     parser.add_argument("--cc", type=int, nargs="+", default=[90, 80], help="compute capabilities")
-    parser.add_argument("--only", default="", help="only the variants whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="only variants whose name contains one of these")
     parser.add_argument("--json", action="store_true", help="one JSON line per variant")
     args = parser.parse_args(argv)
     if os.environ.pop("TRITON_INTERPRET", None):
@@ -227,7 +228,7 @@ def main(argv=None) -> int:
     if not args.json:
         print(f"{'variant':44} sm regs spills shared blocks/SM HMMA loop lane-instr/element")
     for spec in specs():
-        for cc in args.cc if args.only in spec.name else ():
+        for cc in args.cc if any(part in spec.name for part in args.only) else ():
             report = compile_spec(spec, cc)
             failed |= bool(report.faults)
             if args.json:

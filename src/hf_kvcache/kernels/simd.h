@@ -122,6 +122,38 @@ inline vfloat load(const f16* p) {
 #endif
 }
 
+inline vint load_words(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return bit_cast<vint>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+    return bit_cast<vint>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    vint v;
+    for (int i = 0; i < LANES; i++) v[i] = p[i];
+    return v;
+#endif
+}
+inline vfloat to_floats(vint v) { return __builtin_convertvector(v, vfloat); }
+
+inline void store(f16* p, vfloat v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__) && defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+    for (int i = 0; i < LANES; i++) p[i] = from_float<f16>(v[i]);
+#endif
+}
+
+// the low 16 bits of each lane
+inline void store_low_halves(uint16_t* p, vint v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
+#else
+    for (int i = 0; i < LANES; i++) p[i] = uint16_t(v[i]);
+#endif
+}
+
 inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__)
     return _mm512_fmadd_ps(a, b, c);
@@ -197,14 +229,22 @@ inline V sum_each(const V* v) {
 }
 
 inline float sum(vfloat v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#else
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
     return total;
+#endif
 }
 inline float largest(vfloat v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(v);
+#else
     float top = v[0];
     for (int i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
     return top;
+#endif
 }
 
 // exp to 1.5 ulp; exp(-inf) = 0 and NaN stays NaN

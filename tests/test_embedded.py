@@ -1,0 +1,75 @@
+"""What the embedded model can do, and what caches cost it: the claims of its card and of the README."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+import hf_kvcache as kv
+from hf_kvcache.eval import fidelity
+from hf_kvcache.eval.retrieval import Ledger, build_prompts, exact_match
+from hf_kvcache.models import embedded_prose
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(kv.embedded_model())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(
+        kv.embedded_model(), dtype=torch.bfloat16, attn_implementation="hf_kvcache"
+    )
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    text = embedded_prose().read_text(encoding="utf-8")
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer, ids):
+    ledger = Ledger.from_tokenizer(tokenizer)
+    return lambda n_tokens, n_prompts=8: build_prompts(
+        ledger, np.array(ids), n_tokens, n_prompts=n_prompts, n_questions=16, n_entries=32, seed=7
+    )
+
+
+@pytest.fixture(scope="module")
+def windows(ids, tokenizer):
+    return fidelity.build_windows(ids, 1792, 256, 4, tokenizer.bos_token_id)
+
+
+@pytest.fixture(scope="module")
+def dense(model, windows):
+    return fidelity.dense_logits(model, windows, 1792)
+
+
+@pytest.mark.parametrize(("n_tokens", "least"), [(1024, 0.98), (2048, 0.95)])
+def test_it_finds_what_it_read(model, prompts, n_tokens, least):
+    assert exact_match(model, prompts(n_tokens), DynamicCache) >= least
+
+
+def test_four_bits_cost_less_than_one_percent(model, windows, dense):
+    exact = fidelity.fidelity(model, windows, 1792, dense, DynamicCache)
+    packed = fidelity.fidelity(model, windows, 1792, dense, lambda: kv.QuantCache(4))
+    assert exact.perplexity < 100, "the model must have learned prose"
+    assert packed.perplexity == pytest.approx(exact.perplexity, rel=0.01)
+    assert packed.kl < 0.01
+    two_bits = fidelity.fidelity(model, windows, 1792, dense, lambda: kv.QuantCache(2))
+    assert two_bits.kl > 2 * packed.kl, "the model must react to lossy caches"
+
+
+def test_four_bits_leave_retrieval_unharmed_and_eviction_does_not(model, prompts):
+    asked = prompts(2048, 4)
+    dense = exact_match(model, asked, DynamicCache)
+    assert exact_match(model, asked, lambda: kv.QuantCache(4)) >= dense - 0.02
+    assert exact_match(model, asked, lambda: kv.EvictionCache("streaming", ratio=0.25)) < 0.6 * dense
+
+
+def test_it_fits_the_package():
+    files = list(kv.embedded_model().iterdir())
+    assert sum(file.stat().st_size for file in files) <= 8_000_000
+    assert "README.md" in {file.name for file in files}
