@@ -140,7 +140,9 @@ def test_the_process_shrinks():
     def measure(which):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PROCESS), which],
-            capture_output=True, text=True, check=True,
+            capture_output=True,
+            text=True,
+            check=True,
             env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
         )
         return map(int, done.stdout.split())

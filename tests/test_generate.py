@@ -203,9 +203,7 @@ def test_batch_repeat_interleave_shares_a_prefix(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_beams(case):
     model, cache = tiny_model(), case.make()
-    out = generate(
-        model, prompt(2), cache, num_beams=3, num_return_sequences=3, output_scores=True, length_penalty=0.0
-    )
+    out = generate(model, prompt(2), cache, num_beams=3, num_return_sequences=3, output_scores=True, length_penalty=0.0)
     if case.lossless:
         dense = generate(model, prompt(2), DynamicCache(), num_beams=3, num_return_sequences=3)
         assert torch.equal(out.sequences, dense.sequences)

@@ -93,7 +93,10 @@ def test_wheel_works_outside_the_tree(wheel, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_KVCACHE_BACKEND": "reference"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program), str(tmp_path)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.strip() == "works", done.stderr[-3000:]
 

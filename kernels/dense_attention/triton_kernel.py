@@ -12,6 +12,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+
 from hf_kvcache.kernels.merge_states.triton_kernel import merge_partials
 
 BLOCK_M = 8  # query rows per program: the narrowest tensor-core tile

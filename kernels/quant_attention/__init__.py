@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from hf_kvcache.kernels.dense_attention import check_operands
 
 from hf_kvcache.kernels import select
+from hf_kvcache.kernels.dense_attention import check_operands
 
 __all__ = ["quant_attention"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from hf_kvcache.kernels.dense_attention.triton_kernel import (
     BLOCK_M,
     INTERPRETED,
@@ -131,7 +132,7 @@ def quant_config(D, bits, key_axis, k_groups, v_groups):
         "KW": k_words, "KWP": max(16, triton.next_power_of_2(k_words)),
         "VW": v_words, "VWP": max(16, triton.next_power_of_2(v_words) // v_tiles), "V_TILES": v_tiles,
         "K_GROUPS": 0 if key_axis == "channel" else k_groups, "V_GROUPS": v_groups,
-        "BM": BLOCK_M, "NB": 4, "NR": rows, "num_warps": num_warps, "num_stages": 3 if D <= 128 else 2,
+        "BM": BLOCK_M, "NB": 4, "NR": rows, "num_warps": num_warps, "num_stages": 3 if D <= 128 or 8 in bits else 2,
         "enable_fp_fusion": True,
     }  # fmt: skip
 

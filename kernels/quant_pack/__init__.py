@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from hf_kvcache.kernels.quant_pack import reference
 
 from hf_kvcache.kernels import select
+from hf_kvcache.kernels.quant_pack import reference
 
 __all__ = ["quant_pack", "quant_unpack"]
 
@@ -27,7 +27,8 @@ def quant_pack(
     Returns:
         codes int16 `[B, H, n, D * bits / 16]` (layout: README.md), and scale and zero in float16,
         `[B, H, n / group_size, D]` for "channel", `[B, H, n, D / group_size]` for "token".
-        NaN and infinities in `x` make the scale of their group NaN or infinite, so that they are not hidden.
+        NaN in `x` makes the scale and zero of its group NaN, so that it is not hidden; scales and zeros are clamped
+        to the finite range of float16.
 
     Raises:
         ValueError: bits, axis, group size or shape do not fit.

@@ -155,15 +155,18 @@ template <class T>
 void pack_channels(const Call& call, const Quantiser& quantiser, Block& block, int64_t bh, int64_t i) {
     const T* x = reinterpret_cast<const T*>(call.x) + bh / call.H * call.batch + bh % call.H * call.head + i * call.group * call.row;
     block.widen(x, call.row, call.group);
-    const bool careful = special(block.rows, call.group * block.width);
-    std::copy(block.rows, block.rows + block.width, block.low);
-    std::copy(block.rows, block.rows + block.width, block.high);
-    for (int64_t t = 1; t < call.group; t++)
-        for (int64_t d = 0; d < block.width; d += LANES) {
+    vfloat finite = {};
+    for (int64_t d = 0; d < block.width; d += LANES) {
+        vfloat low = simd::load(block.rows + d), high = low;
+        for (int64_t t = 0; t < call.group; t++) {
             const vfloat row = simd::load(block.rows + t * block.width + d);
-            simd::store(block.low + d, simd::min(simd::load(block.low + d), row));
-            simd::store(block.high + d, simd::max(simd::load(block.high + d), row));
+            low = simd::min(low, row), high = simd::max(high, row);
+            finite += row - row;
         }
+        simd::store(block.low + d, low);
+        simd::store(block.high + d, high);
+    }
+    const bool careful = simd::sum(finite) != 0.0f;
     if (careful)
         for (int64_t t = 0; t < call.group; t++)
             for (int64_t d = 0; d < block.D; d++) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from hf_kvcache.kernels.dense_attention.triton_kernel import unavailable
 
 __all__ = ["obstacle", "quant_pack", "unavailable"]

@@ -99,9 +99,8 @@ DENSE = {
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("case", DENSE)
 def test_dense_attention(case, dtype):
-    from hf_kvcache.kernels.dense_attention import dense_attention, reference
-
     from hf_kvcache.kernels import use_backend
+    from hf_kvcache.kernels.dense_attention import dense_attention, reference
 
     B, Hkv, G, S, D, N, kind, softcap = DENSE[case]
     dtype = DTYPES[dtype]
@@ -165,9 +164,8 @@ def reference_in_float64(operands, arguments):
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("case", QUANT)
 def test_quant_attention(case, dtype):
-    from hf_kvcache.kernels.quant_attention import quant_attention
-
     from hf_kvcache.kernels import use_backend
+    from hf_kvcache.kernels.quant_attention import quant_attention
 
     dtype = DTYPES[dtype]
     operands, arguments = packed_case(case, dtype)
@@ -182,9 +180,8 @@ def test_quant_attention(case, dtype):
 @runs_kernels
 @pytest.mark.parametrize("size", [1e-6, 1e4], ids=["tiny-query", "huge-query"])
 def test_queries_of_any_size_fit_float16(size):
-    from hf_kvcache.kernels.quant_attention import quant_attention
-
     from hf_kvcache.kernels import use_backend
+    from hf_kvcache.kernels.quant_attention import quant_attention
 
     (q, *rest), arguments = packed_case("4bit-gqa4", DTYPES[LOW[-1] if ON_GPU else "fp32"], bias=300.0)
     # the scores keep their size: only the query grows
@@ -199,9 +196,8 @@ def test_queries_of_any_size_fit_float16(size):
 
 @runs_kernels
 def test_float16_weights_with_large_key_bias():
-    from hf_kvcache.kernels.quant_attention import quant_attention
-
     from hf_kvcache.kernels import use_backend
+    from hf_kvcache.kernels.quant_attention import quant_attention
 
     operands, arguments = packed_case("4bit-gqa4", torch.float16, bias=30.0)
     with use_backend("triton"):
@@ -220,9 +216,8 @@ def test_float16_weights_with_large_key_bias():
     ids=lambda x: str(x),
 )
 def test_quant_pack_equals_the_reference_bit_by_bit(axis, group, D, bits, dtype):
-    from hf_kvcache.kernels.quant_pack import quant_pack, reference
-
     from hf_kvcache.kernels import use_backend
+    from hf_kvcache.kernels.quant_pack import quant_pack, reference
 
     torch.manual_seed(bits)
     x = 3 * torch.randn(2, 2, 64 if axis == "channel" else 63, D, device=DEVICE)
@@ -262,9 +257,8 @@ def test_merge_of_many_splits_and_of_none():
 
 @runs_kernels
 def test_what_the_kernels_cannot_do_is_said():
-    from hf_kvcache.kernels.quant_pack import quant_pack
-
     from hf_kvcache.kernels import BackendUnavailable, use_backend
+    from hf_kvcache.kernels.quant_pack import quant_pack
 
     x = torch.randn(1, 1, 4, 128, device=DEVICE)
     with use_backend("triton"), pytest.raises(BackendUnavailable, match="whole fields"):

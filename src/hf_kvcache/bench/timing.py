@@ -11,6 +11,7 @@ import torch
 # a contestant this many times slower than the fastest is timed a few times only
 SLOW, FEW = 20, 3
 
+
 def interleaved(contestants: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, dict]:
     """Call every contestant once per round, after one warm-up round; very slow ones sit out the later rounds.
 

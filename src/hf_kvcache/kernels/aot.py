@@ -76,9 +76,7 @@ def compile_spec(spec: Spec, cc: int) -> Report:
         signature={name: spec.types.get(name, "constexpr") for name in names},
         constexprs={(names.index(key),): value for key, value in spec.constants.items() if key in names},
         # allocations of torch are aligned, and the launcher says so to the compiler in the same way
-        attrs={
-            (names.index(name),): [["tt.divisibility", 16]] for name, kind in spec.types.items() if kind[0] == "*"
-        },
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in spec.types.items() if kind[0] == "*"},
     )
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
