@@ -79,6 +79,9 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
         out = stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
     elif not fuses or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _UNFUSED):
         out = _attend_dense(stock, module, query, view, mask, **kwargs)
+    elif n_new > fused.MAX_QUERIES and not view.layer.store.n_packed and view.n_kept == view.tokens_seen:
+        # a chunk of a prompt over rows that are dense anyway: the model's own function is made for that
+        out = stock(module, query, *view.materialize(), resolve(view, mask, n_new), **kwargs)
     else:
         scaling = kwargs.get("scaling")
         attended = fused.attend(

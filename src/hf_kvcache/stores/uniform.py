@@ -81,11 +81,7 @@ class UniformStore(Store):
 
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.n_sink - self.window
-        if self.keys is None:
-            if not self.owned:
-                self._own()
-            return
-        if surplus < self.step:
+        if self.keys is None or surplus < self.step:
             if not self.owned:
                 self._own()
             return
@@ -94,17 +90,17 @@ class UniformStore(Store):
         rows = {f"k.{name}": t for name, t in self.keys.encode(self.dense["k"][:, :, start:stop]).items()}
         rows |= {f"v.{name}": t for name, t in self.values.encode(self.dense["v"][:, :, start:stop]).items()}
         rows |= {name: self.dense[name][:, :, start:stop].clone() for name in self.tracked}
-        room = None if self.max_length is None else self.max_length - self.n_sink - self.window
-        first = not self.packed.tensors
+        is_first = not self.packed.tensors
         self.packed.append(rows, n)
-        if first and room is not None and room > n:
-            self.packed.reserve(room)
+        if is_first and self.max_length is not None:
+            self.packed.reserve(self.max_length - self.n_sink - self.window)
         steady = self.n_sink + self.window + self.step
         self.dense.remove(start, stop, capacity=None if self.owned and self.dense.capacity <= steady else steady)
         self.owned = True
 
     def _own(self) -> None:
-        if self.max_length is not None and self.keys is None and self.max_length > self.dense.n_tokens:
+        """Leave the tensors that were adopted from the model for storages of our own."""
+        if self.max_length is not None and self.keys is None:
             self.dense.reserve(self.max_length)
         else:
             self.dense.own()
@@ -134,7 +130,8 @@ class UniformStore(Store):
 
     def encoded(self, side: str) -> dict[str, torch.Tensor]:
         """Packed tensors of one side, "k" or "v", under the codec's own names."""
-        return {name[2:]: t for name, t in self.packed.views().items() if name.startswith(f"{side}.")}
+        codec = self.keys if side == "k" else self.values
+        return {name: self.packed[f"{side}.{name}"] for name in codec.fields}
 
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed rows `[start, stop)`, decoded: K and V `[B, Hkv, stop - start, D]` in the dtype of the cache."""
