@@ -232,6 +232,9 @@ class KVLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
         if not self.tokens_seen:
             self.batch_size, self.dtype, self.device = k.shape[0], k.dtype, k.device
+        held = self.batch_size, self.n_kv_heads, self.head_dim, self.dtype, self.device
+        if (k.shape[0], k.shape[1], k.shape[3], k.dtype, k.device) == held:
+            return
         found = {
             "batch size": (k.shape[0], self.batch_size),
             "KV heads": (k.shape[1], self.n_kv_heads),

@@ -1,0 +1,60 @@
+"""Calls every native op with operands of odd sizes and exact length; run by `test_native_asan.py` under AddressSanitizer."""
+
+import torch
+
+import hf_kvcache.kernels.dense_attention  # noqa: F401
+from hf_kvcache.kernels import native, use_backend
+from hf_kvcache.kernels.dense_attention import dense_attention
+from hf_kvcache.kernels.quant_attention import quant_attention
+from hf_kvcache.kernels.quant_pack import quant_pack
+
+# the intrinsics of the large source take minutes at -O3 with checks
+native.FLAGS = tuple("-O1" if flag == "-O3" else flag for flag in native.FLAGS)
+
+
+def exact(*shape):
+    """A tensor whose memory ends where its last element does, so that one byte further is an error."""
+    return torch.randn(*shape)
+
+
+def dense():
+    for n, D, G, S in ((1, 8, 1, 1), (31, 80, 7, 3), (63, 20, 4, 1), (500, 128, 4, 1), (129, 256, 9, 9)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            q, k, v = exact(1, 2 * G, S, D).to(dtype), exact(1, 2, n, D).to(dtype), exact(1, 2, n, D).to(dtype)
+            mask = torch.rand(1, 1, S, n) > 0.3
+            dense_attention(q, k, v, scaling=0.1)
+            dense_attention(q, k, v, scaling=0.1, mask=mask, softcap=5.0)
+
+
+def quant():
+    formats = [((4, 4), 128, 1), ((4, 4), 64, 2), ((8, 8), 80, 1), ((2, 2), 128, 4), ((3, 3), 48, 1), ((8, 2), 256, 2)]
+    formats += [((4, 4), 96, 1), ((2, 8), 64, 1), ((4, 4), 16, 1)]
+    for bits, D, groups in formats:
+        for axis, n, m in (("channel", 32, 1), ("channel", 416, 0), ("token", 31, 5), ("token", 129, 0)):
+            for G, S, dtype in ((4, 1, torch.bfloat16), (7, 1, torch.float32), (3, 3, torch.float16)):
+                keys = quant_pack(exact(1, 2, n, D), bits=bits[0], axis=axis, group_size=32 if axis == "channel" else D)
+                values = quant_pack(exact(1, 2, n, D), bits=bits[1], axis="token", group_size=D // groups)
+                q, tail = exact(1, 2 * G, S, D).to(dtype), exact(1, 2, m, D).to(dtype)
+                mask = torch.rand(1, 1, S, n + m) > 0.3 if G == 3 else None
+                options = {"bits": bits, "key_axis": axis, "scaling": 0.1, "mask": mask}
+                quant_attention(q, keys, values, tail, tail.clone(), **options)
+
+
+def pack():
+    for D in (16, 48, 80, 128):
+        for bits in (8, 4, 3, 2):
+            x = exact(1, 2, 64, D)
+            quant_pack(x, bits=bits, axis="channel", group_size=32)
+            quant_pack(x[:, :, :33].contiguous(), bits=bits, axis="token", group_size=D // 2)
+            x[0, 0, 3, 5] = float("nan")
+            quant_pack(x.half(), bits=bits, axis="channel", group_size=16)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    with use_backend("native"):
+        dense()
+        pack()
+        quant()
+    print("clean")

@@ -1,0 +1,41 @@
+"""The C++ backend reads and writes nothing outside its operands: AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_kvcache.kernels.dense_attention  # noqa: F401
+from hf_kvcache.kernels import native
+
+LEVELS = [name for name in native.supported() if name in ("avx512_vnni", "scalar")]
+
+
+def runtime():
+    """The preloadable sanitizer of the compiler, or None."""
+    try:
+        found = subprocess.run([*native.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
+    except native.BuildError:
+        return None
+    path = found.stdout.strip()
+    return path if os.path.isabs(path) and Path(path).exists() else None
+
+
+@pytest.mark.skipif(native.unavailable("dense_attention", torch.device("cpu")) is not None, reason="no C++ compiler")
+@pytest.mark.skipif(runtime() is None, reason="the compiler has no AddressSanitizer")
+@pytest.mark.parametrize("isa", LEVELS)
+def test_sanitised(isa):
+    environment = {
+        **os.environ,
+        "HF_KVCACHE_ISA": isa,
+        "CXX": " ".join([*native.compiler(), "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]),
+        "LD_PRELOAD": runtime(),
+        # Python and torch leak by design; torch links its own copy of the C++ runtime
+        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
+    }
+    script = Path(__file__).with_name("run_sanitised.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "clean" in done.stdout, (done.stdout + done.stderr)[-4000:]
