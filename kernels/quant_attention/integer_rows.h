@@ -317,10 +317,10 @@ inline void score_tile(const uint8_t* rows, int64_t row_bytes, const Queries& qu
         const int g = i / T, t = i % T;
         // lanes after the sums: row within the register, query, register
         reinterpret_cast<int32_t*>(&from)[i] = t % SHARED * (16 / SHARED) + g * VECTORS + t / SHARED;
-        reinterpret_cast<int32_t*>(&query)[i] = g;
+        reinterpret_cast<int32_t*>(&query)[i] = first + g;
     }
     const V lanes = simd::sum_pairs<Q * VECTORS, 1>(sums);
-    const auto spread = [&](const float* x) { return _mm512_permutexvar_ps(query, _mm512_loadu_ps(x + first)); };
+    const auto spread = [&](const float* x) { return _mm512_permutexvar_ps(query, _mm512_load_ps(x)); };
     __m512 dot;
     if constexpr (LIMBS == 3) {
         dot = _mm512_permutexvar_ps(from, lanes);
@@ -441,19 +441,21 @@ inline void zip(const int8_t* even, const int8_t* odd, int n, int8_t* out) {
     }
 }
 
-// Scale and zero point of each row and group as float32 `[groups, CHUNK]`, zeros past the end.
-inline void widen_metadata(const Rows& v, int64_t start, int n, float* scale, float* zero) {
-    const auto& p = *v.plane;
-    if (p.n_groups == 1 && p.scale_row == 1 && p.zero_row == 1) {
-        attention::widen(v.scale + start, 0, 1, n, scale);
-        attention::widen(v.zero + start, 0, 1, n, zero);
+// Numbers of `n` rows, `row` apart, as float32 `[groups, CHUNK]`; zeros up to a whole register.
+inline void widen_groups(const simd::f16* from, int64_t row, int64_t n_groups, int n, float* to) {
+    if (row != n_groups) {
+        for (int64_t g = 0; g < n_groups; g++)
+            for (int t = 0; t < attention::padded(n); t++) to[g * CHUNK + t] = t < n ? simd::to_float(from[t * row + g]) : 0.0f;
         return;
     }
-    for (int64_t g = 0; g < p.n_groups; g++)
-        for (int t = 0; t < (n + 15) / 16 * 16; t++) {
-            scale[g * CHUNK + t] = t < n ? simd::to_float(v.scale[(start + t) * p.scale_row + g]) : 0.0f;
-            zero[g * CHUNK + t] = t < n ? simd::to_float(v.zero[(start + t) * p.zero_row + g]) : 0.0f;
-        }
+    if (n_groups == 1) return attention::widen(from, 0, 1, n, to);
+    alignas(64) float together[16 * CHUNK];
+    attention::widen(from, 0, 1, n * n_groups, together);
+    std::fill(together + n * n_groups, together + attention::padded(n) * n_groups, 0.0f);
+    const __m512i rows = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(int(n_groups)));
+    for (int64_t g = 0; g < n_groups; g++)
+        for (int t = 0; t < n; t += 16)
+            _mm512_store_ps(to + g * CHUNK + t, _mm512_i32gather_ps(rows, together + t * n_groups + g, 4));
 }
 
 template <int BITS, int LIMBS>
@@ -557,7 +559,8 @@ void add_values(const State& state, const Rows& v, int64_t start, int n, const a
     const auto* rows = reinterpret_cast<const uint8_t*>(v.codes + start * v.plane->row);
     ahead.fetch(0, CHUNK);
     if (whole < n_quads) rows = whole_block(rows, row_bytes, n, n_quads * 4, copy);
-    widen_metadata(v, start, n, scale, zero);
+    widen_groups(v.scale + start * v.plane->scale_row, v.plane->scale_row, n_groups, n, scale);
+    widen_groups(v.zero + start * v.plane->zero_row, v.plane->zero_row, n_groups, n, zero);
     interleave(rows, row_bytes, n_quads, [&](int64_t unit, int quad, __m512i x) {
         _mm512_store_si512(packed + (unit * n_quads + quad) * 64, x);
     });
