@@ -1,4 +1,4 @@
-"""Calls every native op with operands of odd sizes and exact length; run by `test_native_asan.py` under AddressSanitizer."""
+"""Calls every native op with operands of odd sizes and exact length; `test_native_asan.py` runs it sanitised."""
 
 import torch
 
