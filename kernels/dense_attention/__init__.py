@@ -36,8 +36,8 @@ def dense_attention(
         ValueError: shapes or dtypes do not fit together.
     """
     check_operands(q, k, v, mask)
-    obstacle = _obstacle(q)
-    return select("dense_attention", q.device, obstacle)(q, k, v, scaling=scaling, mask=mask, softcap=softcap)
+    run = select("dense_attention", q.device, (q,))
+    return run(q, k, v, scaling=scaling, mask=mask, softcap=softcap)
 
 
 def check_operands(q, k, v, mask, n_rows=None):
@@ -57,20 +57,3 @@ def check_operands(q, k, v, mask, n_rows=None):
         if mask.dtype != torch.bool or not sizes_fit or mask.shape[2:] != (S, n_rows):
             wanted = f"[{B}|1, {k.shape[1]}|1, {S}, {n_rows}]"
             raise ValueError(f"mask must be bool {wanted}, got {mask.dtype} {list(mask.shape)}")
-
-
-def _obstacle(q):
-    def why_not(backend):
-        if backend == "reference":
-            return None
-        if q.requires_grad and torch.is_grad_enabled():
-            return "gradients are needed"
-        if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"{q.dtype} is not supported"
-        if backend == "triton":
-            from hf_kvcache.kernels.dense_attention import triton_kernel
-
-            return triton_kernel.obstacle(q)
-        return None
-
-    return why_not

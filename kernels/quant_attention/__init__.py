@@ -56,7 +56,7 @@ def quant_attention(
     check_operands(q, tail_k, tail_v, mask, n_packed + tail_k.shape[2])
     _check_packed("keys", keys, q, bits[0], n_packed)
     _check_packed("values", values, q, bits[1], n_packed)
-    run = select("quant_attention", q.device, _obstacle(q, keys, values, bits, key_axis))
+    run = select("quant_attention", q.device, (q, keys, values, bits, key_axis))
     return run(
         q, keys, values, tail_k, tail_v, bits=bits, key_axis=key_axis, scaling=scaling, mask=mask, softcap=softcap
     )
@@ -70,22 +70,3 @@ def _check_packed(name, packed, q, bits, n_packed):
         raise ValueError(f"{name}: codes must be int16 {wanted}, got {codes.dtype} {list(codes.shape)}")
     if scale.dtype != torch.float16 or scale.shape != zero.shape:
         raise ValueError(f"{name}: scale and zero must be float16 of one shape")
-
-
-def _obstacle(q, keys, values, bits, key_axis):
-    def why_not(backend):
-        if backend == "reference":
-            return None
-        if q.requires_grad and torch.is_grad_enabled():
-            return "gradients are needed"
-        if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"{q.dtype} is not supported"
-        if 3 in bits and backend != "native":
-            return "3 bits have no kernel"
-        if backend == "triton":
-            from hf_kvcache.kernels.quant_attention import triton_kernel
-
-            return triton_kernel.obstacle(q, keys, values, bits, key_axis)
-        return None
-
-    return why_not

@@ -19,12 +19,14 @@ struct Call {
     int64_t tail_k, tail_k_batch, tail_k_head, tail_k_row, tail_v, tail_v_batch, tail_v_head, tail_v_row, n_packed, n_tail;
 };
 
+constexpr int STEP = 32;  // decoded rows: they stay in L1 until they are used
+
 // Packed rows `[start, stop)` by way of float32.
 void add_decoded(State& state, const attention::Queries& queries, const Rows& k, const Rows& v, const uint8_t* mask,
                  int64_t start, int64_t stop) {
     float* channels = state.scratch + CHUNK * std::max(state.width, state.v_width);
-    for (int64_t first = start; first < stop; first += CHUNK) {
-        const int n = int(std::min<int64_t>(CHUNK, stop - first));
+    for (int64_t first = start; first < stop; first += STEP) {
+        const int n = int(std::min<int64_t>(STEP, stop - first));
         packed_rows::decode_rows(k, first, n, state.scratch, channels);
         attention::score(state, state.scratch, state.width, n);
         attention::weigh(state, queries, mask ? mask + first : nullptr, n);

@@ -70,12 +70,65 @@ inline void stretch(float* x, int64_t n, float factor, float offset) {
     for (; d < n; d++) x[d] = x[d] * factor + offset;
 }
 
+// Fields of one row, scaled on the way: by `scale[d]` and `offset[d]` per channel, or by the numbers of the group of
+// `fields` fields.
+template <int BITS>
+void decode_scaled(const uint16_t* words, int64_t D, bool per_channel, int fields, const float* scale, const float* offset, float* out) {
+    const int64_t W = D * BITS / 16;
+    const int32_t mask = (1 << BITS) - 1;
+    int group = 0, left = fields;
+    for (int f = 0; f < 16 / BITS; f++, left--) {
+        if (!left) group++, left = fields;
+        const simd::vfloat group_scale = simd::splat(scale[group]), group_offset = simd::splat(offset[group]);
+        for (int64_t j = 0; j < W; j += simd::LANES) {
+            const simd::vfloat code = simd::to_floats((simd::load_words(words + j) >> (BITS * f)) & mask);
+            const int64_t d = f * W + j;
+            simd::store(out + d, per_channel ? simd::fma(code, simd::load(scale + d), simd::load(offset + d))
+                                             : simd::fma(code, group_scale, group_offset));
+        }
+    }
+}
+
+// Rows of whole registers whose fields belong to one group: `decode_scaled` can take them.
+inline bool fields_are_whole(const Plane& p, int64_t D) {
+    const int64_t W = D * p.bits / 16;
+    return p.bits != 3 && W % simd::LANES == 0 && (p.per_channel || D / p.n_groups % W == 0);
+}
+
+inline void decode_scaled(int64_t bits, const uint16_t* words, int64_t D, bool per_channel, int fields, const float* scale,
+                          const float* offset, float* out) {
+    switch (bits) {
+        case 8: return decode_scaled<8>(words, D, per_channel, fields, scale, offset, out);
+        case 4: return decode_scaled<4>(words, D, per_channel, fields, scale, offset, out);
+        default: return decode_scaled<2>(words, D, per_channel, fields, scale, offset, out);
+    }
+}
+
+// `n` scales and zero points as float32; the zero point of code 0 instead of that of the centre.
+inline void widen_grid(const Rows& rows, int64_t block, int64_t n, float* scale, float* offset) {
+    attention::widen(rows.scale + block * rows.plane->scale_row, 0, 1, n, scale);
+    attention::widen(rows.zero + block * rows.plane->zero_row, 0, 1, n, offset);
+    const float centre = float((1 << rows.plane->bits) - 1) / 2;
+    for (int64_t d = 0; d < n; d++) offset[d] -= centre * scale[d];
+}
+
 // Rows `[start, start + n)` as float32 `[n, width]`. `channels` holds 2 * width floats.
 inline void decode_rows(const Rows& rows, int64_t start, int n, float* out, float* channels) {
     const Plane& p = *rows.plane;
     const int64_t D = rows.D, width = attention::padded(D), group = D / p.n_groups;
     float *scale = channels, *zero = channels + width;
     int64_t current = -1;
+    if (fields_are_whole(p, D)) {
+        const int fields = int(group / (D * p.bits / 16));
+        int64_t block = start / rows.per_scale, left = (block + 1) * rows.per_scale - start;
+        for (int t = 0; t < n; t++, left--) {
+            if (!left) block++, left = rows.per_scale;
+            if (block != current) widen_grid(rows, block, p.per_channel ? D : p.n_groups, scale, zero);
+            current = block;
+            decode_scaled(p.bits, rows.codes + (start + t) * p.row, D, p.per_channel, fields, scale, zero, out + t * width);
+        }
+        return;
+    }
     for (int t = 0; t < n; t++) {
         float* x = out + t * width;
         decode(p.bits, rows.codes + (start + t) * p.row, D, x);

@@ -64,6 +64,8 @@ ASM_2 = tl.constexpr("""{
 def obstacle(q, keys, values, bits, key_axis) -> str | None:
     """Why these kernels cannot take a call that the reference can, or None."""
     D = q.shape[-1]
+    if 3 in bits:
+        return "3 bits have no Triton kernel"
     if D % 16:
         return f"head size {D} is not a multiple of 16"
     grouped = [(values[1], bits[1])] + ([(keys[1], bits[0])] if key_axis == "token" else [])

@@ -36,8 +36,8 @@ def quant_pack(
     check_format(bits, axis, group_size, x.shape[-1])
     if axis == "channel" and x.shape[2] % group_size:
         raise ValueError(f"{x.shape[2]} rows are not a whole number of blocks of {group_size}")
-    obstacle = _obstacle(x, bits, axis, group_size)
-    return select("quant_pack", x.device, obstacle)(x, bits=bits, axis=axis, group_size=group_size)
+    run = select("quant_pack", x.device, (x, bits, axis, group_size))
+    return run(x, bits=bits, axis=axis, group_size=group_size)
 
 
 def quant_unpack(
@@ -64,20 +64,3 @@ def check_format(bits: int, axis: str, group_size: int, head_dim: int) -> None:
         raise ValueError(f"{bits}-bit rows need a head size that is a multiple of {multiple}, this one is {head_dim}")
     if axis == "token" and head_dim % group_size:
         raise ValueError(f"group_size={group_size} does not divide the head size {head_dim}")
-
-
-def _obstacle(x, bits, axis, group_size):
-    def why_not(backend):
-        if backend == "reference":
-            return None
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return f"{x.dtype} is not supported"
-        if bits == 3 and backend != "native":
-            return "3 bits have no kernel"
-        if backend == "triton":
-            from hf_kvcache.kernels.quant_pack import triton_kernel
-
-            return triton_kernel.obstacle(x, bits, axis, group_size)
-        return None
-
-    return why_not

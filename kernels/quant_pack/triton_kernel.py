@@ -17,6 +17,8 @@ MAGIC = tl.constexpr(8388608.0)  # 2**23: adding it rounds to an integer, half t
 
 def obstacle(x, bits, axis, group_size) -> str | None:
     """Why the kernel cannot take a call that the reference can, or None."""
+    if bits == 3:
+        return "3 bits have no Triton kernel"
     if axis == "channel" and group_size & (group_size - 1):
         return f"blocks of {group_size} rows are not a power of two"
     if axis == "token" and group_size % (x.shape[3] * bits // 16):

@@ -22,6 +22,7 @@ from importlib import import_module
 import torch
 
 BACKENDS = ("native", "triton", "reference")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 _forced: list[str] = []
 _said: set[tuple[str, str]] = set()
@@ -59,36 +60,40 @@ def use_backend(name: str):
         _forced.pop()
 
 
-def choose(op: str, device: torch.device, obstacle=lambda backend: None) -> Choice:
+def choose(op: str, device: torch.device, operands: tuple = ()) -> Choice:
     """Pick the backend of `op` on `device`.
 
     Args:
         op: folder name of the op.
         device: device of the operands.
-        obstacle: `backend -> str | None`, the op's own reason why a backend cannot take this call
-            (an unsupported bit width, gradients needed, ...).
+        operands: what the `obstacle` function of the op's backend wants to see of a call, the tensor that decides
+            dtype and gradients first; empty asks about the backend as such.
     """
     wanted = forced_backend()
     if wanted is not None:
-        why_not = _missing(op, wanted, device) or obstacle(wanted)
+        why_not = _obstacle(op, wanted, device, operands)
         if why_not:
             raise BackendUnavailable(f"{op}: backend {wanted!r} was asked for but {why_not}")
         return Choice(wanted, "asked for")
-    fast = "triton" if device.type == "cuda" else "native"
-    why_not = _missing(op, fast, device) or obstacle(fast)
+    fast = _fast(device)
+    why_not = _obstacle(op, fast, device, operands)
     return Choice("reference", why_not) if why_not else Choice(fast, f"{device.type} tensors")
 
 
-def select(op: str, device: torch.device, obstacle=lambda backend: None):
+def select(op: str, device: torch.device, operands: tuple = ()):
     """The function that runs `op` on `device`; says once, with the reason, when that is the reference."""
-    fast = "triton" if device.type == "cuda" else "native"
-    if forced_backend() is None and _missing(op, fast, device) is None and obstacle(fast) is None:
+    fast = _fast(device)
+    if forced_backend() is None and _obstacle(op, fast, device, operands) is None:
         return getattr(_module(op, fast), op)
-    choice = choose(op, device, obstacle)
+    choice = choose(op, device, operands)
     if choice.backend == "reference" and choice.reason != "asked for" and (op, choice.reason) not in _said:
         _said.add((op, choice.reason))
         warnings.warn(f"hf_kvcache: {op} runs on the PyTorch reference: {choice.reason}", stacklevel=3)
     return getattr(_module(op, choice.backend), op)
+
+
+def _fast(device: torch.device) -> str:
+    return "triton" if device.type == "cuda" else "native"
 
 
 @cache
@@ -96,11 +101,21 @@ def _module(op: str, backend: str):
     return import_module(f"hf_kvcache.kernels.{op}.{'triton_kernel' if backend == 'triton' else backend}")
 
 
-def _missing(op: str, backend: str, device: torch.device) -> str | None:
+def _obstacle(op: str, backend: str, device: torch.device, operands: tuple) -> str | None:
+    """Why a backend cannot take a call, or None."""
     if backend == "reference":
         return None
     try:
         module = _module(op, backend)
     except ImportError as error:
         return f"{backend} is not installed ({error})"
-    return module.unavailable(device)
+    why_not = module.unavailable(device)
+    if why_not or not operands:
+        return why_not
+    x = operands[0]
+    if x.requires_grad and torch.is_grad_enabled():
+        return "gradients are needed"
+    if x.dtype not in FLOATS:
+        return f"{x.dtype} is not supported"
+    own = getattr(module, "obstacle", None)
+    return None if own is None else own(*operands)
