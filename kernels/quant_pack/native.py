@@ -8,6 +8,7 @@ import torch
 
 from hf_kvcache.kernels import native
 from hf_kvcache.kernels.dense_attention.native import rows, rows_contiguous
+from hf_kvcache.kernels.pages import on_huge_pages
 
 _CALL = struct.Struct("16q")
 
@@ -19,10 +20,10 @@ def unavailable(device) -> str | None:
 def quant_pack(x, *, bits, axis, group_size):
     B, H, n, D = x.shape
     x = rows_contiguous(x)
-    codes = torch.empty(B, H, n, D * bits // 16, dtype=torch.int16)
+    codes = on_huge_pages(torch.empty(B, H, n, D * bits // 16, dtype=torch.int16))
     per_channel = axis == "channel"
     shape = (B, H, n // group_size, D) if per_channel else (B, H, n, D // group_size)
-    scale, zero = torch.empty(shape, dtype=torch.float16), torch.empty(shape, dtype=torch.float16)
+    scale, zero = (on_huge_pages(torch.empty(shape, dtype=torch.float16)) for _ in range(2))
     fields = (
         *rows(x), codes.data_ptr(), scale.data_ptr(), zero.data_ptr(),
         native.DTYPES[x.dtype], B, H, n, D, bits, per_channel, group_size, torch.get_num_threads(),

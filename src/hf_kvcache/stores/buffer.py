@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from hf_kvcache.kernels.pages import on_huge_pages
+
 # Spare room when a buffer has to grow, as a fraction of what it holds: small enough that the allocated bytes stay
 # close to the used ones, large enough that growing costs about 16 row copies per token however long the cache is.
 SLACK = 16
@@ -72,7 +74,7 @@ class RowBuffer:
             used = self[name]
             exact = used.is_contiguous() and t.untyped_storage().nbytes() == used.numel() * used.element_size()
             if not exact:
-                self.tensors[name] = used.clone(memory_format=torch.contiguous_format)
+                self.tensors[name] = on_huge_pages(used.new_empty(used.shape)).copy_(used)
 
     def remove(self, start: int, stop: int, capacity: int | None = None) -> None:
         """Drop the tokens `[start, stop)`; the rest moves up. `capacity` re-allocates, otherwise in place."""
@@ -111,7 +113,7 @@ class RowBuffer:
         n_tokens = sum(stop - start for start, stop in spans)
         for name, t in self.tensors.items():
             per_row = self.tokens_per_row[name]
-            fresh = t.new_empty(*t.shape[:2], capacity // per_row, *t.shape[3:])
+            fresh = on_huge_pages(t.new_empty(*t.shape[:2], capacity // per_row, *t.shape[3:]))
             at = 0
             for start, stop in spans:
                 rows = (stop - start) // per_row
