@@ -16,7 +16,7 @@ from hf_kvcache.kernels.dense_attention import dense_attention
 
 CPU = torch.device("cpu")
 OP = "dense_attention"  # the quickest to compile
-needs_compiler = pytest.mark.skipif(native.unavailable(OP, CPU) is not None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(native.why_no_compiler() is not None, reason="no C++ compiler")
 
 
 @pytest.fixture

@@ -156,6 +156,15 @@ def compiler() -> list[str]:
     raise BuildError("no C++ compiler is found (install g++ or set CXX)")
 
 
+def why_no_compiler() -> str | None:
+    """Why nothing can be compiled here, or None. A source that fails to compile is no reason."""
+    try:
+        compiler()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
 def cache_folder() -> Path:
     """Where libraries are kept; a private temporary folder when the usual one cannot be written."""
     named = os.environ.get("HF_KVCACHE_CACHE")
