@@ -1,0 +1,97 @@
+"""Attention of a few queries over sparse rows, their values full or quantised, and a dense tail."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hf_kvcache.kernels import select
+from hf_kvcache.kernels.dense_attention import check_operands
+
+__all__ = ["SparseRows", "sparse_attention"]
+
+
+class SparseRows(NamedTuple):
+    """One side, K or V, of a cache whose rows keep `k` of their `D` channels (layouts: README.md of `sparse_pack`).
+
+    Attributes:
+        values: kept channels `[B, Hkv, N, k]` in the dtype of the query; or, where `bits` is given, codes of `quant_pack`
+            with `axis="token"`, int16 `[B, Hkv, N, k * bits / 16]`.
+        places: uint8, bitmaps `[B, Hkv, N, ceil(D / 8)]` or channel numbers `[B, Hkv, N, k]`; None where all `D`
+            channels are kept in order (`k = D`).
+        layout: "bitmap" or "index".
+        scale, zero: float16 `[B, Hkv, N, groups]`, for codes.
+        bits: width of a code, 8, 4, 3 or 2; None for values that are not quantised.
+    """
+
+    values: torch.Tensor
+    places: torch.Tensor | None
+    layout: str = "bitmap"
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    bits: int | None = None
+
+    @property
+    def keep(self) -> int:
+        """Channels kept per row: `k`."""
+        return self.values.shape[-1] if self.bits is None else self.values.shape[-1] * 16 // self.bits
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    keys: SparseRows,
+    values: SparseRows,
+    tail_k: torch.Tensor | None = None,
+    tail_v: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over sparse keys and values without expanding them to memory, then over a dense tail.
+
+    `softmax([q K_packed^T, q K_tail^T]) [V_packed; V_tail]` (Mustafar, Joo et al. 2025, section 3).
+
+    Args:
+        q: queries `[B, Hq, S, D]`, float16, bfloat16 or float32.
+        keys: packed keys.
+        values: packed values.
+        tail_k: dense keys `[B, Hkv, M, D]` that follow the packed rows, in the dtype of `q`, or None.
+        tail_v: dense values, likewise.
+        scaling: factor on the scores.
+        mask: boolean `[B | 1, Hkv | 1, S, N + M]`, True where a query may look; None for everything.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+
+    Returns:
+        The output `[B, Hq, S, D]` in the dtype of `q` and the natural log-sum-exp of the scores
+        `[B, Hq, S]` in float32. A query that sees nothing gets zeros and `-inf`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    n_packed = keys.values.shape[2]
+    if tail_k is None:
+        tail_k = tail_v = q.new_empty(q.shape[0], keys.values.shape[1], 0, q.shape[-1])
+    check_operands(q, tail_k, tail_v, mask, n_packed + tail_k.shape[2])
+    _check_rows("keys", keys, q, n_packed)
+    _check_rows("values", values, q, n_packed)
+    run = select("sparse_attention", q.device, (q, keys, values))
+    return run(q, keys, values, tail_k, tail_v, scaling=scaling, mask=mask, softcap=softcap)
+
+
+def _check_rows(name, rows, q, n_packed):
+    D = q.shape[-1]
+    if rows.values.shape[0] != q.shape[0] or rows.values.shape[2] != n_packed or rows.keep > D:
+        raise ValueError(f"{name}: values {list(rows.values.shape)} do not fit {n_packed} rows of {D} channels")
+    if rows.bits is None and rows.values.dtype != q.dtype:
+        raise ValueError(f"{name}: values are {rows.values.dtype}, queries {q.dtype}")
+    if rows.bits is not None and (rows.values.dtype != torch.int16 or rows.scale is None or rows.zero is None):
+        raise ValueError(f"{name}: {rows.bits}-bit values are int16 codes with scale and zero")
+    if rows.places is None:
+        if rows.keep != D:
+            raise ValueError(f"{name}: {rows.keep} of {D} channels need places")
+        return
+    wanted = (*rows.values.shape[:3], rows.keep if rows.layout == "index" else -(-D // 8))
+    if rows.layout not in ("bitmap", "index") or rows.places.dtype != torch.uint8 or rows.places.shape != wanted:
+        raise ValueError(f"{name}: places must be uint8 {list(wanted)} of layout bitmap or index")
