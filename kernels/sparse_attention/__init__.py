@@ -16,13 +16,14 @@ class SparseRows(NamedTuple):
     """One side, K or V, of a cache whose rows keep `k` of their `D` channels (layouts: README.md of `sparse_pack`).
 
     Attributes:
-        values: kept channels `[B, Hkv, N, k]` in the dtype of the query; or, where `bits` is given, codes of `quant_pack`
-            with `axis="token"`, int16 `[B, Hkv, N, k * bits / 16]`.
+        values: kept channels `[B, Hkv, N, k]` in the dtype of the query; or, where `bits` is given, codes of
+            `quant_pack` with `axis="token"`, int16 `[B, Hkv, N, k * bits / 16]`.
         places: uint8, bitmaps `[B, Hkv, N, ceil(D / 8)]` or channel numbers `[B, Hkv, N, k]`; None where all `D`
             channels are kept in order (`k = D`).
         layout: "bitmap" or "index".
         scale, zero: float16 `[B, Hkv, N, groups]`, for codes.
         bits: width of a code, 8, 4, 3 or 2; None for values that are not quantised.
+        group_size: every group of this many channels keeps an equal share (4 with `k = D / 2`: the 2:4 pattern).
     """
 
     values: torch.Tensor
@@ -31,6 +32,7 @@ class SparseRows(NamedTuple):
     scale: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     bits: int | None = None
+    group_size: int | None = None
 
     @property
     def keep(self) -> int:

@@ -30,6 +30,8 @@ class KVCache(Cache):
             them apart; None keeps them dense.
         window: newest rows that stay dense under a codec.
         n_sink: oldest rows that stay dense under a codec.
+        edge_layers: this many first and last layers, the most sensitive ones, get `edge_codec` instead.
+        edge_codec: codec of those layers; None keeps them dense.
         max_length: tokens to make room for at the first call, instead of growing.
         config: the model's config. Only models with linear-attention layers need it; others are recognised when
             the cache is first used.
@@ -46,18 +48,22 @@ class KVCache(Cache):
         *,
         window: int = 64,
         n_sink: int = 0,
+        edge_layers: int = 0,
+        edge_codec: Codec | tuple[Codec, Codec] | None = None,
         max_length: int | None = None,
         config=None,
         offloading: bool = False,
     ):
         register_pass_throughs()
         self.policy, self.window, self.n_sink, self.max_length = policy, window, n_sink, max_length
-        if window < 0 or n_sink < 0:
-            raise ValueError(f"window={window} and n_sink={n_sink} must not be negative")
+        if min(window, n_sink, edge_layers) < 0:
+            raise ValueError(f"window={window}, n_sink={n_sink} and edge_layers={edge_layers} must not be negative")
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
         self.codec = self._pair(codec)
-        self._check_pair()
+        self.edge_layers, self.edge_codec = edge_layers, self._pair(edge_codec)
+        for pair in (self.codec, self.edge_codec if edge_layers else None):
+            self._check_pair(pair)
         self._model: weakref.ref | None = None
         self._expected: dict | None = None
         self._stock: list | None = None
@@ -78,10 +84,10 @@ class KVCache(Cache):
                 raise TypeError(f"codec must be a Codec such as Quantize(bits=4), or a pair of them, not {codec!r}")
         return keys.for_side("k"), values.for_side("v")
 
-    def _check_pair(self) -> None:
-        if self.policy is None or self.codec is None:
+    def _check_pair(self, pair) -> None:
+        if self.policy is None or pair is None:
             return
-        for side in self.codec:
+        for side in pair:
             if side.granularity > 1:
                 raise ValueError(
                     f"{type(self.policy).__name__} drops single tokens, but {side} packs {side.granularity} tokens "
@@ -97,7 +103,9 @@ class KVCache(Cache):
 
     def codec_of_layer(self, layer_idx: int, n_layers: int | None) -> tuple[Codec, Codec] | None:
         """The pair of codecs of one layer; `n_layers` is None while the model is not known yet."""
-        return self.codec
+        # only layer 0 is ever created before the model is known
+        is_last = n_layers is not None and layer_idx >= n_layers - self.edge_layers
+        return self.edge_codec if layer_idx < self.edge_layers or is_last else self.codec
 
     def _new_layer(self, layer_idx: int):
         stock = self._stock_layer(layer_idx)

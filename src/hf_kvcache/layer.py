@@ -63,7 +63,8 @@ class KVLayer(CacheLayerMixin):
             if codec is not None:
                 try:
                     codec.nbytes_per_token(self.head_dim, key_states.element_size())
-                    codec.encode(key_states.new_zeros(1, 1, self.store.step, self.head_dim))
+                    row = key_states.new_zeros(1, 1, self.store.step, self.head_dim)
+                    codec.encode(row, row[:, :, :1].unsqueeze(3))
                 except (ValueError, StopIteration) as error:
                     raise ValueError(f"{side} of layer {self.layer_idx} cannot be encoded: {error}") from error
         self.is_initialized = True
@@ -106,6 +107,7 @@ class KVLayer(CacheLayerMixin):
         # verifying drafted tokens is decoding too, several tokens at a time
         self._is_decoding = q.shape[2] == 1 or (self.record_past and not view.is_prefill)
         self._queries = q if self._is_due() else None
+        self.store.note_queries(q)
         self._is_unsettled = True
         if not self.record_past:
             self._commit()

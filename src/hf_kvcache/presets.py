@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hf_kvcache import registry
 from hf_kvcache.cache import KVCache
-from hf_kvcache.codecs import Quantize
+from hf_kvcache.codecs import Dense, Quantize, Sparse
 from hf_kvcache.policies.base import Policy
 
 
@@ -41,10 +41,8 @@ class QuantCache(KVCache):
     ):
         if key_axis is None:
             key_axis = "channel" if kwargs.get("policy") is None else "token"
-        self.edge_layers = edge_layers
-        pair = self._codecs(bits, key_axis, group_size, rotate)
-        self.edge_codec = self._pair(self._codecs(edge_bits, key_axis, group_size, rotate))
-        super().__init__(codec=pair, window=window, **kwargs)
+        pair, edge = (self._codecs(n, key_axis, group_size, rotate) for n in (bits, edge_bits))
+        super().__init__(codec=pair, edge_codec=edge, edge_layers=edge_layers, window=window, **kwargs)
 
     @staticmethod
     def _codecs(bits, key_axis, group_size, rotate):
@@ -53,12 +51,52 @@ class QuantCache(KVCache):
             Quantize(bits, axis="token", group_size=group_size, rotate=rotate),
         )
 
-    def codec_of_layer(self, layer_idx, n_layers):
-        if not self.edge_layers or n_layers is None:
-            # only layer 0 is ever created before the model is known
-            return self.edge_codec if self.edge_layers and layer_idx == 0 else self.codec
-        is_edge = layer_idx < self.edge_layers or layer_idx >= n_layers - self.edge_layers
-        return self.edge_codec if is_edge else self.codec
+
+class SparseCache(KVCache):
+    """The largest channels of every token, in rows of a fixed size (Mustafar, Joo et al. 2025).
+
+    Prefill output is exact; tokens are pruned in blocks as they leave the window.
+
+    Args:
+        sparsity: share of the channels to drop; a pair `(keys, values)`, or "balanced" for (0.5, 0.7): keys are the
+            more fragile.
+        keep_k, keep_v: channels to keep, exactly, instead of a share.
+        bits: also quantise what is kept, per token, to 8, 4, 3 or 2 bits.
+        layout: "bitmap" (least memory) or "index".
+        rule: which channels stay: "magnitude", "output_aware", or the baseline "think"; see `Sparse`.
+        group_size: keep an equal share of every group of this many channels; 4 with sparsity 0.5 is the 2:4 pattern.
+        window: newest tokens that stay dense; up to 31 more wait there for their block.
+        n_sink: oldest tokens that stay dense (of a left-padded row these are pads, and its first tokens are pruned).
+        **kwargs: `policy`, `edge_layers`, `max_length`, `config`, `offloading` of `KVCache`.
+    """
+
+    BALANCED = (0.5, 0.7)
+
+    def __init__(
+        self,
+        sparsity: float | tuple[float, float] | str = 0.7,
+        *,
+        keep_k: int | None = None,
+        keep_v: int | None = None,
+        bits: int | None = None,
+        layout: str = "bitmap",
+        rule: str = "magnitude",
+        group_size: int | None = None,
+        window: int = 32,
+        n_sink: int = 4,
+        **kwargs,
+    ):
+        if isinstance(sparsity, str):
+            if sparsity != "balanced":
+                raise ValueError(f"sparsity={sparsity!r} is neither a share, a pair of shares, nor 'balanced'")
+            sparsity = self.BALANCED
+        shares = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
+        integers = Dense() if bits is None else Quantize(bits, axis="token")
+        codec = tuple(
+            Sparse(None if keep is not None else share, keep, layout, rule, group_size=group_size) >> integers
+            for share, keep in zip(shares, (keep_k, keep_v), strict=True)
+        )
+        super().__init__(codec=codec, window=window, n_sink=n_sink, **kwargs)
 
 
 class EvictionCache(KVCache):

@@ -38,6 +38,14 @@ METHODS = (
         "bits=4, window=64, rotate=False, edge_layers=0",
     ),
     Method(
+        "sparse",
+        "hf_kvcache.presets:SparseCache",
+        "channels",
+        "The largest channels of every token, optionally quantised; recent window dense",
+        "Mustafar, Joo et al. 2025",
+        "sparsity=0.7, bits=None, layout='bitmap', window=32, n_sink=4",
+    ),
+    Method(
         "streaming",
         "hf_kvcache.policies.streaming:Streaming",
         "tokens",
@@ -57,7 +65,16 @@ METHODS = (
 
 # (format of keys, format of values) -> the function that attends over a store of that kind
 FUSED = {
+    ("int/channel", "int"): "hf_kvcache.attention.fused:integers",
     ("int", "int"): "hf_kvcache.attention.fused:integers",
+}
+# every other pair of row-granular formats: a row is a list of values, quantised or not, and the places they belong to
+_ROWS = ("sparse", "sparse>int", "dense", "int")
+FUSED |= {
+    (keys, values): "hf_kvcache.attention.fused:sparse"
+    for keys in _ROWS
+    for values in _ROWS
+    if (keys, values) not in (("dense", "dense"), ("int", "int"))
 }
 
 

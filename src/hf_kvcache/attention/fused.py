@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.attention import blockwise
+from hf_kvcache.codecs.base import Chain, Codec
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.kernels.quant_attention import quant_attention
+from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.registry import FUSED, load
 
 # above this many queries a call is compute-bound: unpacking a block once for all of them and using a large matrix
@@ -65,3 +67,30 @@ def integers(q, store, dense, *, scaling, mask, softcap):
         mask=mask,
         softcap=softcap,
     )
+
+
+def sparse(q, store, dense, *, scaling, mask, softcap):
+    """`sparse_attention` over a store of independent rows: sparse, quantised per token, both, or dense on one side."""
+    return sparse_attention(
+        q,
+        as_sparse_rows(store.keys, store.encoded("k")),
+        as_sparse_rows(store.values, store.encoded("v")),
+        None if dense is None else dense["k"],
+        None if dense is None else dense["v"],
+        scaling=scaling,
+        mask=mask,
+        softcap=softcap,
+    )
+
+
+def as_sparse_rows(codec: Codec, encoded: dict[str, torch.Tensor]) -> SparseRows:
+    """One side of a store as the op reads it: what says the places, and what holds the values."""
+    places, layout, group_size = None, "bitmap", None
+    if codec.format.startswith("sparse"):
+        first = codec.first if isinstance(codec, Chain) else codec
+        places, layout, group_size = encoded["places"], first.layout, first.group_size
+    if not codec.format.endswith("int"):
+        return SparseRows(encoded["rows" if places is None else "values"], places, layout, group_size=group_size)
+    prefix, integers = ("second.", codec.second) if isinstance(codec, Chain) else ("", codec)
+    codes, scale, zero = (encoded[prefix + name] for name in ("codes", "scale", "zero"))
+    return SparseRows(codes, places, layout, scale, zero, integers.bits, group_size)

@@ -3,5 +3,6 @@
 from hf_kvcache.codecs.base import Chain, Codec
 from hf_kvcache.codecs.dense import Dense
 from hf_kvcache.codecs.quantize import Quantize
+from hf_kvcache.codecs.sparse import Sparse
 
-__all__ = ["Chain", "Codec", "Dense", "Quantize"]
+__all__ = ["Chain", "Codec", "Dense", "Quantize", "Sparse"]

@@ -13,10 +13,14 @@ class Codec:
     Class attributes:
         format: name of the byte format, which picks the attention kernel.
         carrier: the encoded tensor that a following codec may encode further, or None.
+        is_aligned: whether a channel of the carrier is the same channel of the model in every row.
+        needs: what `encode` reads beyond the rows: "queries".
     """
 
     format: str = ""
     carrier: str | None = None
+    is_aligned: bool = True
+    needs: frozenset[str] = frozenset()
 
     @property
     def granularity(self) -> int:
@@ -32,12 +36,15 @@ class Codec:
         """This codec with the defaults of keys (`side="k"`) or values (`"v"`) filled in."""
         return self
 
-    def encode(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode rows `[B, Hkv, n, D]`, `n` a multiple of `granularity`, into tensors `[B, Hkv, rows, ...]`."""
+    def encode(self, x: torch.Tensor, queries: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Encode rows `[B, Hkv, n, D]`, `n` a multiple of `granularity`, into tensors `[B, Hkv, rows, ...]`.
+
+        `queries` are the newest of the layer, `[B, Hkv, s, G, D]`, for codecs that need them.
+        """
         raise NotImplementedError
 
-    def decode(self, encoded: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """Rows `[B, Hkv, n, D]` in `dtype`."""
+    def decode(self, encoded: dict[str, torch.Tensor], dtype: torch.dtype, head_dim: int) -> torch.Tensor:
+        """Rows `[B, Hkv, n, D]` in `dtype`, `head_dim` being `D`."""
         raise NotImplementedError
 
     def nbytes_per_token(self, head_dim: int, itemsize: int) -> float:
@@ -77,11 +84,16 @@ class Chain(Codec):
     second: Codec
 
     def __post_init__(self):
+        pair = f"{type(self.first).__name__} >> {type(self.second).__name__}"
         if self.first.carrier is None:
+            raise ValueError(f"{pair}: {self.first} leaves nothing that another codec can encode; put it last")
+        if not self.first.is_aligned and (self.second.granularity > 1 or self.second.projects):
             raise ValueError(
-                f"{type(self.first).__name__} >> {type(self.second).__name__}: {type(self.first).__name__} leaves "
-                "integers, which another codec cannot encode; put it last"
+                f"{pair}: {self.second} treats a channel alike in several rows, and the channels that "
+                f"{self.first} leaves differ from row to row; use Quantize(axis='token', rotate=False)"
             )
+        if "queries" in self.second.needs:
+            raise ValueError(f"{pair}: {self.second} needs queries in the basis of the rows; put it first")
 
     @property
     def format(self) -> str:
@@ -90,6 +102,14 @@ class Chain(Codec):
     @property
     def carrier(self) -> str | None:
         return None if self.second.carrier is None else f"second.{self.second.carrier}"
+
+    @property
+    def is_aligned(self) -> bool:
+        return self.first.is_aligned and self.second.is_aligned
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.first.needs
 
     def carrier_width(self, head_dim):
         return self.second.carrier_width(self.first.carrier_width(head_dim))
@@ -100,17 +120,19 @@ class Chain(Codec):
         return own | {f"second.{name}": n for name, n in self.second.fields.items()}
 
     def for_side(self, side: str) -> Codec:
-        return Chain(self.first.for_side(side), self.second.for_side(side))
+        # what follows an unaligned codec works row by row, as codecs of values do
+        return Chain(self.first.for_side(side), self.second.for_side(side if self.first.is_aligned else "v"))
 
-    def encode(self, x):
-        encoded = self.first.encode(x)
+    def encode(self, x, queries=None):
+        encoded = self.first.encode(x, queries)
         carried = self.second.encode(encoded.pop(self.first.carrier))
         return encoded | {f"second.{name}": t for name, t in carried.items()}
 
-    def decode(self, encoded, dtype):
+    def decode(self, encoded, dtype, head_dim):
         inner = {name: encoded[f"second.{name}"] for name in self.second.fields}
         outer = {name: encoded[name] for name in self.first.fields if name != self.first.carrier}
-        return self.first.decode(outer | {self.first.carrier: self.second.decode(inner, dtype)}, dtype)
+        carried = self.second.decode(inner, dtype, self.first.carrier_width(head_dim))
+        return self.first.decode(outer | {self.first.carrier: carried}, dtype, head_dim)
 
     def nbytes_per_token(self, head_dim, itemsize):
         whole = self.first.nbytes_per_token(head_dim, itemsize)

@@ -18,10 +18,10 @@ class Dense(Codec):
     def fields(self):
         return {"rows": 1}
 
-    def encode(self, x):
+    def encode(self, x, queries=None):
         return {"rows": x.contiguous()}
 
-    def decode(self, encoded, dtype):
+    def decode(self, encoded, dtype, head_dim):
         return encoded["rows"].to(dtype)
 
     def nbytes_per_token(self, head_dim, itemsize):

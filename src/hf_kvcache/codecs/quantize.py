@@ -30,13 +30,15 @@ class Quantize(Codec):
     group_size: int | None = None
     rotate: bool = False
 
-    format = "int"
-
     def __post_init__(self):
         if self.bits not in PLANES:
             raise ValueError(f"bits={self.bits} is not one of {', '.join(map(str, sorted(PLANES)))}")
         if self.axis not in (None, "channel", "token"):
             raise ValueError(f"axis={self.axis!r} is neither 'channel' nor 'token' (nor None: the best for each side)")
+
+    @property
+    def format(self):
+        return "int/channel" if self.axis == "channel" else "int"
 
     @property
     def fields(self):
@@ -46,14 +48,14 @@ class Quantize(Codec):
     def for_side(self, side):
         return replace(self, axis=self.axis or ("channel" if side == "k" else "token"))
 
-    def encode(self, x):
+    def encode(self, x, queries=None):
         x = rotate(x) if self.rotate else x
         group_size = BLOCK if self.axis == "channel" else self.channels_per_group(x.shape[-1])
         return dict(
             zip(("codes", "scale", "zero"), quant_pack(x, bits=self.bits, axis=self.axis, group_size=group_size))
         )
 
-    def decode(self, encoded, dtype):
+    def decode(self, encoded, dtype, head_dim):
         codes, scale, zero = (encoded[name] for name in ("codes", "scale", "zero"))
         x = quant_unpack(codes, scale, zero, bits=self.bits, axis=self.axis, dtype=dtype)
         return rotate(x) if self.rotate else x

@@ -9,6 +9,7 @@ from hf_kvcache.stores.base import Store
 from hf_kvcache.stores.buffer import RowBuffer
 
 PACK_STEP = 32  # rows are packed in steps, so that packing costs a launch per 32 tokens, not per token
+QUERIES = 32  # newest queries that codecs may ask for; as many more are held, so that `crop` leaves enough
 
 
 class UniformStore(Store):
@@ -41,6 +42,8 @@ class UniformStore(Store):
         sides = [] if keys is None else [("k", keys), ("v", values)]
         fields = {f"{side}.{name}": per_row for side, codec in sides for name, per_row in codec.fields.items()}
         self.packed = RowBuffer({**fields, **state} if sides else {})
+        self.queries = RowBuffer({"q": 1})
+        self.needs_queries = any("queries" in codec.needs for _, codec in sides)
         self.step = max(PACK_STEP, self.packed.unit)
         self.dtype: torch.dtype | None = None
         self.owned = True
@@ -70,6 +73,16 @@ class UniformStore(Store):
             rows[name] = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
         self.dense.append(rows, n)
 
+    def note_queries(self, q: torch.Tensor) -> None:
+        """Remember the newest of the queries `[B, Hq, S, D]` for codecs that need them."""
+        if not self.needs_queries:
+            return
+        n_kv_heads = self.dense.tensors["k"].shape[1]
+        newest = q[:, :, -2 * QUERIES :].unflatten(1, (n_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
+        self.queries.append({"q": newest.contiguous()}, newest.shape[2])
+        if self.queries.n_tokens > 2 * QUERIES:
+            self.queries.remove(0, self.queries.n_tokens - 2 * QUERIES)
+
     def keep(self, indices: torch.Tensor) -> None:
         if self.n_packed:
             # policies protect every dense row, so the same number of packed rows goes from every head
@@ -87,8 +100,11 @@ class UniformStore(Store):
             return
         n = surplus // self.step * self.step
         start, stop = self.n_sink, self.n_sink + n
-        rows = {f"k.{name}": t for name, t in self.keys.encode(self.dense["k"][:, :, start:stop]).items()}
-        rows |= {f"v.{name}": t for name, t in self.values.encode(self.dense["v"][:, :, start:stop]).items()}
+        queries = self.queries["q"][:, :, -QUERIES:] if self.needs_queries else None
+        rows = {}
+        for side, codec in (("k", self.keys), ("v", self.values)):
+            encoded = codec.encode(self.dense[side][:, :, start:stop], queries)
+            rows |= {f"{side}.{name}": t for name, t in encoded.items()}
         rows |= {name: self.dense[name][:, :, start:stop].clone() for name in self.tracked}
         is_first = not self.packed.tensors
         self.packed.append(rows, n)
@@ -110,6 +126,7 @@ class UniformStore(Store):
         if n_tokens > self.dense.n_tokens - min(self.n_sink, self.dense.n_tokens) and self.n_packed:
             self._unpack(n_tokens - (self.dense.n_tokens - self.n_sink))
         self.dense.truncate(max(self.dense.n_tokens - n_tokens, 0))
+        self.queries.truncate(max(self.queries.n_tokens - n_tokens, 0))
 
     def _unpack(self, n_tokens: int) -> None:
         """Bring at least the newest `n_tokens` packed rows back into the dense tail, decoded."""
@@ -126,7 +143,7 @@ class UniformStore(Store):
         self.dense.append(after, n_after)
 
     def buffers(self) -> dict[str, RowBuffer]:
-        return {"packed": self.packed, "dense": self.dense}
+        return {"packed": self.packed, "dense": self.dense, "queries": self.queries}
 
     def encoded(self, side: str) -> dict[str, torch.Tensor]:
         """Packed tensors of one side, "k" or "v", under the codec's own names."""
@@ -142,6 +159,7 @@ class UniformStore(Store):
                     for name, t in self.encoded(side).items()
                 },
                 self.dtype,
+                self.dense.tensors[side].shape[-1],
             )
             for side, codec in (("k", self.keys), ("v", self.values))
         )
