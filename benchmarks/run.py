@@ -18,6 +18,7 @@ from pathlib import Path
 import attention
 import generation
 import memory
+import pruning
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +31,10 @@ SUITES = {
     "prefill": generation.prefill,
     "generate": generation.decode,
     "memory": memory.process_memory,
+    "pruning": pruning.pruning,
 }
+# these measure what a model says, not how fast, and take --model, --text and --context
+QUALITY = ("pruning",)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,6 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls per contestant (default 15)")
+    quality = parser.add_argument_group("quality suites (pruning)")
+    quality.add_argument("--model", help="Hub id or local folder (default: the embedded model)")
+    quality.add_argument("--text", help="text file to predict (default: the package's own prose)")
+    quality.add_argument("--context", type=int, default=2048, help="tokens of a window (default 2048)")
     options = parser.parse_args(arguments)
     unknown = set(options.suites) - set(SUITES)
     if unknown:
@@ -51,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(as_table(name, rows))
         seconds = round(time.time() - started, 1)
         result = {"suite": name, "seconds": seconds, **environment(options.device), "rows": rows}
+        if name in QUALITY:
+            result |= {"model": options.model or "embedded", "context": options.context}
         path = options.out / f"{name}-{options.device}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"{path}\n")

@@ -49,6 +49,9 @@ CASES = [
     Case("dense-max_length256", lambda: kv.KVCache(max_length=256), lossless=True),
     Case("dense-codec-window8", lambda: kv.KVCache(codec=kv.Dense(), window=8), lossless=True),
     Case("quant4-window256", lambda: kv.QuantCache(4, window=256), lossless=True),
+    Case("sparse0-window8", lambda: kv.SparseCache(0.0, window=8), lossless=True),
+    Case("sparse0-index-window8", lambda: kv.SparseCache(0.0, window=8, layout="index"), lossless=True),
+    Case("sparse0.7-window256", lambda: kv.SparseCache(window=256), lossless=True),
     Case("streaming-budget256", lambda: kv.EvictionCache("streaming", budget=256), lossless=True),
     Case("keydiff-ratio1", lambda: kv.EvictionCache("keydiff", ratio=1.0, n_sink=0, n_recent=0), lossless=True),
     # quantised
@@ -61,12 +64,34 @@ CASES = [
     Case("quant3-window8", lambda: kv.QuantCache(3, window=8)),
     Case("quant2-window8", lambda: kv.QuantCache(2, window=8)),
     Case("quant8k4v-window8", lambda: kv.KVCache(codec=(kv.Quantize(8), kv.Quantize(4)), window=8)),
+    # sparse
+    Case("sparse0.5-window8", lambda: kv.SparseCache(0.5, window=8)),
+    Case("sparse-keep5-index-window0", lambda: kv.SparseCache(keep_k=5, keep_v=3, layout="index", window=0, n_sink=0)),
+    Case("sparse-balanced-max_length256", lambda: kv.SparseCache("balanced", window=8, max_length=256)),
+    Case("sparse0.5-2:4-window8", lambda: kv.SparseCache(0.5, group_size=4, window=8)),
+    Case("sparse0.5-output_aware-window8", lambda: kv.SparseCache(0.5, rule="output_aware", window=8)),
+    Case("sparse0.5-think-window8", lambda: kv.SparseCache(0.5, rule="think", window=8)),
+    Case("sparse0.5-quant8-window8", lambda: kv.SparseCache(0.5, bits=8, window=8)),
+    Case("sparse0.5-index-quant4-window8", lambda: kv.SparseCache(0.5, bits=4, layout="index", window=8)),
+    Case("sparsek-densev-window8", lambda: kv.KVCache(codec=(kv.Sparse(0.5), kv.Dense()), window=8)),
+    Case("quant8k-sparsev-window8", lambda: kv.KVCache(codec=(kv.Quantize(8), kv.Sparse(0.5)), window=8)),
+    Case("sparse-channel-v", lambda: kv.KVCache(codec=(kv.Sparse(0.5), kv.Sparse(0.5, axis="channel")), window=8)),
     # evicting
     Case("streaming-budget24", lambda: kv.EvictionCache("streaming", budget=24, **KNOBS), evicts=True),
     Case("keydiff-budget24", lambda: kv.EvictionCache("keydiff", budget=24, **KNOBS), evicts=True),
     Case("keydiff-ratio0.5", lambda: kv.EvictionCache("keydiff", ratio=0.5, **KNOBS), evicts=True),
     Case("keydiff-prompt-only", lambda: kv.EvictionCache("keydiff", budget=24, decode=False, **KNOBS), evicts=True),
     # both
+    Case(
+        "streaming-sparse0.5",
+        lambda: kv.SparseCache(0.5, window=4, policy=kv.Streaming(budget=44, **KNOBS)),
+        evicts=True,
+    ),
+    Case(
+        "keydiff-sparse-quant8",
+        lambda: kv.SparseCache(0.5, bits=8, window=4, policy=kv.KeyDiff(budget=44, **KNOBS)),
+        evicts=True,
+    ),
     Case("keydiff-quant8", lambda: kv.QuantCache(8, window=4, policy=kv.KeyDiff(budget=44, **KNOBS)), evicts=True),
 ]
 LOSSLESS = [case for case in CASES if case.lossless]

@@ -17,7 +17,7 @@ def rows(n=4, batch=1, heads=2, width=16, dtype=torch.float32):
 ARGUMENTS = {
     "bits5": (lambda: kv.QuantCache(5), ValueError, "bits=5 is not one of 2, 3, 4, 8"),
     "axis": (lambda: kv.QuantCache(4, key_axis="row"), ValueError, "axis='row' is neither"),
-    "window": (lambda: kv.KVCache(window=-1), ValueError, "window=-1 .*must not be negative"),
+    "window": (lambda: kv.KVCache(window=-1), ValueError, "window=-1, .*must not be negative"),
     "no-budget": (lambda: kv.KeyDiff(), ValueError, "KeyDiff: give either budget= .* or ratio="),
     "both": (lambda: kv.Streaming(budget=99, ratio=0.5), ValueError, "Streaming: give either budget="),
     "ratio": (lambda: kv.KeyDiff(ratio=1.5), ValueError, r"ratio=1.5 is not in \(0, 1\]"),
@@ -29,7 +29,31 @@ ARGUMENTS = {
     "unknown": (lambda: kv.EvictionCache("snappy", budget=99), ValueError, "no method is called 'snappy'; there are"),
     "not-evicting": (lambda: kv.EvictionCache("quant"), ValueError, "'quant' is not an eviction method"),
     "knobs": (lambda: kv.EvictionCache(kv.KeyDiff(budget=99), budget=9), TypeError, "budget: give the arguments"),
-    "chain": (lambda: kv.Quantize(8) >> kv.Quantize(4), ValueError, "Quantize >> Quantize: Quantize leaves integers"),
+    "sparsity": (lambda: kv.SparseCache(1.0), ValueError, "sparsity=1.0 is not in"),
+    "sparsity name": (lambda: kv.SparseCache("0.5"), ValueError, "neither a share.*nor 'balanced'"),
+    "share and count": (lambda: kv.Sparse(0.5, keep=8), ValueError, "either sparsity=.*or keep="),
+    "layout": (lambda: kv.Sparse(0.5, layout="csr"), ValueError, "layout='csr' is not one of bitmap, index"),
+    "rule": (lambda: kv.Sparse(0.5, rule="random"), ValueError, "rule='random' is not one of magnitude"),
+    "sparse over a channel scale": (
+        lambda: kv.Sparse(0.5) >> kv.Quantize(4, axis="channel"),
+        ValueError,
+        "Sparse >> Quantize: .*channels that Sparse.*differ from row to row",
+    ),
+    "sparse over a rotation": (
+        lambda: kv.Sparse(0.5) >> kv.Quantize(4, rotate=True),
+        ValueError,
+        "Sparse >> Quantize: .*rotate=False",
+    ),
+    "blocks under a policy": (
+        lambda: kv.KVCache(kv.KeyDiff(budget=256), (kv.Sparse(0.5), kv.Sparse(0.5, axis="channel"))),
+        ValueError,
+        "KeyDiff drops single tokens, but Sparse.* packs 32 tokens",
+    ),
+    "chain": (
+        lambda: kv.Quantize(8) >> kv.Quantize(4),
+        ValueError,
+        "Quantize >> Quantize: Quantize.*leaves nothing.*put it last",
+    ),
     "budget-under-window": (
         lambda: kv.QuantCache(4, window=64, policy=kv.KeyDiff(budget=96)),
         ValueError,

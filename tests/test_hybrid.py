@@ -92,3 +92,9 @@ def test_edge_layers_on_a_plain_model():
     cache = kv.QuantCache(2, window=8, edge_layers=1, edge_bits=4)
     replay(tiny_model(), cache, prompt(), [60])
     assert [layer.store.values.bits for layer in cache.layers] == [4, 4]
+
+
+def test_edge_layers_stay_dense_without_an_edge_codec():
+    cache = kv.SparseCache(0.5, window=8, edge_layers=1)
+    replay(tiny_model("gemma2"), cache, prompt(), [60])
+    assert [cache.layers[i].store.keys is None for i in (1, 3)] == [False, True]

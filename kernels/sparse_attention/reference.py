@@ -17,7 +17,7 @@ def sparse_attention(q, keys, values, tail_k=None, tail_v=None, *, scaling, mask
     n_packed, D = keys.values.shape[2], q.shape[-1]
     state = OnlineSoftmax(q, keys.values.shape[1], scaling, softcap, D)
     for start in range(0, n_packed, BLOCK):
-        rows = slice(start, start + BLOCK)
+        rows = slice(start, min(start + BLOCK, n_packed))
         state.add(expand(keys, rows, D), expand(values, rows, D), None if mask is None else mask[..., rows])
     if tail_k is not None and tail_k.shape[2]:
         state.add(tail_k, tail_v, None if mask is None else mask[..., n_packed:])

@@ -26,6 +26,14 @@ SHOWN = {
         "quant:bits=2",
         "quant:bits=2,edge_layers=1",
     ),
+    "sparse": (
+        "sparse:sparsity=0.5",
+        "sparse:sparsity=0.7",
+        "sparse:sparsity=balanced",
+        "sparse:sparsity=0.5,bits=4",
+        "sparse:sparsity=0.7,bits=4",
+        "sparse:sparsity=0.5,rule=think",
+    ),
     "keydiff": ("keydiff:ratio=0.25", "keydiff:ratio=0.5+quant:bits=8"),
 }
 
