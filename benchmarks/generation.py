@@ -32,6 +32,9 @@ def caches(config) -> dict:
         "QuantCache 8 bit": lambda: kv.QuantCache(8),
         "QuantCache 4 bit": lambda: kv.QuantCache(4),
         "QuantCache 2 bit": lambda: kv.QuantCache(2),
+        "SparseCache 50 %": lambda: kv.SparseCache(0.5),
+        "SparseCache 70 %": lambda: kv.SparseCache(0.7),
+        "SparseCache 70 % + 4 bit": lambda: kv.SparseCache(0.7, bits=4),
         "EvictionCache keydiff 25 %": lambda: kv.EvictionCache("keydiff", ratio=0.25),
     }
     for backend in ("quanto", "hqq"):
@@ -89,6 +92,44 @@ def decode(options) -> list[dict]:
             for name in contestants
         ]
     return rows
+
+
+@torch.no_grad()
+def equal_memory(options) -> list[dict]:
+    """Tokens per second when every cache may use the same bytes, and so decodes as many sequences as fit."""
+    model, dtype = _model(options)
+    n_dense, n_tokens = (2, 8192) if options.device == "cpu" else (4, 32768)
+    names = (
+        BASELINE,
+        "KVCache",
+        "QuantCache 4 bit",
+        "SparseCache 50 %",
+        "SparseCache 70 %",
+        "SparseCache 70 % + 4 bit",
+    )
+    makers = {name: make for name, make in caches(model.config).items() if name in names}
+    one = _filled(model, kv.KVCache(), 1, n_tokens)
+    budget = n_dense * one.nbytes_dense
+    contestants, rows = {}, {}
+    for name, make in makers.items():
+        fits = n_dense if name == BASELINE else budget // _filled(model, make(), 1, n_tokens).nbytes
+        batch = max(int(fits), 1)
+        cache = _filled(model, make(), batch, n_tokens)
+        token = _ids(model, batch, 1)
+        contestants[name] = functools.partial(model, token, past_key_values=cache)
+        rows[name] = {"cache": name, "tokens": n_tokens, "budget MiB": budget / 2**20, "batch": batch, "dtype": dtype}
+    times = interleaved(contestants, options.rounds, options.device)
+    base = rows[BASELINE]["batch"] / times[BASELINE]["ms"]
+    for name, row in rows.items():
+        row |= {"ms per step": times[name]["ms"], "tokens/s": 1e3 * row["batch"] / times[name]["ms"]}
+        row["x DynamicCache"] = row["batch"] / times[name]["ms"] / base
+    return list(rows.values())
+
+
+def _filled(model, cache, batch, n_tokens):
+    """`cache` after a prompt of random tokens."""
+    model(_ids(model, batch, n_tokens), past_key_values=cache, logits_to_keep=1)
+    return cache
 
 
 def _prefill(model, ids, make):

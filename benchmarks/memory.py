@@ -15,6 +15,10 @@ CONTESTANTS = {
     "QuantCache 4 bit": "kv.QuantCache(4)",
     "QuantCache 3 bit": "kv.QuantCache(3)",
     "QuantCache 2 bit": "kv.QuantCache(2)",
+    "SparseCache 50 %": "kv.SparseCache(0.5)",
+    "SparseCache 70 %": "kv.SparseCache(0.7)",
+    "SparseCache 70 % index": 'kv.SparseCache(0.7, layout="index")',
+    "SparseCache 70 % + 4 bit": "kv.SparseCache(0.7, bits=4)",
     "EvictionCache keydiff 25 %": 'kv.EvictionCache("keydiff", ratio=0.25)',
     "keydiff 50 % + 8 bit": "kv.QuantCache(8, policy=kv.KeyDiff(ratio=0.5))",
 }

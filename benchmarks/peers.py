@@ -70,6 +70,13 @@ def contestants(module) -> dict[str, SimpleNamespace]:
         "QuantCache 8 bit": (kv.QuantCache(8), our_step),
         "QuantCache 4 bit": (kv.QuantCache(4), our_step),
         "QuantCache 2 bit": (kv.QuantCache(2), our_step),
+        "SparseCache 50 %": (kv.SparseCache(0.5), our_step),
+        "SparseCache 50 % 2:4": (kv.SparseCache(0.5, group_size=4), our_step),
+        "SparseCache 50 % index": (kv.SparseCache(0.5, layout="index"), our_step),
+        "SparseCache 70 %": (kv.SparseCache(0.7), our_step),
+        "SparseCache 70 % index": (kv.SparseCache(0.7, layout="index"), our_step),
+        "SparseCache 70 % + 8 bit": (kv.SparseCache(0.7, bits=8), our_step),
+        "SparseCache 70 % + 4 bit": (kv.SparseCache(0.7, bits=4), our_step),
     }
     quanto = quantized_cache("quanto", 4, module.config)
     if quanto is not None:

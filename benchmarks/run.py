@@ -30,6 +30,7 @@ SUITES = {
     "scaling": attention.scaling,
     "prefill": generation.prefill,
     "generate": generation.decode,
+    "equal-memory": generation.equal_memory,
     "memory": memory.process_memory,
     "pruning": pruning.pruning,
 }
@@ -59,9 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(as_table(name, rows))
         seconds = round(time.time() - started, 1)
         result = {"suite": name, "seconds": seconds, **environment(options.device), "rows": rows}
+        stem = name
         if name in QUALITY:
-            result |= {"model": options.model or "embedded", "context": options.context}
-        path = options.out / f"{name}-{options.device}.json"
+            model = Path(options.model).name if options.model else "embedded"
+            result |= {"model": model, "context": options.context}
+            stem = f"{name}-{model}"
+        path = options.out / f"{stem}-{options.device}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"{path}\n")
     return 0

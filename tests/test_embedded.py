@@ -69,6 +69,22 @@ def test_four_bits_leave_retrieval_unharmed_and_eviction_does_not(model, prompts
     assert exact_match(model, asked, lambda: kv.EvictionCache("streaming", ratio=0.25)) < 0.6 * dense
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_which_channels_go_matters(model, windows, dense, sparsity):
+    """Mustafar, tables 1 and 2: channels chosen per token beat whole channels, and keys are the more fragile."""
+
+    def score(keys, values):
+        codec = tuple(kv.Dense() if rule is None else kv.Sparse(sparsity, rule=rule) for rule in (keys, values))
+        return fidelity.fidelity(model, windows, 1792, dense, lambda: kv.KVCache(codec=codec, window=32, n_sink=4))
+
+    keys, values = score("magnitude", None), score(None, "magnitude")
+    assert keys.kl < 0.7 * score("think", None).kl
+    assert values.kl < 0.5 * score(None, "think").kl
+    assert values.kl < keys.kl
+    exact = fidelity.fidelity(model, windows, 1792, dense, DynamicCache)
+    assert score("magnitude", "magnitude").perplexity < 1.02 * exact.perplexity
+
+
 def test_it_fits_the_package():
     files = list(kv.embedded_model().iterdir())
     assert sum(file.stat().st_size for file in files) <= 8_000_000

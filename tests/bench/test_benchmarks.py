@@ -15,7 +15,7 @@ OPTIONS = SimpleNamespace(device="cpu", rounds=1)
 def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("attention", "generation", "memory", "peers", "run"):
+    for name in ("attention", "generation", "memory", "peers", "pruning", "run"):
         sys.modules.pop(name, None)
 
 
@@ -27,6 +27,7 @@ def test_decode_step_rows():
     assert names[:2] == ["DynamicCache + sdpa", "KVCache"]
     mib = {row["cache"]: row["MiB"] for row in rows}
     assert mib["QuantCache 2 bit"] < mib["QuantCache 4 bit"] < mib["QuantCache 8 bit"] < mib["KVCache"]
+    assert mib["SparseCache 70 % + 4 bit"] < mib["SparseCache 70 %"] < mib["SparseCache 50 %"] < mib["KVCache"]
     assert all(row["ms"] > 0 for row in rows)
 
 
