@@ -52,6 +52,7 @@ CASES = [
     Case("sparse0-window8", lambda: kv.SparseCache(0.0, window=8), lossless=True),
     Case("sparse0-index-window8", lambda: kv.SparseCache(0.0, window=8, layout="index"), lossless=True),
     Case("sparse0.7-window256", lambda: kv.SparseCache(window=256), lossless=True),
+    Case("quant4-min_length256", lambda: kv.QuantCache(4, window=8, min_length=256), lossless=True),
     Case("streaming-budget256", lambda: kv.EvictionCache("streaming", budget=256), lossless=True),
     Case("keydiff-ratio1", lambda: kv.EvictionCache("keydiff", ratio=1.0, n_sink=0, n_recent=0), lossless=True),
     # quantised

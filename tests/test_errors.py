@@ -17,7 +17,7 @@ def rows(n=4, batch=1, heads=2, width=16, dtype=torch.float32):
 ARGUMENTS = {
     "bits5": (lambda: kv.QuantCache(5), ValueError, "bits=5 is not one of 2, 3, 4, 8"),
     "axis": (lambda: kv.QuantCache(4, key_axis="row"), ValueError, "axis='row' is neither"),
-    "window": (lambda: kv.KVCache(window=-1), ValueError, "window=-1, .*must not be negative"),
+    "window": (lambda: kv.KVCache(window=-1), ValueError, "window=-1, .*must not be\\s+negative"),
     "no-budget": (lambda: kv.KeyDiff(), ValueError, "KeyDiff: give either budget= .* or ratio="),
     "both": (lambda: kv.Streaming(budget=99, ratio=0.5), ValueError, "Streaming: give either budget="),
     "ratio": (lambda: kv.KeyDiff(ratio=1.5), ValueError, r"ratio=1.5 is not in \(0, 1\]"),
@@ -29,6 +29,11 @@ ARGUMENTS = {
     "unknown": (lambda: kv.EvictionCache("snappy", budget=99), ValueError, "no method is called 'snappy'; there are"),
     "not-evicting": (lambda: kv.EvictionCache("quant"), ValueError, "'quant' is not an eviction method"),
     "knobs": (lambda: kv.EvictionCache(kv.KeyDiff(budget=99), budget=9), TypeError, "budget: give the arguments"),
+    "min_length": (
+        lambda: kv.SparseCache(policy=kv.KeyDiff(budget=512), min_length=1024),
+        ValueError,
+        "KeyDiff: budget=512 is below min_length=1024, so nothing would ever be packed",
+    ),
     "sparsity": (lambda: kv.SparseCache(1.0), ValueError, "sparsity=1.0 is not in"),
     "sparsity name": (lambda: kv.SparseCache("0.5"), ValueError, "neither a share.*nor 'balanced'"),
     "share and count": (lambda: kv.Sparse(0.5, keep=8), ValueError, "either sparsity=.*or keep="),

@@ -155,3 +155,15 @@ def test_buffer_reports_its_storages():
     assert buffer.nbytes == 1600
     buffer.own()
     assert buffer.nbytes == 160
+
+
+def test_nothing_is_packed_below_min_length():
+    store = UniformStore(kv.Sparse(0.5), kv.Sparse(0.5), window=8, min_length=100)
+    x = torch.randn(1, 2, 90, 16)
+    store.append(x, x.clone())
+    store.pack()
+    assert store.n_packed == 0
+    for _ in range(10):
+        store.append(x[:, :, :1], x[:, :, :1])
+        store.pack()
+    assert store.n_packed == 64 and store.n_kept == 100

@@ -32,6 +32,7 @@ class KVCache(Cache):
         n_sink: oldest rows that stay dense under a codec.
         edge_layers: this many first and last layers, the most sensitive ones, get `edge_codec` instead.
         edge_codec: codec of those layers; None keeps them dense.
+        min_length: tokens below which nothing is packed: a short cache is small, and dense rows are read faster.
         max_length: tokens to make room for at the first call, instead of growing.
         config: the model's config. Only models with linear-attention layers need it; others are recognised when
             the cache is first used.
@@ -50,14 +51,19 @@ class KVCache(Cache):
         n_sink: int = 0,
         edge_layers: int = 0,
         edge_codec: Codec | tuple[Codec, Codec] | None = None,
+        min_length: int = 0,
         max_length: int | None = None,
         config=None,
         offloading: bool = False,
     ):
         register_pass_throughs()
-        self.policy, self.window, self.n_sink, self.max_length = policy, window, n_sink, max_length
-        if min(window, n_sink, edge_layers) < 0:
-            raise ValueError(f"window={window}, n_sink={n_sink} and edge_layers={edge_layers} must not be negative")
+        self.policy, self.window, self.n_sink = policy, window, n_sink
+        self.min_length, self.max_length = min_length, max_length
+        if min(window, n_sink, edge_layers, min_length) < 0:
+            raise ValueError(
+                f"window={window}, n_sink={n_sink}, edge_layers={edge_layers} and min_length={min_length} must not be "
+                "negative"
+            )
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
         self.codec = self._pair(codec)
@@ -93,6 +99,11 @@ class KVCache(Cache):
                     f"{type(self.policy).__name__} drops single tokens, but {side} packs {side.granularity} tokens "
                     'together; use a row-granular codec, such as Quantize(axis="token")'
                 )
+        if self.policy.budget is not None and self.min_length > self.policy.budget:
+            raise ValueError(
+                f"{type(self.policy).__name__}: budget={self.policy.budget} is below min_length={self.min_length}, so "
+                "nothing would ever be packed"
+            )
         n_dense = self.n_sink + self.window + PACK_STEP
         if self.policy.budget is not None and self.policy.budget < n_dense + self.policy.n_sink:
             raise ValueError(
@@ -113,7 +124,13 @@ class KVCache(Cache):
             return stock
         codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
         layer = KVLayer(
-            layer_idx, *codec, self.policy, window=self.window, n_sink=self.n_sink, max_length=self.max_length
+            layer_idx,
+            *codec,
+            self.policy,
+            window=self.window,
+            n_sink=self.n_sink,
+            min_length=self.min_length,
+            max_length=self.max_length,
         )
         if self._records_past:
             layer.activate_past_recording()

@@ -19,7 +19,7 @@ class KVLayer(CacheLayerMixin):
         layer_idx: index of the layer in the model.
         keys, values: codecs, or None to stay dense.
         policy: which tokens stay, or None for all.
-        window, n_sink, max_length: see `UniformStore`.
+        window, n_sink, min_length, max_length: see `UniformStore`.
     """
 
     is_sliding = False
@@ -34,12 +34,14 @@ class KVLayer(CacheLayerMixin):
         *,
         window: int = 64,
         n_sink: int = 0,
+        min_length: int = 0,
         max_length: int | None = None,
     ):
         super().__init__()
         self.layer_idx, self.policy = layer_idx, policy
         tracked = {} if policy is None else {"position": torch.int32, **policy.state}
-        self.store = UniformStore(keys, values, window=window, n_sink=n_sink, tracked=tracked, max_length=max_length)
+        sizes = dict(window=window, n_sink=n_sink, min_length=min_length, max_length=max_length)
+        self.store = UniformStore(keys, values, tracked=tracked, **sizes)
         self.record_past = False
         self._forget()
 

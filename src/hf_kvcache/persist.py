@@ -55,6 +55,7 @@ def save(cache, directory: str | os.PathLike) -> Path:
             "policy": None if cache.policy is None else cache.policy.spec(),
             "window": cache.window,
             "n_sink": cache.n_sink,
+            "min_length": cache.min_length,
             "max_length": cache.max_length,
             "nbytes_dense": cache.nbytes_dense,
             "tensors": name,
@@ -84,6 +85,7 @@ def load(cls, directory: str | os.PathLike, model=None, device: torch.device | s
         policy=policy_from_spec(manifest["policy"]),
         window=manifest["window"],
         n_sink=manifest["n_sink"],
+        min_length=manifest.get("min_length", 0),
         max_length=manifest["max_length"],
         config=None if model is None else model.config,
     )
@@ -154,6 +156,7 @@ def _restore(i: int, entry: dict, tensors: dict, cache) -> KVLayer:
         cache.policy,
         window=cache.window,
         n_sink=cache.n_sink,
+        min_length=cache.min_length,
         max_length=cache.max_length,
     )
     for buffer_name, buffer in layer.store.buffers().items():

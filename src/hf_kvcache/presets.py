@@ -24,7 +24,7 @@ class QuantCache(KVCache):
         group_size: channels per value scale; None picks 64, or 32 at 2 bits.
         edge_layers: this many first and last layers get `edge_bits`.
         edge_bits: bits of those layers.
-        **kwargs: `policy`, `n_sink`, `max_length`, `config`, `offloading` of `KVCache`.
+        **kwargs: `policy`, `n_sink`, `min_length`, `max_length`, `config`, `offloading` of `KVCache`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SparseCache(KVCache):
         group_size: keep an equal share of every group of this many channels; 4 with sparsity 0.5 is the 2:4 pattern.
         window: newest tokens that stay dense; up to 31 more wait there for their block.
         n_sink: oldest tokens that stay dense (of a left-padded row these are pads, and its first tokens are pruned).
-        **kwargs: `policy`, `edge_layers`, `max_length`, `config`, `offloading` of `KVCache`.
+        **kwargs: `policy`, `edge_layers`, `min_length`, `max_length`, `config`, `offloading` of `KVCache`.
     """
 
     BALANCED = (0.5, 0.7)

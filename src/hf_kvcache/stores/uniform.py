@@ -20,6 +20,7 @@ class UniformStore(Store):
         values: codec of packed values, or None.
         window: newest rows that stay dense.
         n_sink: oldest rows that stay dense.
+        min_length: rows below which nothing is packed.
         tracked: per-row state that follows the rows, name -> dtype; `position` is filled here.
         max_length: rows to make room for at once, instead of growing.
     """
@@ -31,11 +32,12 @@ class UniformStore(Store):
         *,
         window: int = 64,
         n_sink: int = 0,
+        min_length: int = 0,
         tracked: dict[str, torch.dtype] | None = None,
         max_length: int | None = None,
     ):
         self.keys, self.values = keys, values
-        self.window, self.n_sink, self.max_length = window, n_sink, max_length
+        self.window, self.n_sink, self.min_length, self.max_length = window, n_sink, min_length, max_length
         self.tracked = dict(tracked or {})
         state = dict.fromkeys(self.tracked, 1)
         self.dense = RowBuffer({"k": 1, "v": 1, **state})
@@ -94,7 +96,8 @@ class UniformStore(Store):
 
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.n_sink - self.window
-        if self.keys is None or surplus < self.step:
+        is_short = not self.n_packed and self.n_kept < self.min_length
+        if self.keys is None or surplus < self.step or is_short:
             if not self.owned:
                 self._own()
             return
