@@ -7,6 +7,8 @@ from hf_kvcache.kernels import native, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.quant_pack import quant_pack
+from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
+from hf_kvcache.kernels.sparse_pack import sparse_pack
 
 # the intrinsics of the large source take minutes at -O3 with checks
 native.FLAGS = tuple("-O1" if flag == "-O3" else flag for flag in native.FLAGS)
@@ -50,6 +52,41 @@ def pack():
             quant_pack(x.half(), bits=bits, axis="channel", group_size=16)
 
 
+def sparse():
+    for D, keep, n, m in (
+        (128, 40, 129, 3),
+        (128, 64, 31, 0),
+        (80, 16, 33, 1),
+        (20, 7, 40, 0),
+        (256, 96, 17, 2),
+        (8, 1, 70, 0),
+    ):
+        for G, S, dtype in ((4, 1, torch.bfloat16), (7, 1, torch.float32), (3, 5, torch.float16)):
+            q, tail = exact(1, 2 * G, S, D).to(dtype), exact(1, 2, m, D).to(dtype)
+            mask = torch.rand(1, 1, S, n + m) > 0.3 if G == 3 else None
+            for layout in ("bitmap", "index"):
+                packed = sparse_pack(exact(1, 2, n, D).to(dtype), keep=keep, layout=layout)
+                sides = [SparseRows(*packed, layout), SparseRows(exact(1, 2, n, D).to(dtype), None)]
+                for bits in (8, 4, 3, 2) if keep % 16 == 0 else (8, 4, 2) if keep % 8 == 0 else ():
+                    codes, scale, zero = quant_pack(packed[0], bits=bits, axis="token", group_size=keep)
+                    sides.append(SparseRows(codes, packed[1], layout, scale, zero, bits))
+                for side in sides:
+                    sparse_attention(q, side, sides[0], tail, tail.clone(), scaling=0.1, mask=mask)
+                    sparse_attention(q, sides[0], side, scaling=0.1)
+    for D, keep, group_size in (
+        (128, 64, None),
+        (20, 7, None),
+        (255, 255, None),
+        (80, 40, 4),
+        (80, 40, 40),
+        (1, 1, None),
+    ):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = exact(1, 2, 65, D).to(dtype)
+            sparse_pack(x, keep=keep, layout="index", group_size=group_size)
+            sparse_pack(x, keep=keep, layout="bitmap", group_size=group_size, importance=exact(1, 2, 65, D))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -57,4 +94,5 @@ if __name__ == "__main__":
         dense()
         pack()
         quant()
+        sparse()
     print("clean")

@@ -66,12 +66,11 @@ def compile_spec(spec: Spec, cc: int) -> Report:
     """Compile one variant for compute capability `cc` and inspect it."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     report = Report(spec.name, cc)
     names = spec.kernel.arg_names
     options = {key: spec.constants[key] for key in OPTIONS if key in spec.constants}
-    source = ASTSource(
+    source = _source_type(spec.kernel)(
         fn=spec.kernel,
         signature={name: spec.types.get(name, "constexpr") for name in names},
         constexprs={(names.index(key),): value for key, value in spec.constants.items() if key in names},
@@ -90,6 +89,16 @@ def compile_spec(spec: Spec, cc: int) -> Report:
     if report.shared > SHARED_PER_BLOCK[cc]:
         report.faults.append(f"{report.shared} bytes of shared memory")
     return report
+
+
+def _source_type(kernel):
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def _read_machine_code(report, cubin, num_warps, elements):
@@ -124,7 +133,8 @@ def _cuobjdump(flag, path):
 
 def specs() -> list[Spec]:
     """Every kernel variant that the launchers can ask for, up to what changes nothing in the machine code."""
-    return [*_dense_specs(), *_quant_specs(), *_pack_specs(), *_merge_specs()]
+    makers = (_dense_specs, _quant_specs, _pack_specs, _sparse_specs, _gluon_specs, _sparse_pack_specs, _merge_specs)
+    return [spec for maker in makers for spec in maker()]
 
 
 def _dense_specs():
@@ -194,6 +204,112 @@ def _pack_specs():
         pointers = {"x": dtype, "codes": "i16", "scale": "fp16", "zero": "fp16"}
         constants = pack.pack_config(D, bits, axis == "channel", group)
         yield _spec(f"pack-d{D}-{bits}bit-{axis}-{dtype}", pack.quant_pack_fwd_kernel, pointers, constants)
+
+
+# forms of `sparse_attention.triton_kernel.side_format`: form, kept channels, bits, groups
+def _bitmap(keep, bits=0, groups=0):
+    return "bitmap", keep, bits, groups
+
+
+def _sparse_specs():
+    from hf_kvcache.kernels.sparse_attention import triton_kernel as sparse
+
+    for D, keys, values, dtype, mask in [
+        (64, _bitmap(40), _bitmap(40), "bf16", 0),
+        (80, _bitmap(40), _bitmap(40), "bf16", 0),
+        (128, _bitmap(40), _bitmap(40), "bf16", 0),
+        (128, _bitmap(64), _bitmap(64), "bf16", 0),
+        (128, _bitmap(64), _bitmap(40), "fp16", 2),
+        (256, _bitmap(64), _bitmap(64), "bf16", 0),
+        (64, _bitmap(40, 4, 1), _bitmap(40, 4, 1), "bf16", 0),
+        (80, _bitmap(40, 4, 1), _bitmap(40, 4, 1), "bf16", 0),
+        (128, _bitmap(40, 4, 1), _bitmap(40, 4, 1), "bf16", 0),
+        (128, _bitmap(64, 8, 2), _bitmap(64, 2, 2), "fp16", 2),
+        (128, _bitmap(64, 4, 1), ("all", 128, 0, 0), "bf16", 1),
+        (256, _bitmap(64, 4, 1), _bitmap(64, 4, 1), "bf16", 0),
+        (64, ("pairs", 32, 0, 0), ("pairs", 32, 0, 0), "bf16", 0),
+        (80, ("pairs", 40, 0, 0), ("pairs", 40, 0, 0), "bf16", 0),
+        (128, ("pairs", 64, 0, 0), ("pairs", 64, 0, 0), "bf16", 0),
+        (128, ("pairs", 64, 0, 0), ("pairs", 64, 0, 0), "fp16", 2),
+        (256, ("pairs", 128, 0, 0), ("pairs", 128, 0, 0), "bf16", 0),
+    ]:
+        config = sparse.sparse_config(D, keys, values)
+        pointers = {"q": dtype, **_side("k", keys, dtype), **_side("v", values, dtype)}
+        for side, (_, _, bits, _) in (("k", keys), ("v", values)):
+            pointers |= dict.fromkeys((f"{side}_scale", f"{side}_zero"), "fp16" if bits else dtype)
+        name = f"sparse-d{D}-{_side_name(keys, values)}-{dtype}"
+        yield _sparse_spec(name, sparse.sparse_attention_fwd_kernel, pointers, config, mask)
+
+
+def _gluon_specs():
+    """The Gluon kernel, where this Triton has what it needs."""
+    try:
+        from triton.experimental.gluon import language
+
+        from hf_kvcache.kernels.sparse_attention import gluon_kernel as gluon
+    except (ImportError, AttributeError):
+        return
+    if not hasattr(language.shared_memory_descriptor, "scatter"):
+        return
+    for D, form, keep, dtype, mask in [
+        (64, "bitmap", 40, "bf16", 0),
+        (80, "bitmap", 40, "bf16", 0),
+        (128, "bitmap", 40, "bf16", 0),
+        (128, "bitmap", 64, "bf16", 0),
+        (128, "bitmap", 64, "fp16", 2),
+        (64, "pairs", 32, "bf16", 0),
+        (80, "pairs", 40, "bf16", 2),
+        (128, "pairs", 64, "bf16", 0),
+        (128, "pairs", 64, "fp16", 2),
+        (64, "index", 40, "bf16", 0),
+        (80, "index", 40, "bf16", 0),
+        (128, "index", 40, "bf16", 0),
+        (128, "index", 64, "fp16", 2),
+        (128, "index", 80, "bf16", 2),
+        (256, "index", 40, "bf16", 2),
+    ]:
+        side = (form, keep, 0, 0)
+        pointers = {"q": dtype, **_side("k", side, dtype), **_side("v", side, dtype)}
+        name = f"gluon-d{D}-{_side_name(side, side)}-{dtype}"
+        config = gluon.gluon_config(D, side, side)
+        yield _sparse_spec(name, gluon.sparse_attention_gluon_kernel, pointers, config, mask)
+
+
+def _side(letter, side, dtype):
+    form, _, bits, _ = side
+    return {f"{letter}_values": "i16" if bits else dtype, f"{letter}_places": dtype if form == "all" else "u8"}
+
+
+def _side_name(*sides):
+    names = [form + str(keep) + f"-{bits}bit" * bool(bits) for form, keep, bits, _ in sides]
+    return "-".join(dict.fromkeys(names))
+
+
+def _sparse_spec(name, kernel, pointers, config, mask):
+    pointers |= {"mask": "u8", "out": "fp32", "lse": "fp32"}
+    name += "-mask" * bool(mask) + "-softcap" * (mask == 2)
+    constants = {**config, "UNIT": 8, "MASK": mask, "CAP": mask == 2}
+    return _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * config["D"] * 2)
+
+
+def _sparse_pack_specs():
+    import torch
+
+    from hf_kvcache.kernels.sparse_pack import triton_kernel as pack
+
+    for D, keep, layout, group_size, dtype in [
+        (64, 40, "bitmap", None, torch.bfloat16),
+        (80, 40, "bitmap", None, torch.bfloat16),
+        (128, 40, "bitmap", None, torch.bfloat16),
+        (128, 64, "bitmap", 4, torch.bfloat16),
+        (128, 40, "index", None, torch.float16),
+        (256, 64, "bitmap", None, torch.float32),
+    ]:
+        integer = "i32" if dtype == torch.float32 else "i16"
+        pointers = {**dict.fromkeys(("x", "worth", "values"), integer), "places": "u8"}
+        constants = pack.pack_config(D, keep, layout, group_size, dtype)
+        name = f"sparse-pack-d{D}-{layout}{keep}" + f"-groups-of-{group_size}" * bool(group_size)
+        yield _spec(f"{name}-{str(dtype).removeprefix('torch.')}", pack.sparse_pack_fwd_kernel, pointers, constants)
 
 
 def _merge_specs():

@@ -30,12 +30,13 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 _HAS_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+# every CPU with the second byte instructions has the matrix ones
+_VBMI2 = (*_AVX512, "-mavx512vnni", "-mavx512vbmi2", "-mgfni")
+_HAS_VBMI2 = (*_HAS_AVX512, "avx512_vnni", "avx512_vbmi2", "gfni")
 # best first: name, features the CPU must report, flags
 LEVELS = {
-    "avx512_vbmi2": (
-        (*_HAS_AVX512, "avx512_vnni", "avx512_vbmi2"),
-        (*_AVX512, "-mavx512vnni", "-mavx512vbmi2"),
-    ),
+    "avx512_bf16": ((*_HAS_VBMI2, "avx512_bf16"), (*_VBMI2, "-mavx512bf16")),
+    "avx512_vbmi2": (_HAS_VBMI2, _VBMI2),
     "avx512_vnni": ((*_HAS_AVX512, "avx512_vnni"), (*_AVX512, "-mavx512vnni")),
     "avx512": (_HAS_AVX512, _AVX512),
     "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
