@@ -255,9 +255,6 @@ constexpr int64_t place_of(int64_t d) {
 }
 
 #if defined(__AVX512F__)
-// the register form of vpexpand throughout: from memory it is microcode on some CPUs
-inline __m512i expand_words(const void* values, uint32_t mask);
-
 inline void expand(const float* values, uint32_t mask, vfloat* x) {
     x[0] = _mm512_maskz_expand_ps(__mmask16(mask), _mm512_loadu_ps(values));
     x[1] = _mm512_maskz_expand_ps(__mmask16(mask >> 16), _mm512_loadu_ps(values + __builtin_popcount(mask & 0xffff)));
@@ -265,6 +262,7 @@ inline void expand(const float* values, uint32_t mask, vfloat* x) {
 #if defined(__AVX512VBMI2__)
 inline __m512i expand_words(const void* values, uint32_t mask) {
     __m512i x = _mm512_loadu_si512(values);
+    // a load by itself: compilers would merge it, and from memory `vpexpandw` is microcode on some CPUs
     asm("" : "+v"(x));
     return _mm512_maskz_expand_epi16(mask, x);
 }
