@@ -91,6 +91,10 @@ class KVLayer(CacheLayerMixin):
             fresh = torch.arange(self.tokens_seen, self.tokens_seen + n, dtype=torch.int32, device=k.device)
             self.store.dense["position"][:, :, -n:] = fresh
         self.tokens_seen += n
+        if is_prefill:
+            # the rows are copied out of the model's projection sooner or later: attention reads adjacent rows faster
+            self.store.dense.own()
+            k, v = self.store.dense["k"], self.store.dense["v"]
         return KVView(self, k, v, is_prefill)
 
     def note_padding(self, mask, n_new: int) -> None:
