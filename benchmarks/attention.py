@@ -19,7 +19,8 @@ def decode_step(options) -> list[dict]:
     if options.device == "cpu":
         grid = [(1, 16384, 4)]
     else:
-        grid = [(batch, n, 4 if batch * n <= 2**20 else 2) for n in (32768, 131072) for batch in (1, 4, 16)]
+        # a large layer does not fit the caches of the chip anyway, and 13 copies of it must fit its memory
+        grid = [(batch, n, 4 if batch * n <= 2**19 else 1) for n in (32768, 131072) for batch in (1, 4, 16)]
     return [row for batch, n, layers in grid for row in _decode_step(options, batch, n, layers)]
 
 

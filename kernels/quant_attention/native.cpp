@@ -16,7 +16,7 @@ using packed_rows::Rows;
 struct Call {
     attention::Queries queries;
     Plane k, v;
-    int64_t tail_k, tail_k_batch, tail_k_head, tail_k_row, tail_v, tail_v_batch, tail_v_head, tail_v_row, n_packed, n_tail;
+    attention::Tail tail;
 };
 
 constexpr int STEP = 32;  // decoded rows: they stay in L1 until they are used
@@ -37,22 +37,12 @@ void add_decoded(State& state, const attention::Queries& queries, const Rows& k,
 
 void add_packed(State& state, const Call& call, int64_t b, int64_t h, int64_t start, int64_t stop) {
     const attention::Queries& queries = call.queries;
-    const Rows k(call.k, b, h, queries.D, call.n_packed), v(call.v, b, h, queries.Dv, call.n_packed);
+    const Rows k(call.k, b, h, queries.D, call.tail.n_packed), v(call.v, b, h, queries.Dv, call.tail.n_packed);
     const uint8_t* mask = attention::mask_of(queries, b, h, 0);
 #if defined(__AVX512VNNI__)
     if (integer_rows::suits(k, v)) return integer_rows::add(state, queries, k, v, mask, start, stop);
 #endif
     add_decoded(state, queries, k, v, mask, start, stop);
-}
-
-void add_tail(State& state, const Call& call, int64_t b, int64_t h, int64_t start, int64_t stop) {
-    attention::with_type(call.queries.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        const T* k = reinterpret_cast<const T*>(call.tail_k) + b * call.tail_k_batch + h * call.tail_k_head;
-        const T* v = reinterpret_cast<const T*>(call.tail_v) + b * call.tail_v_batch + h * call.tail_v_head;
-        attention::add_dense(state, call.queries, k + start * call.tail_k_row, call.tail_k_row, v + start * call.tail_v_row,
-                             call.tail_v_row, attention::mask_of(call.queries, b, h, call.n_packed + start), stop - start);
-    });
 }
 
 }  // namespace
@@ -61,10 +51,11 @@ extern "C" void quant_attention(const char* packed) {
     Call call;
     std::memcpy(&call, packed, sizeof call);
     const int64_t extra = 2 * attention::padded(std::max(call.queries.D, call.queries.Dv)) + 2 * attention::LANES;
-    attention::attend(call.queries, call.n_packed + call.n_tail, extra,
-                      [&](State& state, int64_t b, int64_t h, int64_t start, int64_t stop) {
-                          const int64_t border = call.n_packed;
-                          if (start < border) add_packed(state, call, b, h, start, std::min(stop, border));
-                          if (stop > border) add_tail(state, call, b, h, std::max(start, border) - border, stop - border);
-                      });
+    attention::with_type(call.queries.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        attention::attend(call.queries, call.tail.all_rows(), extra, [&](State& state, int64_t b, int64_t h, int64_t start, int64_t stop) {
+            call.tail.add<T>(state, call.queries, b, h, start, stop,
+                             [&](int64_t first, int64_t last) { add_packed(state, call, b, h, first, last); });
+        });
+    });
 }

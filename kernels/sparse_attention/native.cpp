@@ -18,7 +18,7 @@ using sparse_rows::STEP;
 struct Call {
     attention::Queries queries;
     Side k, v;
-    int64_t tail_k, tail_k_batch, tail_k_head, tail_k_row, tail_v, tail_v_batch, tail_v_head, tail_v_row, n_packed, n_tail;
+    attention::Tail tail;
 };
 
 #if defined(__AVX2__)
@@ -186,7 +186,7 @@ template <class T>
 void add_packed(State& state, const Call& call, int64_t b, int64_t h, int64_t start, int64_t stop) {
     const attention::Queries& queries = call.queries;
     const int64_t D = queries.D;
-    const Rows k(call.k, b, h, D, call.n_packed), v(call.v, b, h, D, call.n_packed);
+    const Rows k(call.k, b, h, D, call.tail.n_packed), v(call.v, b, h, D, call.tail.n_packed);
     const uint8_t* mask = attention::mask_of(queries, b, h, 0);
     Item item(state, D, float(queries.scaling));
     if (call.k.plane.bits) {
@@ -208,14 +208,6 @@ void add_packed(State& state, const Call& call, int64_t b, int64_t h, int64_t st
     if (&outputs == &item.values) call.v.plane.bits ? item.restore_outputs<float>(D) : item.restore_outputs<T>(D);
 }
 
-template <class T>
-void add_tail(State& state, const Call& call, int64_t b, int64_t h, int64_t start, int64_t stop) {
-    const T* k = reinterpret_cast<const T*>(call.tail_k) + b * call.tail_k_batch + h * call.tail_k_head;
-    const T* v = reinterpret_cast<const T*>(call.tail_v) + b * call.tail_v_batch + h * call.tail_v_head;
-    attention::add_dense(state, call.queries, k + start * call.tail_k_row, call.tail_k_row, v + start * call.tail_v_row,
-                         call.tail_v_row, attention::mask_of(call.queries, b, h, call.n_packed + start), stop - start);
-}
-
 }  // namespace
 
 extern "C" void sparse_attention(const char* packed) {
@@ -223,11 +215,11 @@ extern "C" void sparse_attention(const char* packed) {
     std::memcpy(&call, packed, sizeof call);
     attention::with_type(call.queries.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        attention::attend(call.queries, call.n_packed + call.n_tail, Item::floats(call),
+        attention::attend(call.queries, call.tail.all_rows(), Item::floats(call),
                           [&](State& state, int64_t b, int64_t h, int64_t start, int64_t stop) {
-                              const int64_t border = call.n_packed;
-                              if (start < border) add_packed<T>(state, call, b, h, start, std::min(stop, border));
-                              if (stop > border) add_tail<T>(state, call, b, h, std::max(start, border) - border, stop - border);
+                              call.tail.add<T>(state, call.queries, b, h, start, stop, [&](int64_t first, int64_t last) {
+                                  add_packed<T>(state, call, b, h, first, last);
+                              });
                           });
     });
 }

@@ -2,19 +2,15 @@
 
 import pytest
 import torch
+from test_native import CPU, DTYPES, REASON, assert_close, both, queries, some_mask
 
 from hf_kvcache.kernels import choose, native, use_backend
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.kernels.sparse_pack import sparse_pack
 
-CPU = torch.device("cpu")
 # without a compiler there is nothing to test; a source that does not compile must fail
-REASON = native.why_no_compiler()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-
 
 # for these ops avx512_vnni is avx512
 LEVELS = [name for name in native.supported() if name != "avx512_vnni"]
@@ -24,25 +20,6 @@ LEVELS = [name for name in native.supported() if name != "avx512_vnni"]
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
     return request.param
-
-
-def both(op, *args, **kwargs):
-    with use_backend("reference"):
-        ref = op(*args, **kwargs)
-    with use_backend("native"):
-        return ref, op(*args, **kwargs)
-
-
-def assert_close(name, ref, out, dtype):
-    """Relative to the largest number of the reference; NaN and infinities must be in the same places."""
-    (ref_out, ref_lse), (got_out, got_lse) = ref, out
-    assert got_out.dtype == ref_out.dtype and got_out.shape == ref_out.shape
-    assert torch.equal(ref_out.isnan(), got_out.isnan()), f"{name}: NaN"
-    assert torch.equal(ref_lse.isnan(), got_lse.isnan()) and torch.equal(ref_lse.isinf(), got_lse.isinf()), name
-    ref_out, got_out = ref_out.float().nan_to_num(), got_out.float().nan_to_num()
-    assert (ref_out - got_out).abs().max() <= TOLERANCE[dtype] * max(1.0, ref_out.abs().max().item()), name
-    ref_lse, got_lse = (x.nan_to_num(0, 0, 0) for x in (ref_lse, got_lse))
-    assert (ref_lse - got_lse).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-3), f"{name}: lse"
 
 
 def rows(x, form, spare=37):
@@ -72,19 +49,6 @@ def _in_a_buffer(t, spare):
     buffer = torch.full((B, H, n + spare, width), 127, dtype=t.dtype)
     buffer[:, :, :n] = t
     return buffer[:, :, :n]
-
-
-def random_queries(B, Hq, S, D, dtype):
-    return torch.randn(B, S, Hq, D).to(dtype).transpose(1, 2)
-
-
-def some_mask(kind, B, Hkv, S, n):
-    if kind is None:
-        return None
-    batch, heads = {"shared": (1, 1), "batch": (B, 1), "heads": (1, Hkv), "full": (B, Hkv)}[kind]
-    mask = torch.rand(batch, heads, S, n) > 0.3
-    mask[0, 0, 0] = False  # a query that sees nothing
-    return mask
 
 
 # keys, values, D, packed rows, tail, G, S, B, mask, softcap
@@ -123,7 +87,7 @@ def test_attention(isa, case, dtype):
     keys, values = (rows(torch.randn(B, 2, n, D).to(dtype), form) for form in (k_form, v_form))
     tail = [_in_a_buffer(torch.randn(B, 2, m, D).to(dtype), 5) for _ in range(2)] if m else (None, None)
     mask = some_mask(mask, B, 2, S, n + m)
-    q = random_queries(B, 2 * G, S, D, dtype)
+    q = queries(B, 2 * G, S, D, dtype)
     ref, out = both(sparse_attention, q, keys, values, *tail, scaling=D**-0.5, mask=mask, softcap=softcap)
     assert_close("attention", ref, out, dtype)
 
@@ -132,7 +96,7 @@ def test_attention(isa, case, dtype):
 def test_rows_at_the_very_end_of_their_memory(isa, form):
     """Registers read ahead of a row only where there is more of it; equal to the same rows inside a buffer."""
     torch.manual_seed(0)
-    x, q = torch.randn(1, 2, 65, 128).bfloat16(), random_queries(1, 8, 1, 128, torch.bfloat16)
+    x, q = torch.randn(1, 2, 65, 128).bfloat16(), queries(1, 8, 1, 128, torch.bfloat16)
     inside, end = rows(x, form), rows(x, form, spare=0)
     with use_backend("native"):
         want, got = (sparse_attention(q, side, side, scaling=0.1)[0] for side in (inside, end))
@@ -164,7 +128,7 @@ def test_special_numbers_are_not_hidden(isa, where, number):
     x = {name: torch.randn(1, 2, 200, 64) for name in "kv"}
     x[where][0, 1, 70, 3] = number
     for dtype in DTYPES:
-        q = random_queries(1, 4, 1, 64, dtype).abs()  # a key of -inf would just not be seen
+        q = queries(1, 4, 1, 64, dtype).abs()  # a key of -inf would just not be seen
         ref, out = both(sparse_attention, q, *(rows(x[name].to(dtype), "bitmap24") for name in "kv"), scaling=0.1)
         assert not ref[0].isfinite().all()
         assert_close("special", ref, out, dtype)
@@ -175,19 +139,19 @@ def test_special_numbers_are_not_hidden(isa, where, number):
 def test_nothing_of_an_earlier_call_remains(isa, form, S):
     """Scratch memory stays with its thread: padding of ragged rows must not be what a call with NaN left there."""
     torch.manual_seed(0)
-    x, q = torch.randn(1, 1, 100, 24), random_queries(1, 2, S, 24, torch.float32)
+    x, q = torch.randn(1, 1, 100, 24), queries(1, 2, S, 24, torch.float32)
     with use_backend("native"):
         want = sparse_attention(q, rows(x, form), rows(x, form), scaling=0.1)[0]
         for D in (24, 32, 256):
             nan = rows(torch.full((1, 1, 100, D), float("nan")), "all")
-            sparse_attention(random_queries(1, 2, S, D, torch.float32), nan, nan, scaling=0.1)
+            sparse_attention(queries(1, 2, S, D, torch.float32), nan, nan, scaling=0.1)
             assert torch.equal(sparse_attention(q, rows(x, form), rows(x, form), scaling=0.1)[0], want), D
     assert want.isfinite().all()
 
 
 def test_threads_do_not_change_the_result():
     torch.manual_seed(0)
-    x, q = torch.randn(1, 2, 9000, 128).bfloat16(), random_queries(1, 8, 1, 128, torch.bfloat16)
+    x, q = torch.randn(1, 2, 9000, 128).bfloat16(), queries(1, 8, 1, 128, torch.bfloat16)
     before = torch.get_num_threads()
     try:
         results = []

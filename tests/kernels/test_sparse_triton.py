@@ -1,8 +1,5 @@
 """Triton kernels of sparse rows against the reference; where they run is said in `test_triton.py`."""
 
-import os
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -18,6 +15,7 @@ from test_triton import (
     assert_close,
     in_larger_buffer,
     random_case,
+    run_in_the_interpreter,
     runs_kernels,
     visible,
 )
@@ -32,15 +30,7 @@ from hf_kvcache.kernels.sparse_pack import sparse_pack
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
 def test_in_the_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env=env, capture_output=True, text=True,
-    )  # fmt: skip
-    print(done.stdout[-3000:])
-    if done.returncode and "only 0-dimensional arrays can be converted" in done.stdout:
-        pytest.skip("the interpreter of this Triton does not work with this numpy")
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 def sparse_rows(x, keep=None, bits=None, groups=1, group_size=None, layout="bitmap"):

@@ -26,17 +26,22 @@ LSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}
 runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs inside test_in_the_interpreter")
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
-def test_in_the_interpreter():
+def run_in_the_interpreter(file):
+    """Run the tests of `file` in a process in which Triton interprets its kernels."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     print(done.stdout[-3000:])
     if done.returncode and "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("the interpreter of this Triton does not work with this numpy")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
+def test_in_the_interpreter():
+    run_in_the_interpreter(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes any device")

@@ -1,6 +1,6 @@
 """One model, one text, many caches: bytes, speed and fidelity side by side.
 
-A cache is a name and its arguments: quant:bits=4,rotate=true   keydiff:ratio=0.25   quanto:bits=4   dynamic
+A cache is a name and its arguments: quant:bits=4,rotate=true   sparse:sparsity=0.7,bits=4   keydiff:ratio=0.25
 `+` puts an eviction policy over a cache:   keydiff:ratio=0.5+quant:bits=8
 `hf-kvcache methods` lists the names. transformers' DynamicCache always runs: it is what the ratios refer to.
 """

@@ -283,6 +283,29 @@ void add_dense(State& state, const Queries& queries, const T* k, int64_t k_strid
     }
 }
 
+inline const uint8_t* mask_of(const Queries& queries, int64_t b, int64_t h, int64_t row) {
+    if (!queries.mask) return nullptr;
+    return reinterpret_cast<const uint8_t*>(queries.mask) + b * queries.mask_batch + h * queries.mask_head + row;
+}
+
+// Dense rows that follow packed ones; the fields in the order of `native.py`.
+struct Tail {
+    int64_t k, k_batch, k_head, k_row, v, v_batch, v_head, v_row, n_packed, n_rows;  // strides in elements
+
+    int64_t all_rows() const { return n_packed + n_rows; }
+
+    // Rows `[start, stop)` of both parts: packed ones go to `add_packed(start, stop)`.
+    template <class T, class F>
+    void add(State& state, const Queries& queries, int64_t b, int64_t h, int64_t start, int64_t stop, F add_packed) const {
+        if (start < n_packed) add_packed(start, std::min(stop, n_packed));
+        if (stop <= n_packed) return;
+        start = std::max(start, n_packed) - n_packed, stop -= n_packed;
+        const T* keys = reinterpret_cast<const T*>(k) + b * k_batch + h * k_head + start * k_row;
+        const T* values = reinterpret_cast<const T*>(v) + b * v_batch + h * v_head + start * v_row;
+        add_dense(state, queries, keys, k_row, values, v_row, mask_of(queries, b, h, n_packed + start), stop - start);
+    }
+};
+
 // ---- items ----
 
 struct Partition {
@@ -408,11 +431,6 @@ void attend(const Queries& queries, int64_t n_rows, int64_t extra_floats, Add ad
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n_queries; i++) run_merge(i);
     }
-}
-
-inline const uint8_t* mask_of(const Queries& queries, int64_t b, int64_t h, int64_t row) {
-    if (!queries.mask) return nullptr;
-    return reinterpret_cast<const uint8_t*>(queries.mask) + b * queries.mask_batch + h * queries.mask_head + row;
 }
 
 }  // namespace attention
