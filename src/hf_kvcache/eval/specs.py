@@ -34,7 +34,11 @@ SHOWN = {
         "sparse:sparsity=0.7,bits=4",
         "sparse:sparsity=0.5,rule=think",
     ),
-    "keydiff": ("keydiff:ratio=0.25", "keydiff:ratio=0.5+quant:bits=8"),
+    "keydiff": (
+        "keydiff:ratio=0.25",
+        "keydiff:ratio=0.5+quant:bits=8",
+        "keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8",
+    ),
 }
 
 # arguments that are objects, which the command line composes itself
