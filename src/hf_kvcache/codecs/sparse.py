@@ -83,13 +83,13 @@ class Sparse(Codec):
         return min(kept, group) * among // group
 
     def encode(self, x, queries=None):
-        format = {"keep": self.carrier_width(x.shape[-1]), "layout": self.layout, "group_size": self.group_size}
+        knobs = {"keep": self.carrier_width(x.shape[-1]), "layout": self.layout, "group_size": self.group_size}
         if self.axis == "channel":
             columns = x.unflatten(2, (-1, BLOCK)).transpose(3, 4)  # [B, Hkv, n / 32, D, 32]
-            packed = (t.unflatten(2, columns.shape[2:4]) for t in sparse_pack(columns.flatten(2, 3), **format))
+            packed = (t.unflatten(2, columns.shape[2:4]) for t in sparse_pack(columns.flatten(2, 3), **knobs))
         else:
             worth = RULES[self.rule](x, queries)
-            packed = sparse_pack(x, importance=None if worth is None else worth.expand_as(x), **format)
+            packed = sparse_pack(x, importance=None if worth is None else worth.expand_as(x), **knobs)
         return dict(zip(("values", "places"), packed, strict=True))
 
     def decode(self, encoded, dtype, head_dim):
