@@ -25,6 +25,11 @@ CACHES = {
     "quant4": lambda: kv.QuantCache(4, window=16),
     "quant3-rotated": lambda: kv.QuantCache(3, window=16, rotate=True),
     "quant2-edge8": lambda: kv.QuantCache(2, window=16, edge_layers=1),
+    "sparse": lambda: kv.SparseCache("balanced", window=16, min_length=60),
+    "sparse-index-quant4": lambda: kv.SparseCache(0.5, bits=4, layout="index", window=16),
+    # the newest queries are part of the state
+    "sparse-think": lambda: kv.SparseCache(0.5, rule="think", window=16),
+    "sparse-channel-v": lambda: kv.KVCache(codec=(kv.Sparse(0.5), kv.Sparse(0.5, axis="channel")), window=16),
     "keydiff": lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, interval=4),
     "streaming+quant8": lambda: kv.QuantCache(8, window=8, policy=kv.Streaming(budget=48, n_recent=8, interval=4)),
 }
