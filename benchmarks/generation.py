@@ -94,42 +94,55 @@ def decode(options) -> list[dict]:
     return rows
 
 
+MARGIN = 128  # tokens that the caches of `equal_memory` have room for after the prompt
+
+
 @torch.no_grad()
 def equal_memory(options) -> list[dict]:
-    """Tokens per second when every cache may use the same bytes, and so decodes as many sequences as fit."""
+    """Tokens per second when every cache may hold the same bytes, and so decodes as many sequences as fit.
+
+    The bytes are those of `DynamicCache` after the last timed token; ours make room for all tokens at once.
+    """
     model, dtype = _model(options)
     n_dense, n_tokens = (2, 8192) if options.device == "cpu" else (4, 32768)
-    names = (
-        BASELINE,
-        "KVCache",
-        "QuantCache 4 bit",
-        "SparseCache 50 %",
-        "SparseCache 70 %",
-        "SparseCache 70 % + 4 bit",
-    )
-    makers = {name: make for name, make in caches(model.config).items() if name in names}
-    one = _filled(model, kv.KVCache(), 1, n_tokens)
-    budget = n_dense * one.nbytes_dense
-    contestants, rows = {}, {}
+    room = {"max_length": n_tokens + MARGIN}
+    makers = {
+        BASELINE: lambda: DynamicCache(config=model.config),
+        "KVCache": lambda: kv.KVCache(**room),
+        "QuantCache 4 bit": lambda: kv.QuantCache(4, **room),
+        "SparseCache 50 %": lambda: kv.SparseCache(0.5, **room),
+        "SparseCache 70 %": lambda: kv.SparseCache(0.7, **room),
+        "SparseCache 70 % + 4 bit": lambda: kv.SparseCache(0.7, bits=4, **room),
+    }
+    exact, reference = kv.KVCache(**room), None
+    _prompted(model, exact, 1, n_tokens)
+    budget = n_dense * exact.nbytes
+    contestants, rows, filled = {}, {}, {}
     for name, make in makers.items():
-        fits = n_dense if name == BASELINE else budget // _filled(model, make(), 1, n_tokens).nbytes
-        batch = max(int(fits), 1)
-        cache = _filled(model, make(), batch, n_tokens)
-        token = _ids(model, batch, 1)
-        contestants[name] = functools.partial(model, token, past_key_values=cache)
+        one = make()
+        logits = _prompted(model, one, 1, n_tokens)
+        reference = logits if reference is None else reference
+        if not torch.allclose(logits.float(), reference.float(), atol=0.05, rtol=0.05):
+            raise AssertionError(f"{name}: prefill logits differ from DynamicCache; nothing was timed")
+        batch = n_dense if name == BASELINE else max(budget // one.nbytes, 1)
+        cache = filled[name] = make()
+        _prompted(model, cache, batch, n_tokens)
+        contestants[name] = functools.partial(model, _ids(model, batch, 1), past_key_values=cache)
         rows[name] = {"cache": name, "tokens": n_tokens, "budget MiB": budget / 2**20, "batch": batch, "dtype": dtype}
-    times = interleaved(contestants, options.rounds, options.device)
+    times = interleaved(contestants, min(options.rounds, MARGIN // 2), options.device)
     base = rows[BASELINE]["batch"] / times[BASELINE]["ms"]
     for name, row in rows.items():
+        held = getattr(filled[name], "nbytes", None)
+        if held is not None and held > budget:
+            raise AssertionError(f"{name}: holds {held} bytes, over the budget of {budget}")
         row |= {"ms per step": times[name]["ms"], "tokens/s": 1e3 * row["batch"] / times[name]["ms"]}
         row["x DynamicCache"] = row["batch"] / times[name]["ms"] / base
     return list(rows.values())
 
 
-def _filled(model, cache, batch, n_tokens):
-    """`cache` after a prompt of random tokens."""
-    model(_ids(model, batch, n_tokens), past_key_values=cache, logits_to_keep=1)
-    return cache
+def _prompted(model, cache, batch, n_tokens):
+    """Logits after a prompt of random tokens, which `cache` holds from then on."""
+    return model(_ids(model, batch, n_tokens), past_key_values=cache, logits_to_keep=1).logits
 
 
 def _prefill(model, ids, make):

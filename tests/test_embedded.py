@@ -71,7 +71,7 @@ def test_four_bits_leave_retrieval_unharmed_and_eviction_does_not(model, prompts
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
 def test_which_channels_go_matters(model, windows, dense, sparsity):
-    """Mustafar, tables 1 and 2: channels chosen per token beat whole channels, and keys are the more fragile."""
+    """The findings of Mustafar: channels chosen per token beat whole channels, and keys are the more fragile."""
 
     def score(keys, values):
         codec = tuple(kv.Dense() if rule is None else kv.Sparse(sparsity, rule=rule) for rule in (keys, values))

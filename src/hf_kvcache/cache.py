@@ -39,7 +39,8 @@ class KVCache(Cache):
         offloading: keep layers in CPU memory and bring them to the GPU one ahead of their turn (CUDA only).
 
     Raises:
-        ValueError: a policy that drops single tokens over a codec that packs them in blocks.
+        ValueError: a policy that drops single tokens over a codec that packs them in blocks; a budget, `min_length` or
+            `edge_layers` with which nothing would be done.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class KVCache(Cache):
             raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
         self.codec = self._pair(codec)
         self.edge_layers, self.edge_codec = edge_layers, self._pair(edge_codec)
+        self._check_use()
         for pair in (self.codec, self.edge_codec if edge_layers else None):
             self._check_pair(pair)
         self._model: weakref.ref | None = None
@@ -89,6 +91,15 @@ class KVCache(Cache):
             if not isinstance(side, Codec):
                 raise TypeError(f"codec must be a Codec such as Quantize(bits=4), or a pair of them, not {codec!r}")
         return keys.for_side("k"), values.for_side("v")
+
+    def _check_use(self) -> None:
+        """Refuse arguments that would do nothing."""
+        if self.edge_codec is not None and not self.edge_layers:
+            raise ValueError("edge_codec is the codec of the first and last layers: say how many with edge_layers")
+        if self.codec is None and self.min_length:
+            raise ValueError(f"min_length={self.min_length} delays packing, and without a codec nothing is packed")
+        if self.codec is None and self.edge_codec is None and self.edge_layers:
+            raise ValueError(f"edge_layers={self.edge_layers} exempts layers from the codec, and there is none")
 
     def _check_pair(self, pair) -> None:
         if self.policy is None or pair is None:

@@ -85,10 +85,11 @@ def load(cls, directory: str | os.PathLike, model=None, device: torch.device | s
         policy=policy_from_spec(manifest["policy"]),
         window=manifest["window"],
         n_sink=manifest["n_sink"],
-        min_length=manifest.get("min_length", 0),
         max_length=manifest["max_length"],
         config=None if model is None else model.config,
     )
+    # codecs belong to the restored layers, not to this cache, which would refuse a min_length of its own
+    cache.min_length = manifest.get("min_length", 0)
     stock, cache.layers = cache.layers, []
     for i, entry in enumerate(manifest["layers"]):
         own = {key.split(".", 1)[1]: t.to(device) for key, t in tensors.items() if key.split(".", 1)[0] == str(i)}

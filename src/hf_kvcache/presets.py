@@ -41,7 +41,8 @@ class QuantCache(KVCache):
     ):
         if key_axis is None:
             key_axis = "channel" if kwargs.get("policy") is None else "token"
-        pair, edge = (self._codecs(n, key_axis, group_size, rotate) for n in (bits, edge_bits))
+        pair = self._codecs(bits, key_axis, group_size, rotate)
+        edge = self._codecs(edge_bits, key_axis, group_size, rotate) if edge_layers else None
         super().__init__(codec=pair, edge_codec=edge, edge_layers=edge_layers, window=window, **kwargs)
 
     @staticmethod
@@ -90,7 +91,9 @@ class SparseCache(KVCache):
             if sparsity != "balanced":
                 raise ValueError(f"sparsity={sparsity!r} is neither a share, a pair of shares, nor 'balanced'")
             sparsity = self.BALANCED
-        shares = sparsity if isinstance(sparsity, tuple) else (sparsity, sparsity)
+        shares = tuple(sparsity) if isinstance(sparsity, (tuple, list)) else (sparsity, sparsity)
+        if len(shares) != 2:
+            raise ValueError(f"sparsity={sparsity!r} is neither a share, a pair of shares, nor 'balanced'")
         integers = Dense() if bits is None else Quantize(bits, axis="token")
         codec = tuple(
             Sparse(None if keep is not None else share, keep, layout, rule, group_size=group_size) >> integers

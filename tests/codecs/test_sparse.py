@@ -7,7 +7,7 @@ from cases import assert_close, padded, prompt, replay, tiny_model
 import hf_kvcache as kv
 from hf_kvcache.attention import blockwise, fused
 from hf_kvcache.codecs.saliency import RULES
-from hf_kvcache.stores.uniform import QUERIES
+from hf_kvcache.stores.uniform import QUERIES, UniformStore
 
 LAYOUTS = ["bitmap", "index"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -119,6 +119,20 @@ def test_rules_use_the_newest_queries():
     assert held.n_tokens >= QUERIES
     cache.reset()
     assert cache.nbytes == 0
+
+
+def test_rules_without_queries_wait_for_them():
+    store = UniformStore(kv.Sparse(0.5, rule="think"), kv.Sparse(0.5), window=8)
+    x = rows(100, 16)
+    store.append(x, x.clone())
+    store.note_queries(x)
+    store.crop(70)  # more than the queries that are held
+    store.append(x, x.clone())
+    store.pack()
+    assert store.n_packed == 0 and store.n_kept == 130
+    store.note_queries(x[:, :, -1:])
+    store.pack()
+    assert store.n_packed == 96
 
 
 def test_rules_that_read_no_queries_keep_none():

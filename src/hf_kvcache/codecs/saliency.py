@@ -13,7 +13,7 @@ def magnitude(x, queries):
 
 
 def output_aware(x, queries):
-    """Elements that move the scores of the newest queries most: `|k_i| * sum |q_i|` (section 2.2)."""
+    """Elements that move the scores of the newest queries most: `|k_i| * sum |q_i|` (its second rule for keys)."""
     return x.float() * queries.float().abs().sum((2, 3)).unsqueeze(2)
 
 

@@ -24,7 +24,7 @@ class Sparse(Codec):
         rule: "magnitude"; "output_aware" (keys, weighs channels by the newest queries); "think" (whole channels, ThinK,
             Xu et al. 2024: a baseline). For values "output_aware" is the same as "magnitude".
         axis: "token" chooses among the channels of a row; "channel" among 32 tokens of a channel, which packs 32 rows
-            together (section 2.3) and keeps `keep` or `1 - sparsity` of those 32.
+            together (the paper's rule for values that it compares with) and keeps `keep` or `1 - sparsity` of those 32.
         group_size: keep an equal share of every group of this many adjacent channels: 4 with sparsity 0.5 is the
             2:4 pattern. None chooses among the whole row.
     """

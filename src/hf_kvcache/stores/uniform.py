@@ -81,7 +81,8 @@ class UniformStore(Store):
             return
         n_kv_heads = self.dense.tensors["k"].shape[1]
         newest = q[:, :, -2 * QUERIES :].unflatten(1, (n_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
-        self.queries.append({"q": newest.contiguous()}, newest.shape[2])
+        # a copy: an empty buffer adopts what it is given, and this may be a slice of the model's activations
+        self.queries.append({"q": newest.clone(memory_format=torch.contiguous_format)}, newest.shape[2])
         if self.queries.n_tokens > 2 * QUERIES:
             self.queries.remove(0, self.queries.n_tokens - 2 * QUERIES)
 
@@ -97,7 +98,9 @@ class UniformStore(Store):
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.n_sink - self.window
         is_short = not self.n_packed and self.n_kept < self.min_length
-        if self.keys is None or surplus < self.step or is_short:
+        # a crop may have taken every query that a rule would go by; the next call brings new ones
+        is_blind = self.needs_queries and not self.queries.n_tokens
+        if self.keys is None or surplus < self.step or is_short or is_blind:
             if not self.owned:
                 self._own()
             return
