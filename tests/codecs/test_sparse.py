@@ -50,11 +50,11 @@ def test_counts_of_the_paper():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ties_go_to_the_lower_channel_and_nan_is_kept(layout):
-    x = torch.tensor([[1.0, -2, 2, -1, 1, 0, 2, 1], [0, torch.nan, torch.inf, 5, 0, 0, 0, -0.0]])[None, None]
+    x = torch.tensor([[1.0, -2, 2, -1, 1, 0, 2, 1], [9, 8, 7, 6, torch.inf, 5, torch.nan, -0.0]])[None, None]
     back = through(kv.Sparse(keep=4, layout=layout), x)[0, 0]
     assert back[0].tolist() == [1, -2, 2, 0, 0, 0, 2, 0]
-    assert back[1].isnan().tolist() == [False, True] + [False] * 6
-    assert back[1, 2:].tolist() == [torch.inf, 5, 0, 0, 0, 0]
+    assert back[1].isnan().tolist() == [False] * 6 + [True, False]
+    assert back[1, :6].tolist() == [9, 8, 0, 0, torch.inf, 0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -119,6 +119,20 @@ def test_rules_use_the_newest_queries():
     assert held.n_tokens >= QUERIES
     cache.reset()
     assert cache.nbytes == 0
+
+
+def test_older_queries_have_no_say():
+    store = UniformStore(kv.Sparse(0.5, rule="think"), kv.Sparse(0.5), window=8)
+    x = rows(100, 16)
+    store.append(x, x.clone())
+    for read in (slice(0, 8), slice(8, 16)):
+        q = torch.zeros(2, 6, QUERIES, 16)
+        q[..., read] = 1
+        store.note_queries(q)
+    store.pack()
+    assert store.n_packed == 64
+    k, _ = store.rows(0, 64)
+    assert (k[..., :8] == 0).all() and (k[..., 8:] != 0).all()
 
 
 def test_rules_without_queries_wait_for_them():
