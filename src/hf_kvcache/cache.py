@@ -12,6 +12,7 @@ from transformers import Cache
 from hf_kvcache import compat, persist
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.stores.uniform import PACK_STEP
@@ -33,6 +34,8 @@ class KVCache(Cache):
         edge_layers: this many first and last layers, the most sensitive ones, get `edge_codec` instead.
         edge_codec: codec of those layers; None keeps them dense.
         min_length: tokens below which nothing is packed: a short cache is small, and dense rows are read faster.
+        exact_prefill: attend to new tokens as they are and compress them afterwards. False attends to what the codec
+            makes of them from the start, as published evaluations of low-rank caches do.
         max_length: tokens to make room for at the first call, instead of growing.
         config: the model's config. Only models with linear-attention layers need it; others are recognised when
             the cache is first used.
@@ -53,13 +56,14 @@ class KVCache(Cache):
         edge_layers: int = 0,
         edge_codec: Codec | tuple[Codec, Codec] | None = None,
         min_length: int = 0,
+        exact_prefill: bool = True,
         max_length: int | None = None,
         config=None,
         offloading: bool = False,
     ):
         register_pass_throughs()
         self.policy, self.window, self.n_sink = policy, window, n_sink
-        self.min_length, self.max_length = min_length, max_length
+        self.min_length, self.exact_prefill, self.max_length = min_length, exact_prefill, max_length
         if min(window, n_sink, edge_layers, min_length) < 0:
             raise ValueError(
                 f"window={window}, n_sink={n_sink}, edge_layers={edge_layers} and min_length={min_length} must not be "
@@ -76,6 +80,7 @@ class KVCache(Cache):
         self._expected: dict | None = None
         self._stock: list | None = None
         self._records_past = False
+        self._ropes: dict = {}
         if config is not None:
             self._stock = compat.stock_layers(config)
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=True)
@@ -96,15 +101,25 @@ class KVCache(Cache):
         """Refuse arguments that would do nothing."""
         if self.edge_codec is not None and not self.edge_layers:
             raise ValueError("edge_codec is the codec of the first and last layers: say how many with edge_layers")
+        if self.codec is None and not self.exact_prefill:
+            raise ValueError("exact_prefill=False lets attention read what the codec makes of a prompt: there is none")
         if self.codec is None and self.min_length:
             raise ValueError(f"min_length={self.min_length} delays packing, and without a codec nothing is packed")
         if self.codec is None and self.edge_codec is None and self.edge_layers:
             raise ValueError(f"edge_layers={self.edge_layers} exempts layers from the codec, and there is none")
 
     def _check_pair(self, pair) -> None:
+        for side in pair or ():
+            if not self.exact_prefill and (side.granularity > 1 or "queries" in side.needs):
+                raise ValueError(f"exact_prefill=False encodes every token as it comes, which {side} cannot")
         if self.policy is None or pair is None:
             return
         for side in pair:
+            if side.shares_rows:
+                raise ValueError(
+                    f"{type(self.policy).__name__} drops tokens head by head, but {side} shares rows among heads; "
+                    "use group_size=1"
+                )
             if side.granularity > 1:
                 raise ValueError(
                     f"{type(self.policy).__name__} drops single tokens, but {side} packs {side.granularity} tokens "
@@ -142,6 +157,7 @@ class KVCache(Cache):
             n_sink=self.n_sink,
             min_length=self.min_length,
             max_length=self.max_length,
+            exact_prefill=self.exact_prefill,
         )
         if self._records_past:
             layer.activate_past_recording()
@@ -195,6 +211,9 @@ class KVCache(Cache):
             if self._expected is not None:
                 self.check_model(module, "the loaded cache")
             self._model = weakref.ref(module)
+        if view.layer.needs_model:
+            k = view.new_k
+            view.layer.bind(Host(module, layer_idx, k.shape[1], k.shape[3], k.dtype, k.device, self._ropes))
         return True
 
     def rebind(self) -> None:
@@ -276,6 +295,7 @@ class KVCache(Cache):
         super().reset()
         for layer in self.layers:
             compat.drop_rows(layer)
+        self._ropes = {}
         self.rebind()
 
     def update_conv_state(self, *args, **kwargs):

@@ -7,7 +7,9 @@ import torch
 from hf_kvcache.attention.mask import new_token_padding
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.compat import CacheLayerMixin
+from hf_kvcache.host import Host
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.rope import Rope
 from hf_kvcache.stores.uniform import UniformStore
 from hf_kvcache.view import KVView
 
@@ -20,6 +22,7 @@ class KVLayer(CacheLayerMixin):
         keys, values: codecs, or None to stay dense.
         policy: which tokens stay, or None for all.
         window, n_sink, min_length, max_length: see `UniformStore`.
+        exact_prefill: see `KVCache`.
     """
 
     is_sliding = False
@@ -36,12 +39,15 @@ class KVLayer(CacheLayerMixin):
         n_sink: int = 0,
         min_length: int = 0,
         max_length: int | None = None,
+        exact_prefill: bool = True,
     ):
         super().__init__()
         self.layer_idx, self.policy = layer_idx, policy
         tracked = {} if policy is None else {"position": torch.int32, **policy.state}
         sizes = dict(window=window, n_sink=n_sink, min_length=min_length, max_length=max_length)
         self.store = UniformStore(keys, values, tracked=tracked, **sizes)
+        self.exact_prefill = exact_prefill
+        self._codecs = keys, values
         self.record_past = False
         self._forget()
 
@@ -51,6 +57,9 @@ class KVLayer(CacheLayerMixin):
         self.evicted_at: int | None = None
         self._queries: torch.Tensor | None = None
         self._is_unsettled = self._is_decoding = False
+        self._is_bound = False
+        self._rope: Rope | None = None
+        self._rope_limit = 0
 
     @property
     def is_croppable(self) -> bool:
@@ -61,14 +70,14 @@ class KVLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.batch_size, self.n_kv_heads, _, self.head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
+        row = key_states.new_zeros(1, self.n_kv_heads, self.store.step, self.head_dim)
         for side, codec in (("keys", self.store.keys), ("values", self.store.values)):
             if codec is not None:
                 try:
-                    codec.nbytes_per_token(self.head_dim, key_states.element_size())
-                    row = key_states.new_zeros(1, 1, self.store.step, self.head_dim)
-                    codec.encode(row, row[:, :, :1].unsqueeze(3))
+                    codec.check(row)
                 except (ValueError, StopIteration) as error:
                     raise ValueError(f"{side} of layer {self.layer_idx} cannot be encoded: {error}") from error
+                setattr(self.store, side, codec.for_shape(self.n_kv_heads, self.head_dim))
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[KVView, KVView]:
@@ -96,6 +105,78 @@ class KVLayer(CacheLayerMixin):
             self.store.dense.own()
             k, v = self.store.dense["k"], self.store.dense["v"]
         return KVView(self, k, v, is_prefill)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a codec takes something from the model, which `bind` gives it."""
+        return not self._is_bound and any(codec is not None and "model" in codec.needs for codec in self._codecs)
+
+    def bind(self, host: Host) -> None:
+        """Let codecs take from the model what they need; called before the first attention call of a text.
+
+        Raises:
+            ValueError: the model cannot give it, or what it gives does not go with the policy.
+        """
+        for side, template in zip(("keys", "values"), self._codecs, strict=True):
+            codec = template.for_model(host)
+            if self.policy is not None and codec.shares_rows:
+                raise ValueError(
+                    f"layer {self.layer_idx}: {type(self.policy).__name__} drops tokens head by head, but the basis of "
+                    f"the {side} is shared by {codec.heads_per_row} heads; use one with group_size=1"
+                )
+            setattr(self.store, side, codec)
+        self._is_bound, self._rope = True, host.rope() if self.store.needs_positions else None
+
+    def note_positions(self, position_ids: torch.Tensor | None, mask, n_new: int) -> None:
+        """Note where in the text the new rows are, for codecs that undo RoPE.
+
+        Args:
+            position_ids: `[B | 1, S]`; None means that nothing is padded.
+            mask: what the attention function got.
+
+        Raises:
+            ValueError: positions of another shape (such as those of images), or padding without positions.
+        """
+        if not self.store.has_rope:
+            return
+        rows = self.store.dense["rope"][:, :, -n_new:]
+        if position_ids is None:
+            start = self.tokens_seen - n_new
+            position_ids = torch.arange(start, self.tokens_seen, device=rows.device).unsqueeze(0)
+        if position_ids.dim() != 2 or position_ids.shape[1] != n_new:
+            raise ValueError(
+                f"layer {self.layer_idx}: positions {list(position_ids.shape)} are not [B, {n_new}]; "
+                'LowRank(rope="post") does not need them'
+            )
+        rows.copy_(position_ids.unsqueeze(1))
+        is_real = None if n_new == 1 else new_token_padding(mask, n_new, self.tokens_seen)
+        if is_real is not None:
+            rows.masked_fill_(~is_real.unsqueeze(1), -1)
+        self._cover(position_ids)
+
+    def _cover(self, position_ids: torch.Tensor) -> None:
+        """See to it that the rotary tables reach these positions."""
+        if self._rope is None:
+            return
+        if position_ids.device.type == "cpu" or position_ids.shape[1] > 1:
+            self._rope_limit = max(self._rope_limit, int(position_ids.max()) + 1)
+        else:
+            # asking the device would stall it at every step; text goes on one position after another
+            self._rope_limit += 1
+            torch._assert_async((position_ids < self._rope_limit).all())
+        self._rope.cover(self._rope_limit, self.device)
+
+    def project_new(self, n_new: int) -> None:
+        """With `exact_prefill=False`, let the newest rows be what packing will make of them."""
+        store = self.store
+        if self.exact_prefill or store.keys is None:
+            return
+        store.fit()
+        rope = store.dense["rope"][:, :, -n_new:].clamp(min=0) if store.needs_positions else None
+        for side, codec in (("k", store.keys), ("v", store.values)):
+            rows = store.dense[side][:, :, -n_new:]
+            encoded = codec.encode(rows, None, rope)
+            rows.copy_(codec.decode(encoded, rows.dtype, self.head_dim, rope))
 
     def note_padding(self, mask, n_new: int) -> None:
         """Mark new rows that are padding, so that they are neither seen nor kept."""
@@ -185,6 +266,8 @@ class KVLayer(CacheLayerMixin):
         """Forget every token; the bytes are freed."""
         for buffer in self.store.buffers().values():
             buffer.clear()
+        self.store.keys, self.store.values = self._codecs
+        self.is_initialized = False
         self._forget()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

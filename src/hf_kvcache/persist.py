@@ -56,6 +56,7 @@ def save(cache, directory: str | os.PathLike) -> Path:
             "window": cache.window,
             "n_sink": cache.n_sink,
             "min_length": cache.min_length,
+            "exact_prefill": cache.exact_prefill,
             "max_length": cache.max_length,
             "nbytes_dense": cache.nbytes_dense,
             "tensors": name,
@@ -89,7 +90,7 @@ def load(cls, directory: str | os.PathLike, model=None, device: torch.device | s
         config=None if model is None else model.config,
     )
     # codecs belong to the restored layers, not to this cache, which would refuse a min_length of its own
-    cache.min_length = manifest.get("min_length", 0)
+    cache.min_length, cache.exact_prefill = manifest.get("min_length", 0), manifest.get("exact_prefill", True)
     stock, cache.layers = cache.layers, []
     for i, entry in enumerate(manifest["layers"]):
         own = {key.split(".", 1)[1]: t.to(device) for key, t in tensors.items() if key.split(".", 1)[0] == str(i)}
@@ -112,6 +113,9 @@ def fingerprint(module: torch.nn.Module) -> dict:
     """
     config, digest = module.config, hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
+        if "kv_lowrank" in name:
+            # an adapter of ours leaves the model what it is
+            continue
         flat = parameter.detach().flatten()
         sample = flat[:: max(flat.numel() // 256, 1)][:256].to(torch.bfloat16)
         digest.update(name.encode() + sample.view(torch.int16).cpu().numpy().tobytes())
@@ -146,19 +150,22 @@ def _describe(layer: KVLayer) -> tuple[dict, dict]:
         for buffer_name, buffer in layer.store.buffers().items()
         for name, t in buffer.views().items()
     }
+    for side, codec in (("keys", layer.store.keys), ("values", layer.store.values)):
+        constants = {} if codec is None else codec.constants()
+        views |= {f"constants.{side}.{name}": t for name, t in constants.items()}
     return entry, views
 
 
 def _restore(i: int, entry: dict, tensors: dict, cache) -> KVLayer:
     layer = KVLayer(
         i,
-        codec_from_spec(entry["keys"]),
-        codec_from_spec(entry["values"]),
+        *(_restore_codec(side, entry, tensors) for side in ("keys", "values")),
         cache.policy,
         window=cache.window,
         n_sink=cache.n_sink,
         min_length=cache.min_length,
         max_length=cache.max_length,
+        exact_prefill=cache.exact_prefill,
     )
     for buffer_name, buffer in layer.store.buffers().items():
         own = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.split(".", 1)[0] == buffer_name}
@@ -174,6 +181,12 @@ def _restore(i: int, entry: dict, tensors: dict, cache) -> KVLayer:
     for name in ("tokens_seen", "has_padding", "evicted_at"):
         setattr(layer, name, entry[name])
     return layer
+
+
+def _restore_codec(side: str, entry: dict, tensors: dict):
+    codec, prefix = codec_from_spec(entry[side]), f"constants.{side}."
+    constants = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return codec if codec is None else codec.with_constants(constants)
 
 
 def _describe_stock(layer) -> tuple[dict, dict]:

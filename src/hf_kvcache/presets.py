@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hf_kvcache import registry
 from hf_kvcache.cache import KVCache
-from hf_kvcache.codecs import Dense, Quantize, Sparse
+from hf_kvcache.codecs import Dense, LowRank, Quantize, Sparse
 from hf_kvcache.policies.base import Policy
 
 
@@ -100,6 +100,73 @@ class SparseCache(KVCache):
             for share, keep in zip(shares, (keep_k, keep_v), strict=True)
         )
         super().__init__(codec=codec, window=window, n_sink=n_sink, **kwargs)
+
+
+class LowRankCache(KVCache):
+    """Low-rank latents of keys and values, expanded inside attention (Palu, Chang et al. 2025).
+
+    The projection comes from `bases`, else from the adapter that the model carries, else it is fitted to the prompt and
+    held by the cache (said once). Prefill output is exact; tokens are projected as they leave the window.
+
+    Args:
+        rank: latent channels per group of heads, or a share of the group's channels; a pair `(keys, values)`. None
+            means what the basis was calibrated for, half without one.
+        bits: also quantise the latents, per token, to 8, 4, 3 or 2 bits, their energy shared out by a rotation that
+            costs nothing (it is folded into the projection).
+        rope: "pre" projects keys before RoPE and rebuilds them inside attention, "post" projects them after it and
+            projects the query instead: faster, but it needs more rank.
+        group_size: KV heads that share latents, or "all"; a pair `(keys, values)`. None means that of the basis, 1
+            without one.
+        bases: calibrated bases, such as `adapters.Bases.load(path)`.
+        exact_prefill: False lets the prompt, too, attend to projected rows, as the published evaluations do.
+        mix: share out the energy of the latents (None: where they are quantised).
+        centre: subtract the mean row, where the projection is fitted to the prompt.
+        window: newest tokens that stay dense; up to 31 more wait there for their block.
+        n_sink: oldest tokens that stay dense (of a left-padded row these are pads).
+        **kwargs: `policy`, `edge_layers`, `min_length`, `max_length`, `config`, `offloading` of `KVCache`.
+    """
+
+    def __init__(
+        self,
+        rank: float | int | tuple | None = None,
+        *,
+        bits: int | None = None,
+        rope: str = "pre",
+        group_size: int | str | tuple | None = None,
+        bases=None,
+        mix: bool | None = None,
+        centre: bool = True,
+        window: int = 64,
+        n_sink: int = 4,
+        **kwargs,
+    ):
+        integers = Dense() if bits is None else Quantize(bits, axis="token")
+        codec = tuple(
+            LowRank(r, s, rope if side == "k" else "pre", mix, centre, bases) >> integers
+            for side, r, s in zip("kv", _pair(rank, "rank"), _pair(group_size, "group_size"), strict=True)
+        )
+        super().__init__(codec=codec, window=window, n_sink=n_sink, **kwargs)
+
+    @classmethod
+    def from_adapter(cls, path, **kwargs) -> LowRankCache:
+        """A cache with the bases of an adapter: a folder or a Hub id. The model need not carry it.
+
+        Raises:
+            AdapterError: the files are missing, damaged, or of another method.
+        """
+        from hf_kvcache.adapters import Bases
+
+        bases = Bases.load(path)
+        return cls(bases=bases, **{"rope": bases.rope} | kwargs)
+
+
+def _pair(value, name: str) -> tuple:
+    """One setting for keys and values, or a pair."""
+    if not isinstance(value, (tuple, list)):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name}={value!r} is neither one setting nor a pair (keys, values)")
+    return tuple(value)
 
 
 class EvictionCache(KVCache):

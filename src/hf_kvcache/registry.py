@@ -46,6 +46,14 @@ METHODS = (
         "sparsity=0.7, bits=None, layout='bitmap', window=32, n_sink=4",
     ),
     Method(
+        "lowrank",
+        "hf_kvcache.presets:LowRankCache",
+        "channels",
+        "Low-rank latents, keys rebuilt and rotated inside attention, optionally quantised; recent window dense",
+        "Palu, Chang et al. 2025",
+        "rank=None, bits=None, rope='pre', group_size=None, window=64, n_sink=4",
+    ),
+    Method(
         "streaming",
         "hf_kvcache.policies.streaming:Streaming",
         "tokens",
@@ -75,6 +83,14 @@ FUSED |= {
     for keys in _ROWS
     for values in _ROWS
     if (keys, values) not in (("dense", "dense"), ("int", "int"))
+}
+# latents on one side at least; a side without is of full rank
+_LATENTS = ("lowrank", "lowrank>int", "dense", "int")
+FUSED |= {
+    (keys, values): "hf_kvcache.attention.fused:lowrank"
+    for keys in (*_LATENTS, "lowrank/rope", "lowrank/rope>int")
+    for values in _LATENTS
+    if "lowrank" in keys + values
 }
 
 

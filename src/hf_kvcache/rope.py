@@ -58,25 +58,33 @@ class Rope:
         self.inv_freq, self.scaling = inv_freq.detach().to("cpu", torch.float64), float(scaling)
         self._tables: dict[torch.device, RotaryTables] = {}
 
-    def tables(self, limit: int, device: torch.device) -> RotaryTables:
-        """Tables that cover positions below `limit`; they grow in powers of two and are kept."""
+    def cover(self, limit: int, device: torch.device) -> None:
+        """Make room for positions below `limit`; tables grow in powers of two and are kept."""
         held = self._tables.get(device)
         if held is None or held.limit < limit:
             n_coarse = max(1 << (max(limit, 1) - 1).bit_length(), 4096) // FINE
-            held = RotaryTables(self._angles(n_coarse, FINE, device), self._angles(FINE, 1, device))
-            self._tables[device] = held
-        return held
+            self._tables[device] = RotaryTables(self._angles(n_coarse, FINE, device), self._angles(FINE, 1, device))
+
+    def tables(self, device: torch.device) -> RotaryTables:
+        """Tables of all positions that `cover` was told of."""
+        if device not in self._tables:
+            self.cover(1, device)
+        return self._tables[device]
 
     def _angles(self, n: int, step: int, device: torch.device) -> torch.Tensor:
         angles = torch.outer(torch.arange(n, dtype=torch.float64) * step, self.inv_freq)
         return torch.stack([angles.cos(), angles.sin()]).float().to(device)
 
-    def rotate(self, x: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What the model makes of keys `x` `[B, H, n, D]` at `positions` `[B, 1 | H, n]`, in float32."""
-        cos, sin = self.tables(limit, x.device).cos_sin(positions)
+        cos, sin = self.tables(x.device).cos_sin(positions)
         return rotate(x.float(), cos, sin) * self.scaling
 
-    def unrotate(self, x: torch.Tensor, positions: torch.Tensor, limit: int) -> torch.Tensor:
+    def unrotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The keys before `rotate`, in float32."""
-        cos, sin = self.tables(limit, x.device).cos_sin(positions)
+        cos, sin = self.tables(x.device).cos_sin(positions)
         return rotate(x.float(), cos, -sin) / self.scaling
+
+    def __deepcopy__(self, memo) -> Rope:
+        # copies of a cache belong to the same model
+        return self

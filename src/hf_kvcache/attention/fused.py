@@ -7,6 +7,7 @@ import torch
 from hf_kvcache.attention import blockwise
 from hf_kvcache.codecs.base import Chain, Codec
 from hf_kvcache.kernels.dense_attention import dense_attention
+from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
 from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
@@ -28,6 +29,9 @@ def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
     op = _op(store.keys.format, store.values.format)
     if op is None:
         return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
+    if softcap is not None and store.keys.query_offset(q) is not None:
+        # what a projected query lacks belongs inside the cap
+        return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if store.keys.projects or store.values.projects:
         return _attend_projected(op, q, store, scaling, mask, softcap)
     return op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)[0]
@@ -39,7 +43,9 @@ def _attend_projected(op, q, store, scaling, mask, softcap):
     in_basis = store.keys.project_query(q)
     packed_mask = None if mask is None else mask[..., :n]
     out, lse = op(in_basis, store, None, scaling=scaling, mask=packed_mask, softcap=softcap)
-    states = [(store.values.project_output(out), lse)]
+    offset = store.keys.query_offset(q)
+    lse = lse if offset is None else lse + scaling * offset
+    states = [(store.values.project_output(out).to(q.dtype), lse)]
     if store.dense.n_tokens:
         tail_mask = None if mask is None else mask[..., n:]
         k, v = store.dense["k"], store.dense["v"]
@@ -81,6 +87,28 @@ def sparse(q, store, dense, *, scaling, mask, softcap):
         mask=mask,
         softcap=softcap,
     )
+
+
+def lowrank(q, store, dense, *, scaling, mask, softcap):
+    """`lowrank_attention` over a store with latents on one side at least; `dense` is merged by the caller."""
+    keys, values = (as_latents(codec, store.encoded(side)) for side, codec in (("k", store.keys), ("v", store.values)))
+    first = store.keys.first if isinstance(store.keys, Chain) else store.keys
+    expansion = None
+    if store.needs_positions:
+        basis, rope = first.basis, first.rotary
+        tables = rope.tables(q.device)
+        expansion = KeyExpansion(basis.up_by_head, basis.mean_by_head, store.packed["rope"], tables)
+        scaling = scaling * rope.scaling
+    return lowrank_attention(q, keys, values, expansion, scaling=scaling, mask=mask, softcap=softcap)
+
+
+def as_latents(codec: Codec, encoded: dict[str, torch.Tensor]) -> Latents:
+    """One side of a store as the op reads it; dense and quantised rows are latents of one head and full rank."""
+    if not codec.format.endswith("int"):
+        return Latents(encoded["latents" if codec.format.startswith("lowrank") else "rows"])
+    prefix, integers = ("second.", codec.second) if isinstance(codec, Chain) else ("", codec)
+    codes, scale, zero = (encoded[prefix + name] for name in ("codes", "scale", "zero"))
+    return Latents(codes, scale, zero, integers.bits)
 
 
 def as_sparse_rows(codec: Codec, encoded: dict[str, torch.Tensor]) -> SparseRows:

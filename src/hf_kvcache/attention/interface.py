@@ -75,6 +75,8 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
         # the layer turned out to be one that transformers' own class serves
         return stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
     view.layer.note_padding(mask, n_new)
+    view.layer.note_positions(kwargs.get("position_ids"), mask, n_new)
+    view.layer.project_new(n_new)
     if view.is_prefill:
         out = stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
     elif not fuses or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _UNFUSED):

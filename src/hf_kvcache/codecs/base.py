@@ -14,13 +14,23 @@ class Codec:
         format: name of the byte format, which picks the attention kernel.
         carrier: the encoded tensor that a following codec may encode further, or None.
         is_aligned: whether a channel of the carrier is the same channel of the model in every row.
-        needs: what `encode` reads beyond the rows: "queries".
+        carries_side: whether the carrier of keys has what makes keys special, outliers in fixed channels.
+        needs: what it reads beyond the rows: "queries", "positions", "model".
+        shares_rows: whether several KV heads share a row.
+        heads_per_row: how many (known once a layer has seen its first rows).
+        is_unfitted: whether rows have to be shown to `fitted` before any can be encoded.
+        is_owned: whether `constants` belong to this cache rather than to the model.
     """
 
     format: str = ""
     carrier: str | None = None
     is_aligned: bool = True
+    carries_side: bool = True
     needs: frozenset[str] = frozenset()
+    shares_rows: bool = False
+    heads_per_row: int = 1
+    is_unfitted: bool = False
+    is_owned: bool = False
 
     @property
     def granularity(self) -> int:
@@ -36,14 +46,54 @@ class Codec:
         """This codec with the defaults of keys (`side="k"`) or values (`"v"`) filled in."""
         return self
 
-    def encode(self, x: torch.Tensor, queries: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Encode rows `[B, Hkv, n, D]`, `n` a multiple of `granularity`, into tensors `[B, Hkv, rows, ...]`.
+    def before(self, second: Codec) -> Codec:
+        """This codec as it should be when `second` encodes what it leaves."""
+        return self
 
-        `queries` are the newest of the layer, `[B, Hkv, s, G, D]`, for codecs that need them.
+    def for_shape(self, n_kv_heads: int, head_dim: int) -> Codec:
+        """This codec for rows of this shape, where no model is at hand."""
+        return self
+
+    def for_model(self, host) -> Codec:
+        """This codec with what it takes from the model (a `host.Host`) filled in."""
+        return self
+
+    def fitted(
+        self, x: torch.Tensor, positions: torch.Tensor | None = None, is_real: torch.Tensor | None = None
+    ) -> Codec:
+        """This codec fitted to rows `[B, Hkv, n, D]`; `is_real` `[B, n]` leaves out padding."""
+        return self
+
+    def constants(self) -> dict[str, torch.Tensor]:
+        """Tensors without which rows cannot be decoded: saved with a cache."""
+        return {}
+
+    def with_constants(self, tensors: dict[str, torch.Tensor]) -> Codec:
+        """This codec with the `constants` of another one."""
+        return self
+
+    def check(self, row: torch.Tensor) -> torch.Tensor | None:
+        """Raise ValueError unless rows like these `[1, Hkv, n, D]` can be encoded; returns the carrier."""
+        self.nbytes_per_token(row.shape[3], row.element_size())
+        return self.encode(row, row[:, :, :1].unsqueeze(3)).get(self.carrier)
+
+    def encode(
+        self, x: torch.Tensor, queries: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Encode rows `[B, Hkv, n, D]`, `n` a multiple of `granularity`, into tensors `[B, H, rows, ...]`.
+
+        Codecs that need them get the newest queries of the layer, `[B, Hkv, s, G, D]`, and the positions of the rows
+        in RoPE, int32 `[B, 1 | Hkv, n]`.
         """
         raise NotImplementedError
 
-    def decode(self, encoded: dict[str, torch.Tensor], dtype: torch.dtype, head_dim: int) -> torch.Tensor:
+    def decode(
+        self,
+        encoded: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+        head_dim: int,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Rows `[B, Hkv, n, D]` in `dtype`, `head_dim` being `D`."""
         raise NotImplementedError
 
@@ -63,6 +113,10 @@ class Codec:
     def project_query(self, q: torch.Tensor) -> torch.Tensor:
         """Bring queries `[B, Hq, S, D]` into the basis in which this codec keeps keys."""
         return q
+
+    def query_offset(self, q: torch.Tensor) -> torch.Tensor | None:
+        """What every score of a projected query lacks, before scaling, float32 `[B, Hq, S]`; None for nothing."""
+        return None
 
     def project_output(self, out: torch.Tensor) -> torch.Tensor:
         """Bring an output `[B, Hq, S, D]` back from the basis in which this codec keeps values."""
@@ -84,6 +138,7 @@ class Chain(Codec):
     second: Codec
 
     def __post_init__(self):
+        object.__setattr__(self, "first", self.first.before(self.second))
         pair = f"{type(self.first).__name__} >> {type(self.second).__name__}"
         if self.first.carrier is None:
             raise ValueError(f"{pair}: {self.first} leaves nothing that another codec can encode; put it last")
@@ -92,8 +147,9 @@ class Chain(Codec):
                 f"{pair}: {self.second} treats a channel alike in several rows, and the channels that "
                 f"{self.first} leaves differ from row to row; use Quantize(axis='token', rotate=False)"
             )
-        if "queries" in self.second.needs:
-            raise ValueError(f"{pair}: {self.second} needs queries in the basis of the rows; put it first")
+        if self.second.needs:
+            needs = " and ".join(sorted(self.second.needs))
+            raise ValueError(f"{pair}: {self.second} needs {needs} in the basis of the rows; put it first")
 
     @property
     def format(self) -> str:
@@ -119,25 +175,61 @@ class Chain(Codec):
         own = {name: n for name, n in self.first.fields.items() if name != self.first.carrier}
         return own | {f"second.{name}": n for name, n in self.second.fields.items()}
 
-    def for_side(self, side: str) -> Codec:
-        # what follows an unaligned codec works row by row, as codecs of values do
-        return Chain(self.first.for_side(side), self.second.for_side(side if self.first.is_aligned else "v"))
+    @property
+    def shares_rows(self) -> bool:
+        return self.first.shares_rows
 
-    def encode(self, x, queries=None):
-        encoded = self.first.encode(x, queries)
+    @property
+    def heads_per_row(self) -> int:
+        return self.first.heads_per_row
+
+    @property
+    def is_unfitted(self) -> bool:
+        return self.first.is_unfitted
+
+    @property
+    def is_owned(self) -> bool:
+        return self.first.is_owned
+
+    def for_side(self, side: str) -> Codec:
+        # what follows works row by row, as codecs of values do, unless the carrier of keys still looks like keys
+        carries_side = self.first.is_aligned and self.first.carries_side
+        return Chain(self.first.for_side(side), self.second.for_side(side if carries_side else "v"))
+
+    def for_shape(self, n_kv_heads, head_dim):
+        return Chain(self.first.for_shape(n_kv_heads, head_dim), self.second)
+
+    def for_model(self, host):
+        return Chain(self.first.for_model(host), self.second)
+
+    def fitted(self, x, positions=None, is_real=None):
+        return Chain(self.first.fitted(x, positions, is_real), self.second)
+
+    def constants(self):
+        return self.first.constants()
+
+    def with_constants(self, tensors):
+        return Chain(self.first.with_constants(tensors), self.second)
+
+    def check(self, row):
+        return self.second.check(self.first.check(row))
+
+    def encode(self, x, queries=None, positions=None):
+        encoded = self.first.encode(x, queries, positions)
         carried = self.second.encode(encoded.pop(self.first.carrier))
         return encoded | {f"second.{name}": t for name, t in carried.items()}
 
-    def decode(self, encoded, dtype, head_dim):
+    def decode(self, encoded, dtype, head_dim, positions=None):
         inner = {name: encoded[f"second.{name}"] for name in self.second.fields}
         outer = {name: encoded[name] for name in self.first.fields if name != self.first.carrier}
         carried = self.second.decode(inner, dtype, self.first.carrier_width(head_dim))
-        return self.first.decode(outer | {self.first.carrier: carried}, dtype, head_dim)
+        return self.first.decode(outer | {self.first.carrier: carried}, dtype, head_dim, positions)
 
     def nbytes_per_token(self, head_dim, itemsize):
         whole = self.first.nbytes_per_token(head_dim, itemsize)
         carried = self.first.carrier_width(head_dim)
-        return whole - carried * itemsize + self.second.nbytes_per_token(carried, itemsize)
+        change = self.second.nbytes_per_token(carried, itemsize) - carried * itemsize
+        return whole + change / self.first.heads_per_row
 
     @property
     def projects(self):
@@ -145,6 +237,9 @@ class Chain(Codec):
 
     def project_query(self, q):
         return self.second.project_query(self.first.project_query(q))
+
+    def query_offset(self, q):
+        return self.first.query_offset(q)
 
     def project_output(self, out):
         return self.first.project_output(self.second.project_output(out))

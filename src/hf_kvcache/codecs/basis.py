@@ -80,8 +80,11 @@ class Basis:
             basis = self.truncated(rank)
             basis = basis.mixed() if is_mixed else basis
             # copies of exactly this size: a slice would keep the whole basis alive
-            where = {"device": device, "dtype": dtype, "copy": True, "memory_format": torch.contiguous_format}
-            self._placed[key] = Basis(**{name: t.detach().to(**where) for name, t in basis.tensors.items()})
+            where = {"device": device, "copy": True, "memory_format": torch.contiguous_format}
+            placed = {name: t.detach().to(dtype=dtype, **where) for name, t in basis.tensors.items()}
+            if basis.mean is not None:
+                placed["mean"] = basis.mean.detach().to(dtype=torch.float32, **where)
+            self._placed[key] = Basis(**placed)
         return self._placed[key]
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,6 +96,10 @@ class Basis:
         """Rows by head `[B, Hkv, n, D]` of latents `[B, G, n, r]`, in the dtype of the latents."""
         rows = (latents.unsqueeze(2) @ self.up.to(latents.dtype)).flatten(1, 2)
         return rows if self.mean is None else rows + self.mean_by_head.to(rows.dtype).unsqueeze(1)
+
+    def __deepcopy__(self, memo) -> Basis:
+        # constants: copies of a cache share them
+        return self
 
     @property
     def up_by_head(self) -> torch.Tensor:

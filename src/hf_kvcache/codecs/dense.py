@@ -18,10 +18,10 @@ class Dense(Codec):
     def fields(self):
         return {"rows": 1}
 
-    def encode(self, x, queries=None):
+    def encode(self, x, queries=None, positions=None):
         return {"rows": x.contiguous()}
 
-    def decode(self, encoded, dtype, head_dim):
+    def decode(self, encoded, dtype, head_dim, positions=None):
         return encoded["rows"].to(dtype)
 
     def nbytes_per_token(self, head_dim, itemsize):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from hf_kvcache.codecs.base import Codec
-from hf_kvcache.codecs.basis import Basis, Moments, by_group, by_head, principal
+from hf_kvcache.codecs.basis import Basis, Moments, by_group, principal
 from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.rope import Rope
 
-STEP = 16  # ranks that are given as a share are multiples of this: the tile of the kernels
+STEP = 16  # ranks given as a share are multiples of this: the tile of the kernels
 CHUNK = 4096  # rows that are brought to float32 at a time
 
 
@@ -19,35 +19,37 @@ CHUNK = 4096  # rows that are brought to float32 at a time
 class LowRank(Codec):
     """Latents instead of rows, expanded inside attention (Palu, Chang et al. 2025).
 
-    Keys are taken back before RoPE, where a group of heads has a common subspace, and rotated again when they are
-    rebuilt; with `rope="post"` they are projected as they are, and queries are projected instead of keys rebuilt
-    (Eigen Attention, Saxena et al. 2024; MatryoshkaKV, Lin et al. 2024). Values are summed as latents and expanded
-    once per query.
+    Keys are taken back before RoPE, where a head has its subspace, and rotated again when they are rebuilt; with
+    `rope="post"` they are projected as they are, and attention projects the query instead of rebuilding keys (Eigen
+    Attention, Saxena et al. 2024; MatryoshkaKV, Lin et al. 2024). Values are summed as latents and expanded once per
+    query.
 
     Attributes:
-        rank: latent channels per group, or their share of the group's channels (rounded to a multiple of 16); None
-            takes what the basis was calibrated for.
-        group_size: KV heads that share latents; "all" is joint, None is 1 for keys and "all" for values.
+        rank: latent channels per group, or their share of the group's channels (rounded to a multiple of 16). None
+            means what the basis was calibrated for, half without one.
+        group_size: KV heads that share latents, or "all" (joint). None means that of the basis, 1 without one: a basis
+            that is fitted to the prompt is part of the cache, and that of many heads would take much of it.
         rope: "pre" or "post": where keys are projected. Values have no RoPE.
-        mix: share out the energy of the leading latents, so that they round well; None does so before `Quantize`.
-        centre: subtract the mean row, where the basis is fitted on the prompt.
-        basis: the projection; None until the model, its adapter or the prompt supplies one.
-        rotary: the model's RoPE; None until the model is known.
-        is_fitted: whether the basis was made for this cache, and so counts among its bytes.
+        mix: share out the energy of the leading latents, so that they round well. None does so before `Quantize`.
+        centre: subtract the mean row, where the basis is fitted to the prompt.
+        bases: the bases of a model (`adapters.Bases`); None asks the model for its adapter, then fits to the prompt.
     """
 
-    rank: int | float | None = 0.5
+    rank: int | float | None = None
     group_size: int | str | None = None
     rope: str = "pre"
     mix: bool | None = None
     centre: bool = True
-    side: str | None = None
-    basis: Basis | None = field(default=None, repr=False)
-    rotary: Rope | None = field(default=None, repr=False)
-    is_fitted: bool = field(default=False, repr=False)
+    bases: object = field(default=None, repr=False, compare=False)
+    # what a layer fills in
+    side: str | None = field(default=None, repr=False)
+    basis: Basis | None = field(default=None, repr=False, compare=False)
+    rotary: Rope | None = field(default=None, repr=False, compare=False)
+    is_owned: bool = field(default=False, repr=False)
 
     carrier = "latents"
     carries_side = False
+    projects = True
 
     def __post_init__(self):
         is_share = isinstance(self.rank, float) and 0 < self.rank <= 1
@@ -58,8 +60,6 @@ class LowRank(Codec):
         is_number = isinstance(self.group_size, int) and self.group_size > 0
         if self.group_size not in (None, "all") and not is_number:
             raise ValueError(f'group_size={self.group_size!r} is neither a number of KV heads nor "all"')
-
-    # -- what it is --------------------------------------------------------------------------------------------------
 
     @property
     def format(self):
@@ -72,66 +72,154 @@ class LowRank(Codec):
 
     @property
     def needs(self):
-        return frozenset({"positions", "model"} if self.rotates else {"model"})
+        return frozenset({"model", "positions"} if self.rotates else {"model"})
 
     @property
     def fields(self):
         return {"latents": 1}
 
     @property
+    def shares_rows(self):
+        return self.group_size not in (None, 1)
+
+    @property
     def heads_per_row(self):
-        group_size = self.group_size or (1 if self.side == "k" else "all")
-        return 2 if group_size == "all" else group_size
-
-    def for_side(self, side):
-        return replace(self, side=side)
-
-    def for_shape(self, n_kv_heads, head_dim):
-        group_size = self.group_size or (1 if self.side == "k" else "all")
-        group_size = n_kv_heads if group_size == "all" else group_size
-        if n_kv_heads % group_size:
-            raise ValueError(f"group_size={group_size} does not divide {n_kv_heads} KV heads")
-        bound = replace(self, group_size=group_size)
-        if self.rank is None:
-            # until a basis says better
-            return bound if self.basis is not None else replace(bound, rank=channels(0.5, group_size * head_dim))
-        rank = channels(self.rank, group_size * head_dim)
-        if rank > group_size * head_dim:
-            raise ValueError(f"rank={rank} is more than the {group_size * head_dim} channels of a group")
-        return replace(bound, rank=rank)
-
-    def before(self, other):
-        """This codec as the first of a chain."""
-        return replace(self, mix=True) if self.mix is None and isinstance(other, Quantize) else self
-
-    def for_model(self, known):
-        """With what the model supplies: its RoPE, and the basis that it or its adapter carries."""
-        rotary = known.rope() if self.rotates else None
-        if self.basis is not None:
-            return replace(self, rotary=rotary)
-        basis = known.basis(self.side, self.group_size, self.rope)
-        if basis is None:
-            return replace(self, rotary=rotary)
-        return replace(self, rotary=rotary, basis=basis)
-
-    # -- encode and decode -------------------------------------------------------------------------------------------
+        return self.group_size
 
     @property
     def is_unfitted(self):
         return self.basis is None
 
+    # -- what a layer fills in ---------------------------------------------------------------------------------------
+
+    def for_side(self, side):
+        return replace(self, side=side)
+
+    def before(self, second):
+        return replace(self, mix=True) if self.mix is None and isinstance(second, Quantize) else self
+
+    def for_shape(self, n_kv_heads, head_dim):
+        group_size = n_kv_heads if self.group_size == "all" else self.group_size or 1
+        if n_kv_heads % group_size:
+            raise ValueError(f"group_size={group_size} does not divide {n_kv_heads} KV heads")
+        rank = channels_of(0.5 if self.rank is None else self.rank, group_size * head_dim)
+        return replace(self, group_size=group_size, rank=rank)
+
+    def for_model(self, host):
+        rotary = host.rope() if self.rotates else None
+        if self.rotates and rotary is None:
+            # a layer without RoPE has nothing to take back
+            return replace(self, rope="post").for_model(host)
+        if self.basis is not None:
+            return replace(self, rotary=rotary)
+        found = host.basis(self.side, self.rope, self.bases)
+        if found is None:
+            return replace(self.for_shape(host.n_kv_heads, host.head_dim), rotary=rotary)
+        wanted = host.n_kv_heads if self.group_size == "all" else self.group_size
+        if wanted not in (None, found.group_size):
+            raise ValueError(f"group_size={self.group_size}, but the basis was made for {found.group_size}")
+        rank = found.rank if self.rank is None else channels_of(self.rank, found.width)
+        basis = found.placed(rank, bool(self.mix), host.dtype, host.device)
+        return replace(self, group_size=found.group_size, rank=rank, basis=basis, rotary=rotary)
+
     def fitted(self, x, positions=None, is_real=None):
-        """With a basis of the rows `x` `[B, Hkv, n, D]`, padding left out (`is_real` `[B, n]`): online PCA."""
+        """With the principal directions of the rows `x` `[B, Hkv, n, D]` (xKV, Chang et al. 2025: fitted online)."""
         moments = None
         for start in range(0, x.shape[2], CHUNK):
-            stop = min(start + CHUNK, x.shape[2])
-            rows = self._grouped(x, positions, start, stop).transpose(0, 1)  # [G, B, n, s*D]
+            rows = slice(start, start + CHUNK)
+            grouped = self._grouped(x, positions, rows).transpose(0, 1)  # [G, B, n, s * D]
             if moments is None:
-                moments = Moments(rows.shape[0], rows.shape[3], rows.device, accumulator(rows.device))
-            rows = rows.flatten(1, 2) if is_real is None else rows[:, is_real[:, start:stop]]
-            moments.add(rows)
+                dtype = torch.float32 if x.device.type == "mps" else torch.float64
+                moments = Moments(grouped.shape[0], grouped.shape[3], x.device, dtype)
+            moments.add(grouped.flatten(1, 2) if is_real is None else grouped[:, is_real[:, rows]])
         mean = moments.mean if self.centre else None
-        basis, _ = principal(moments.covariance(self.centre), mean)
-        return replace(
-            self, basis=basis.placed(self.rank, bool(self.mix), x.dtype, x.device), mix=False, is_fitted=True
-        )
+        basis, _ = principal(moments.covariance(self.centre), self.group_size, mean)
+        return replace(self, basis=basis.placed(self.rank, bool(self.mix), x.dtype, x.device), is_owned=True)
+
+    def constants(self):
+        return {} if self.basis is None else self.basis.tensors
+
+    def with_constants(self, tensors):
+        return replace(self, basis=Basis(**tensors), is_owned=True) if tensors else self
+
+    # -- encode and decode -------------------------------------------------------------------------------------------
+
+    def check(self, row):
+        return row.new_zeros(*row.shape[:3], self.for_shape(row.shape[1], row.shape[3]).rank)
+
+    def encode(self, x, queries=None, positions=None):
+        if x.shape[2] <= CHUNK:
+            return {"latents": self.basis.encode(self._grouped(x, positions, slice(None))).to(x.dtype)}
+        latents = x.new_empty(x.shape[0], x.shape[1] // self.group_size, x.shape[2], self.rank)
+        for start in range(0, x.shape[2], CHUNK):
+            rows = slice(start, start + CHUNK)
+            latents[:, :, rows] = self.basis.encode(self._grouped(x, positions, rows))
+        return {"latents": latents}
+
+    def decode(self, encoded, dtype, head_dim, positions=None):
+        rows = self.basis.decode(encoded["latents"].float())
+        if self.rotates:
+            rows = self.rotary.rotate(rows, positions)
+        return rows.to(dtype)
+
+    def _grouped(self, x, positions, rows):
+        """Rows of keys or values as the basis sees them: before RoPE where it does, by group, in float32."""
+        x = x[:, :, rows].float()
+        if self.rotates:
+            if self.rotary is None:
+                raise ValueError("keys are projected before RoPE, and the model whose RoPE it is has not been seen yet")
+            x = self.rotary.unrotate(x, positions[:, :, rows])
+        return by_group(x, self.group_size)
+
+    def carrier_width(self, head_dim):
+        return self.rank
+
+    def nbytes_per_token(self, head_dim, itemsize):
+        return self.rank * itemsize / self.group_size
+
+    # -- attention in the space of latents ---------------------------------------------------------------------------
+
+    def project_query(self, q):
+        """With `rope="post"`, queries `[B, Hq, S, D]` as `[B, Hq, S, r]`; before RoPE they stay as they are."""
+        if self.rotates:
+            return q
+        up = self.basis.up_by_head  # [Hkv, r, D]
+        return (by_kv_head(q.float(), up.shape[0]) @ up.float().transpose(1, 2)).reshape(*q.shape[:3], -1).to(q.dtype)
+
+    def query_offset(self, q):
+        """What the mean key adds to every score of a projected query, float32 `[B, Hq, S]`; None where nothing."""
+        if self.rotates or self.basis.mean is None:
+            return None
+        mean = self.basis.mean_by_head.float().unsqueeze(2)  # [Hkv, D, 1]
+        return (by_kv_head(q.float(), mean.shape[0]) @ mean).reshape(q.shape[:3])
+
+    def project_output(self, out):
+        """Sums of latents `[B, Hq, S, r]` as outputs `[B, Hq, S, D]`."""
+        up = self.basis.up_by_head.float()
+        rows = by_kv_head(out.float(), up.shape[0]) @ up
+        if self.basis.mean is not None:
+            rows = rows + self.basis.mean_by_head.float().unsqueeze(1)
+        return rows.reshape(*out.shape[:3], -1)
+
+    def spec(self):
+        knobs = ("rank", "group_size", "rope", "mix", "centre", "side")
+        return {"codec": "LowRank"} | {name: getattr(self, name) for name in knobs}
+
+
+def channels_of(rank: int | float, width: int) -> int:
+    """A rank, given as a number or as a share of `width` channels, as a number.
+
+    Raises:
+        ValueError: more than `width`.
+    """
+    if isinstance(rank, int):
+        if rank > width:
+            raise ValueError(f"rank={rank} is more than the {width} channels of a group")
+        return rank
+    step = STEP if width >= 2 * STEP else 1
+    return min(max(round(rank * width / step), 1) * step, width)
+
+
+def by_kv_head(x: torch.Tensor, n_kv_heads: int) -> torch.Tensor:
+    """Queries or outputs `[B, Hq, S, c]` of one KV head as rows: `[B, Hkv, G * S, c]`."""
+    return x.unflatten(1, (n_kv_heads, -1)).flatten(2, 3)

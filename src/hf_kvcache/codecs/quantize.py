@@ -48,14 +48,14 @@ class Quantize(Codec):
     def for_side(self, side):
         return replace(self, axis=self.axis or ("channel" if side == "k" else "token"))
 
-    def encode(self, x, queries=None):
+    def encode(self, x, queries=None, positions=None):
         x = rotate(x) if self.rotate else x
         group_size = BLOCK if self.axis == "channel" else self.channels_per_group(x.shape[-1])
         return dict(
             zip(("codes", "scale", "zero"), quant_pack(x, bits=self.bits, axis=self.axis, group_size=group_size))
         )
 
-    def decode(self, encoded, dtype, head_dim):
+    def decode(self, encoded, dtype, head_dim, positions=None):
         codes, scale, zero = (encoded[name] for name in ("codes", "scale", "zero"))
         x = quant_unpack(codes, scale, zero, bits=self.bits, axis=self.axis, dtype=dtype)
         return rotate(x) if self.rotate else x

@@ -82,7 +82,7 @@ class Sparse(Codec):
         kept = ceil(round((1 - self.sparsity) * group, 6) / step) * step
         return min(kept, group) * among // group
 
-    def encode(self, x, queries=None):
+    def encode(self, x, queries=None, positions=None):
         knobs = {"keep": self.carrier_width(x.shape[-1]), "layout": self.layout, "group_size": self.group_size}
         if self.axis == "channel":
             columns = x.unflatten(2, (-1, BLOCK)).transpose(3, 4)  # [B, Hkv, n / 32, D, 32]
@@ -92,7 +92,7 @@ class Sparse(Codec):
             packed = sparse_pack(x, importance=None if worth is None else worth.expand_as(x), **knobs)
         return dict(zip(("values", "places"), packed, strict=True))
 
-    def decode(self, encoded, dtype, head_dim):
+    def decode(self, encoded, dtype, head_dim, positions=None):
         width = head_dim if self.axis == "token" else BLOCK
         x = sparse_unpack(encoded["values"], encoded["places"], layout=self.layout, head_dim=width).to(dtype)
         return x if self.axis == "token" else x.transpose(3, 4).flatten(2, 3)

@@ -94,9 +94,12 @@ class RowBuffer:
         self.n_tokens = n_tokens
 
     def gather(self, indices: torch.Tensor) -> None:
-        """Keep the tokens `indices` `[B, Hkv, n]` of every head; needs one token per row."""
+        """Keep the tokens `indices` `[B, Hkv, n]` of every head; needs one token per row.
+
+        What heads shared is theirs alone afterwards.
+        """
         for name in self.tensors:
-            used = self[name]
+            used = self[name].expand(-1, indices.shape[1], *[-1] * (self.tensors[name].dim() - 2))
             index = indices.reshape(*indices.shape, *[1] * (used.dim() - 3))
             self.tensors[name] = used.gather(2, index.expand(*indices.shape, *used.shape[3:]))
         self.n_tokens = indices.shape[2]

@@ -21,7 +21,7 @@ class UniformStore(Store):
         window: newest rows that stay dense.
         n_sink: oldest rows that stay dense.
         min_length: rows below which nothing is packed.
-        tracked: per-row state that follows the rows, name -> dtype; `position` is filled here.
+        tracked: per-row state that follows the rows, name -> dtype.
         max_length: rows to make room for at once, instead of growing.
     """
 
@@ -39,13 +39,17 @@ class UniformStore(Store):
         self.keys, self.values = keys, values
         self.window, self.n_sink, self.min_length, self.max_length = window, n_sink, min_length, max_length
         self.tracked = dict(tracked or {})
-        state = dict.fromkeys(self.tracked, 1)
-        self.dense = RowBuffer({"k": 1, "v": 1, **state})
         sides = [] if keys is None else [("k", keys), ("v", values)]
+        needs = frozenset().union(*(codec.needs for _, codec in sides))
+        self.needs_queries, self.needs_positions = "queries" in needs, "positions" in needs
+        # positions in RoPE, the same for all heads, -1 for padding: a codec that is fitted to rows asks which are real
+        self.has_rope = bool(needs & {"positions", "model"})
+        state = dict.fromkeys(self.tracked, 1)
+        self.dense = RowBuffer({"k": 1, "v": 1, **state} | ({"rope": 1} if self.has_rope else {}))
         fields = {f"{side}.{name}": per_row for side, codec in sides for name, per_row in codec.fields.items()}
-        self.packed = RowBuffer({**fields, **state} if sides else {})
+        rope = {"rope": 1} if self.needs_positions else {}
+        self.packed = RowBuffer({**fields, **state, **rope} if sides else {})
         self.queries = RowBuffer({"q": 1})
-        self.needs_queries = any("queries" in codec.needs for _, codec in sides)
         self.step = max(PACK_STEP, self.packed.unit)
         self.dtype: torch.dtype | None = None
         self.owned = True
@@ -73,6 +77,8 @@ class UniformStore(Store):
         rows = {"k": k, "v": v}
         for name, dtype in self.tracked.items():
             rows[name] = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
+        if self.has_rope:
+            rows["rope"] = torch.zeros(k.shape[0], 1, n, dtype=torch.int32, device=k.device)
         self.dense.append(rows, n)
 
     def note_queries(self, q: torch.Tensor) -> None:
@@ -97,21 +103,23 @@ class UniformStore(Store):
 
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.n_sink - self.window
-        is_short = not self.n_packed and self.n_kept < self.min_length
+        is_short = not self.n_packed and self.n_kept < max(self.min_length, self.rows_to_fit)
         # a crop may have taken every query that a rule would go by; the next call brings new ones
         is_blind = self.needs_queries and not self.queries.n_tokens
         if self.keys is None or surplus < self.step or is_short or is_blind:
             if not self.owned:
                 self._own()
             return
+        self.fit()
         n = surplus // self.step * self.step
         start, stop = self.n_sink, self.n_sink + n
         queries = self.queries["q"][:, :, -QUERIES:] if self.needs_queries else None
-        rows = {}
+        rows = {name: self.dense[name][:, :, start:stop].clone() for name in self.tracked}
+        rope = self.dense["rope"][:, :, start:stop].clamp(min=0) if self.needs_positions else None
+        rows |= {} if rope is None else {"rope": rope}
         for side, codec in (("k", self.keys), ("v", self.values)):
-            encoded = codec.encode(self.dense[side][:, :, start:stop], queries)
+            encoded = codec.encode(self.dense[side][:, :, start:stop], queries, rope)
             rows |= {f"{side}.{name}": t for name, t in encoded.items()}
-        rows |= {name: self.dense[name][:, :, start:stop].clone() for name in self.tracked}
         is_first = not self.packed.tensors
         self.packed.append(rows, n)
         if is_first and self.max_length is not None:
@@ -119,6 +127,37 @@ class UniformStore(Store):
         steady = self.n_sink + self.window + self.step
         self.dense.remove(start, stop, capacity=None if self.owned and self.dense.capacity <= steady else steady)
         self.owned = True
+
+    def fit(self) -> None:
+        """Show the rows there are to codecs that have to see some before they can encode any."""
+        if not self.is_unfitted:
+            return
+        start = min(self.n_sink, self.dense.n_tokens - 1)
+        rope = self.dense["rope"][:, :, start:]
+        # heads may have kept different rows: padding is what is padding for all of them
+        is_real = (rope >= 0).any(1)
+        for side, codec in (("k", self.keys), ("v", self.values)):
+            if codec.is_unfitted:
+                codec = codec.fitted(self.dense[side][:, :, start:], rope.clamp(min=0), is_real)
+            setattr(self, "keys" if side == "k" else "values", codec)
+
+    @property
+    def is_unfitted(self) -> bool:
+        return self.keys is not None and (self.keys.is_unfitted or self.values.is_unfitted)
+
+    @property
+    def rows_to_fit(self) -> int:
+        """Rows that an unfitted codec waits for: twice as many as it has directions to find."""
+        unfitted = [codec for codec in (self.keys, self.values) if codec is not None and codec.is_unfitted]
+        head_dim = self.dense.tensors["k"].shape[-1] if unfitted else 0
+        return max((2 * codec.heads_per_row * head_dim for codec in unfitted), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: rows, spare rows, metadata, and constants that were made for this cache."""
+        sides = () if self.keys is None else (self.keys, self.values)
+        constants = [t for codec in sides if codec.is_owned for t in codec.constants().values()]
+        return super().nbytes + sum(t.untyped_storage().nbytes() for t in constants)
 
     def _own(self) -> None:
         """Leave the tensors that were adopted from the model for storages of our own."""
@@ -141,6 +180,9 @@ class UniformStore(Store):
         start = self.n_packed - n
         back = dict(zip("kv", self.rows(start, self.n_packed)))
         back |= {name: self.packed[name][:, :, start:] for name in self.tracked}
+        if self.has_rope:
+            rope = self.packed["rope"][:, :, start:] if self.needs_positions else back["k"].new_zeros(1).int()
+            back["rope"] = rope.expand(back["k"].shape[0], -1, n)
         after = {name: t[:, :, self.n_sink :].clone() for name, t in self.dense.views().items()}
         n_after = self.dense.n_tokens - self.n_sink
         self.packed.truncate(start)
@@ -158,6 +200,7 @@ class UniformStore(Store):
 
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed rows `[start, stop)`, decoded: K and V `[B, Hkv, stop - start, D]` in the dtype of the cache."""
+        rope = self.packed["rope"][:, :, start:stop] if self.needs_positions else None
         return tuple(
             codec.decode(
                 {
@@ -166,6 +209,7 @@ class UniformStore(Store):
                 },
                 self.dtype,
                 self.dense.tensors[side].shape[-1],
+                rope,
             )
             for side, codec in (("k", self.keys), ("v", self.values))
         )

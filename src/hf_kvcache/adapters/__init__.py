@@ -1,0 +1,31 @@
+"""What a model carries for its caches: saved, loaded and shared as PEFT adapters.
+
+Only `lowrank` and `attach` need PEFT; everything else reads and writes the same files without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+_HOME = {
+    "AdapterError": "errors",
+    "Bases": "bases",
+    "LowRankKVConfig": "lowrank",
+    "LowRankKVModel": "lowrank",
+    "LowRankLinear": "decompose",
+    "attach": "lowrank",
+    "attached_basis": "modules",
+    "decompose": "decompose",
+    "load_decomposed": "decompose",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    # `decompose` is also a submodule, which its import would otherwise leave under this name
+    globals()[name] = value
+    return value

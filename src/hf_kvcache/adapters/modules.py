@@ -1,0 +1,66 @@
+"""Which modules of a model adapters belong to, found by what they have and not by class."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hf_kvcache import compat
+from hf_kvcache.codecs.basis import Basis
+
+CHILD = "kv_lowrank"  # name under which the low-rank adapter hangs on an attention module
+
+
+class Attention(NamedTuple):
+    """One self-attention module of a model.
+
+    Attributes:
+        name: path in the model, "" for the model itself.
+        module: the attention module.
+        n_kv_heads: `Hkv`.
+        head_dim: `D`.
+    """
+
+    name: str
+    module: torch.nn.Module
+    n_kv_heads: int
+    head_dim: int
+
+    @property
+    def layer_idx(self) -> int:
+        return self.module.layer_idx
+
+
+def is_attention(module: torch.nn.Module) -> bool:
+    """Whether a module is one that calls `cache.update`."""
+    return all(hasattr(module, name) for name in ("layer_idx", "num_key_value_groups", "scaling", "head_dim"))
+
+
+def attentions(model: torch.nn.Module) -> dict[int, Attention]:
+    """The attention modules of a model, or of itself alone, by layer."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_attention(module):
+            seen = Attention(name, module, module.config.num_key_value_heads, module.head_dim)
+            found.setdefault(module.layer_idx, seen)
+    return found
+
+
+def full_attentions(model: torch.nn.Module) -> dict[int, Attention]:
+    """Those of `attentions` whose rows our caches compress: neither a sliding window nor linear attention."""
+    found = attentions(model)
+    if not found:
+        return {}
+    stock = compat.stock_layers(next(iter(found.values())).module.config)
+    return {i: attention for i, attention in found.items() if i >= len(stock) or stock[i] is None}
+
+
+def attached_basis(module: torch.nn.Module, side: str) -> tuple[Basis, str] | None:
+    """What the adapter on an attention module offers: the basis of a side, and its `rope`; None without one.
+
+    Asks by name, so that PEFT is not needed to find that there is no adapter.
+    """
+    child = getattr(module, CHILD, None)
+    basis = None if child is None else child.basis(side)
+    return None if basis is None else (basis, child.rope)

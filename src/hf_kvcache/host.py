@@ -1,0 +1,68 @@
+"""What a codec may ask of the model: the attention layer whose rows it encodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_kvcache import compat
+from hf_kvcache.codecs.basis import Basis
+from hf_kvcache.rope import Rope
+
+
+@dataclass(frozen=True, eq=False)
+class Host:
+    """One attention layer, seen from the cache.
+
+    Attributes:
+        module: the attention module.
+        layer_idx: its place in the model.
+        n_kv_heads, head_dim, dtype, device: of the rows it produces.
+        ropes: rotary embeddings already built, by kind of layer; shared by the layers of a cache.
+    """
+
+    module: torch.nn.Module
+    layer_idx: int
+    n_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    ropes: dict = field(default_factory=dict)
+
+    def rope(self) -> Rope | None:
+        """The layer's RoPE, or None for a layer without.
+
+        Raises:
+            ValueError: an embedding that is not understood, or that changes as the text grows.
+        """
+        kind = compat.rope_kind(self.module)
+        if kind not in self.ropes:
+            found = compat.rotary_parameters(self.module, self.head_dim)
+            self.ropes[kind] = None if found is None else Rope(*found)
+        return self.ropes[kind]
+
+    def basis(self, side: str, rope: str, bases=None) -> Basis | None:
+        """The basis of this layer's keys ("k") or values ("v"): of `bases`, or of the adapter that the model carries.
+
+        Raises:
+            ValueError: it is of another shape, or of keys on the other side of RoPE.
+        """
+        if bases is not None:
+            bases.check_model(self.module)
+            found, made_for = bases.of(self.layer_idx, side), bases.rope
+        else:
+            # the child that adapters.lowrank attaches: asked by name, so that caches need no PEFT
+            child = getattr(self.module, "kv_lowrank", None)
+            found, made_for = (None, rope) if child is None else (child.basis(side), child.rope)
+        if found is None:
+            return None
+        where = f"layer {self.layer_idx}"
+        if side == "k" and made_for != rope:
+            raise ValueError(f'{where}: the basis is of keys {made_for}-RoPE, the cache says rope="{rope}"')
+        if found.n_groups * found.width != self.n_kv_heads * self.head_dim:
+            raise ValueError(
+                f"{where}: the basis is of {found.n_groups} groups of {found.width} channels, the model has "
+                f"{self.n_kv_heads} KV heads of {self.head_dim}"
+            )
+        return found
