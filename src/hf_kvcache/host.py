@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_kvcache import compat
+from hf_kvcache.adapters.modules import attached_basis
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.rope import Rope
 
@@ -52,9 +53,7 @@ class Host:
             bases.check_model(self.module)
             found, made_for = bases.of(self.layer_idx, side), bases.rope
         else:
-            # the child that adapters.lowrank attaches: asked by name, so that caches need no PEFT
-            child = getattr(self.module, "kv_lowrank", None)
-            found, made_for = (None, rope) if child is None else (child.basis(side), child.rope)
+            found, made_for = attached_basis(self.module, side) or (None, rope)
         if found is None:
             return None
         where = f"layer {self.layer_idx}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+# the function `decompose` is not among them: the submodule of that name would hide it
 _HOME = {
     "AdapterError": "errors",
     "Bases": "bases",
@@ -15,7 +16,6 @@ _HOME = {
     "LowRankLinear": "decompose",
     "attach": "lowrank",
     "attached_basis": "modules",
-    "decompose": "decompose",
     "load_decomposed": "decompose",
 }
 
@@ -26,6 +26,5 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    # `decompose` is also a submodule, which its import would otherwise leave under this name
     globals()[name] = value
     return value

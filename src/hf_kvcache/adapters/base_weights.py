@@ -34,5 +34,7 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def is_readable(module: torch.nn.Module) -> bool:
-    """Whether the base weights are there as numbers: neither quantised (bitsandbytes, ...) nor on the meta device."""
+    """Whether the base weights are there as numbers: not quantised, not on the meta device, not decomposed."""
+    if any(getattr(m, "is_decomposed", False) for m in module.modules()):
+        return False
     return all(p.is_floating_point() and not p.is_meta for _, p in base_parameters(module))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 
@@ -11,7 +13,6 @@ from hf_kvcache.codecs.basis import Basis, Moments, by_group, principal
 from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.rope import Rope
 
-STEP = 16  # ranks given as a share are multiples of this: the tile of the kernels
 CHUNK = 4096  # rows that are brought to float32 at a time
 
 
@@ -25,8 +26,8 @@ class LowRank(Codec):
     query.
 
     Attributes:
-        rank: latent channels per group, or their share of the group's channels (rounded to a multiple of 16). None
-            means what the basis was calibrated for, half without one.
+        rank: latent channels per group, or their share of the group's channels, rounded to a step of the kernels
+            (`step_of`). None means what the basis was calibrated for, half without one.
         group_size: KV heads that share latents, or "all" (joint). None means that of the basis, 1 without one: a basis
             that is fitted to the prompt is part of the cache, and that of many heads would take much of it.
         rope: "pre" or "post": where keys are projected. Values have no RoPE.
@@ -132,6 +133,7 @@ class LowRank(Codec):
                 dtype = torch.float32 if x.device.type == "mps" else torch.float64
                 moments = Moments(grouped.shape[0], grouped.shape[3], x.device, dtype)
             moments.add(grouped.flatten(1, 2) if is_real is None else grouped[:, is_real[:, rows]])
+        say_once()
         mean = moments.mean if self.centre else None
         basis, _ = principal(moments.covariance(self.centre), self.group_size, mean)
         return replace(self, basis=basis.placed(self.rank, bool(self.mix), x.dtype, x.device), is_owned=True)
@@ -206,6 +208,15 @@ class LowRank(Codec):
         return {"codec": "LowRank"} | {name: getattr(self, name) for name in knobs}
 
 
+@cache
+def say_once() -> None:
+    warnings.warn(
+        "hf_kvcache: the model carries no low-rank bases, so they are fitted to the prompt and held by the cache; "
+        "`hf-kvcache calibrate lowrank` makes better ones once and for all",
+        stacklevel=2,
+    )
+
+
 def channels_of(rank: int | float, width: int) -> int:
     """A rank, given as a number or as a share of `width` channels, as a number.
 
@@ -216,8 +227,13 @@ def channels_of(rank: int | float, width: int) -> int:
         if rank > width:
             raise ValueError(f"rank={rank} is more than the {width} channels of a group")
         return rank
-    step = STEP if width >= 2 * STEP else 1
+    step = step_of(width)
     return min(max(round(rank * width / step), 1) * step, width)
+
+
+def step_of(width: int) -> int:
+    """What ranks given as a share are multiples of: the tile of the kernels, or less for tiny heads."""
+    return 16 if width >= 64 else 4 if width >= 16 else 1
 
 
 def by_kv_head(x: torch.Tensor, n_kv_heads: int) -> torch.Tensor:

@@ -133,7 +133,8 @@ def _cuobjdump(flag, path):
 
 def specs() -> list[Spec]:
     """Every kernel variant that the launchers can ask for, up to what changes nothing in the machine code."""
-    makers = (_dense_specs, _quant_specs, _pack_specs, _sparse_specs, _gluon_specs, _sparse_pack_specs, _merge_specs)
+    makers = (_dense_specs, _quant_specs, _pack_specs, _sparse_specs, _gluon_specs, _sparse_pack_specs)
+    makers += (_lowrank_specs, _merge_specs)
     return [spec for maker in makers for spec in maker()]
 
 
@@ -312,10 +313,79 @@ def _sparse_pack_specs():
         yield _spec(f"{name}-{str(dtype).removeprefix('torch.')}", pack.sparse_pack_fwd_kernel, pointers, constants)
 
 
+def _lowrank_specs():
+    from hf_kvcache.kernels.lowrank_attention import triton_kernel as lowrank
+
+    # key and value rank and bits, query rows of a KV head, rotary channels (None: absorbed); joint values: no rank here
+    for D, keys, values, rows, rotary, dtype, mask in [
+        (128, (64, 0), None, 4, 128, "bf16", 0),
+        (128, (64, 0), None, 1, 128, "fp16", 0),
+        (128, (64, 0), None, 20, 128, "bf16", 2),
+        (128, (64, 4), None, 4, 128, "bf16", 0),
+        (128, (64, 4), None, 12, 128, "fp16", 2),
+        (128, (48, 3), None, 4, 128, "bf16", 0),
+        (128, (64, 2), None, 1, 128, "bf16", 0),
+        (128, (96, 0), None, 4, 128, "bf16", 0),
+        (128, (128, 0), None, 4, 128, "bf16", 0),
+        (128, (128, 8), None, 4, 128, "bf16", 0),
+        (128, (256, 0), None, 4, 128, "bf16", 0),
+        (64, (32, 0), None, 4, 64, "bf16", 0),
+        (64, (32, 4), None, 7, 64, "bf16", 0),
+        (80, (48, 0), None, 1, 32, "bf16", 1),
+        (96, (48, 0), None, 1, 96, "bf16", 0),
+        (256, (128, 0), None, 4, 256, "bf16", 0),
+        (256, (128, 4), None, 4, 256, "bf16", 0),
+        (256, (64, 0), None, 4, 64, "bf16", 0),
+        (128, (64, 0), (64, 0), 4, 0, "bf16", 0),
+        (128, (64, 0), (64, 0), 4, None, "bf16", 0),
+        (128, (128, 0), (128, 0), 8, None, "bf16", 0),
+        (128, (64, 4), (64, 4), 4, None, "bf16", 0),
+        (128, (64, 4), (64, 4), 20, None, "bf16", 2),
+        (128, (64, 4), None, 4, None, "bf16", 0),
+        (128, (256, 0), None, 32, None, "bf16", 0),
+        (64, (32, 4), (32, 4), 1, None, "fp16", 0),
+    ]:
+        k, v = (None if side is None else lowrank.format_of(*side, groups=1) for side in (keys, values))
+        config = lowrank.key_config(D if rotary is not None else keys[0], rows, k, v, rotary, mean=rotary is not None)
+        pointers = {"q": dtype, "up": dtype, "mean": "fp32", "positions": "i32", "coarse": "fp32", "fine": "fp32"}
+        pointers |= _latent_types("k", keys, dtype) | _latent_types("v", values or keys, dtype)
+        pointers |= {"mask": "u8", "out": "fp32" if values else dtype, "lse": "fp32"}
+        constants = {**config, "UNIT": 8, "MASK": mask, "CAP": mask == 2}
+        name = "absorbed" if rotary is None else f"d{D}" + f"-rotary{rotary}" * (rotary != D)
+        name = f"lowrank-{name}-k{_latent_name(keys)}-" + (f"v{_latent_name(values)}" if values else "weights")
+        name += f"-m{rows}-{dtype}" + "-mask" * bool(mask) + "-softcap" * (mask == 2)
+        elements = lowrank.TILE * (keys[0] + (values[0] if values else 0))
+        yield _spec(name, lowrank.lowrank_attention_fwd_kernel, pointers, constants, elements)
+    for values, rows, dtype in [
+        ((512, 0), 32, "bf16"),
+        ((64, 0), 4, "bf16"),
+        ((64, 4), 4, "bf16"),
+        ((512, 4), 32, "bf16"),
+        ((128, 2), 8, "fp16"),
+        ((256, 8), 64, "bf16"),
+        ((96, 3), 16, "bf16"),
+        ((48, 0), 160, "bf16"),
+    ]:
+        config = lowrank.value_config(rows, lowrank.format_of(*values, groups=1))
+        pointers = {"weights": dtype, "tops": "fp32", **_latent_types("v", values, dtype), "out": "fp32", "lse": "fp32"}
+        name = f"lowrank-values{_latent_name(values)}-m{rows}-{dtype}"
+        elements = config["NR"] * config["VWP"] * config["VF"]
+        yield _spec(name, lowrank.weighted_latents_fwd_kernel, pointers, {**config, "UNIT": 8}, elements)
+
+
+def _latent_types(letter, side, dtype):
+    scale = "fp16" if side[1] else dtype
+    return {f"{letter}_rows": "i16" if side[1] else dtype, f"{letter}_scale": scale, f"{letter}_zero": scale}
+
+
+def _latent_name(side):
+    return f"{side[0]}" + f"x{side[1]}bit" * bool(side[1])
+
+
 def _merge_specs():
     from hf_kvcache.kernels.merge_states import triton_kernel as merge
 
-    for D, dtype in ((64, "bf16"), (128, "bf16"), (256, "fp16")):
+    for D, dtype in ((64, "bf16"), (128, "bf16"), (256, "fp16"), (512, "fp32")):
         pointers = {"partial_out": "fp32", "partial_lse": "fp32", "out": dtype, "lse": "fp32"}
         constants = {"D": D, "DP": D, "BP": 16, "num_warps": 4, "enable_fp_fusion": True}
         yield _spec(f"merge-d{D}-{dtype}", merge.merge_states_fwd_kernel, pointers, constants)

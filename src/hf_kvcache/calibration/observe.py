@@ -1,0 +1,216 @@
+"""Moments of keys, values, queries and gradients, seen by a cache that keeps nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from hf_kvcache.attention.mask import new_token_padding
+from hf_kvcache.cache import KVCache
+from hf_kvcache.codecs.basis import Basis, Moments, by_group
+from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.host import Host
+from hf_kvcache.layer import KVLayer
+from hf_kvcache.view import KVView
+
+BasisOf = Callable[[int, str], Basis | None]
+
+
+@dataclass
+class LayerMoments:
+    """What was seen of one attention layer.
+
+    Attributes:
+        rows: moments of keys ("k") and values ("v") by group of heads, `[G, s * D]`.
+        gradients: the same of the gradients of the loss with respect to them; empty unless asked for.
+        queries: moments of the queries of each KV head `[Hkv, D]`.
+    """
+
+    rows: dict[str, Moments] = field(default_factory=dict)
+    gradients: dict[str, Moments] = field(default_factory=dict)
+    queries: Moments | None = None
+
+
+class _Passing(KVLayer):
+    """A layer that keeps nothing: attention sees the rows of the call, or what bases make of them."""
+
+    needs_model = True
+
+    def __init__(self, layer_idx: int, basis_of: BasisOf | None = None, rope: str = "pre"):
+        super().__init__(layer_idx)
+        self._basis_of, self._kind = basis_of, rope
+        self._projections: dict[str, LowRank] = {}
+
+    def append(self, k, v):
+        self._check(k, v)
+        self.tokens_seen = k.shape[2]
+        self._view = KVView(self, k, v, is_prefill=True)
+        return self._view
+
+    def bind(self, host: Host) -> None:
+        self._rope = host.rope() if self._kind == "pre" else None
+        for side in "kv" if self._basis_of is not None else "":
+            basis = self._basis_of(self.layer_idx, side)
+            if basis is not None:
+                placed = basis.placed(basis.rank, False, self.dtype, self.device)
+                codec = LowRank(basis.rank, basis.group_size, self._kind, basis=placed)
+                self._projections[side] = codec.for_side(side).for_model(host)
+
+    def note_padding(self, mask, n_new):
+        pass
+
+    def note_positions(self, position_ids, mask, n_new):
+        if position_ids is None:
+            position_ids = torch.arange(n_new, device=self.device).unsqueeze(0)
+        self._positions = position_ids.unsqueeze(1).int()
+        self._is_real = new_token_padding(mask, n_new, n_new)
+        self._cover(position_ids)
+
+    def project_new(self, n_new):
+        for side, name in (("k", "new_k"), ("v", "new_v")):
+            rows = getattr(self._view, name)
+            self.see(side, rows)
+            if side in self._projections:
+                codec = self._projections[side]
+                encoded = codec.encode(rows, None, self._positions)
+                rows = codec.decode(encoded, rows.dtype, self.head_dim, self._positions)
+                setattr(self._view, name, rows)
+            self.show(side, rows)
+
+    def see(self, side: str, rows: torch.Tensor) -> None:
+        """Called with the model's own rows."""
+
+    def show(self, side: str, rows: torch.Tensor) -> None:
+        """Called with the rows that attention will see."""
+
+    def settle(self, q, view):
+        self.tokens_seen = 0
+
+
+class _Watcher(_Passing):
+    """A layer that counts its rows and forgets them."""
+
+    def __init__(self, layer_idx, basis_of, rope: str, group_sizes: dict[str, int | str], n_skip: int):
+        super().__init__(layer_idx, basis_of, rope)
+        self.seen = LayerMoments()
+        self._group_sizes, self._n_skip = group_sizes, n_skip
+
+    def note_positions(self, position_ids, mask, n_new):
+        super().note_positions(position_ids, mask, n_new)
+        counted = self._positions[:, 0].expand(self.batch_size, -1) >= self._n_skip
+        self._is_real = counted if self._is_real is None else counted & self._is_real
+
+    def see(self, side, rows):
+        self._count(self.seen.rows, side, rows)
+
+    def show(self, side, rows):
+        if rows.requires_grad:
+            rows.register_hook(lambda gradient: self._count(self.seen.gradients, side, gradient))
+
+    def settle(self, q, view):
+        queries = self._before_rope(q.detach()).unflatten(1, (self.n_kv_heads, -1)).transpose(1, 2)  # [B, G, Hkv, S, D]
+        if self.seen.queries is None:
+            self.seen.queries = self._moments(self.n_kv_heads, self.head_dim)
+        for heads in queries.unbind(1):
+            self.seen.queries.add(heads.transpose(0, 1)[:, self._is_real])
+        super().settle(q, view)
+
+    def _count(self, into, side, rows):
+        rows = rows.detach()
+        # the gradient of a rotated key, rotated back, is the gradient of the key before rotation, up to the scaling
+        rows = self._before_rope(rows) if side == "k" else rows.float()
+        group_size = self._group_sizes[side]
+        rows = by_group(rows, self.n_kv_heads if group_size == "all" else group_size).transpose(0, 1)  # [G, B, n, s*D]
+        if side not in into:
+            into[side] = self._moments(rows.shape[0], rows.shape[3])
+        into[side].add(rows[:, self._is_real])
+
+    def _before_rope(self, rows):
+        return rows.float() if self._rope is None else self._rope.unrotate(rows, self._positions)
+
+    def _moments(self, n_groups, width):
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return Moments(n_groups, width, self.device, dtype)
+
+
+class _Through(KVCache):
+    """A cache that lets a forward pass through layers of one kind."""
+
+    def __init__(self, kind: type[_Passing], *arguments):
+        super().__init__()
+        self._kind, self._arguments = kind, arguments
+
+    def _new_layer(self, layer_idx):
+        return self._stock_layer(layer_idx) or self._kind(layer_idx, *self._arguments)
+
+
+@torch.no_grad()
+def logits_behind(model: torch.nn.Module, ids: torch.Tensor, basis_of: BasisOf, rope: str) -> torch.Tensor:
+    """Logits `[B, T, vocabulary]` of a model whose attention sees what bases make of every row."""
+    cache = _Through(_Passing, basis_of, rope)
+    return model(ids.to(model.device), past_key_values=cache, use_cache=True).logits
+
+
+def observe(
+    model: torch.nn.Module,
+    batches: Iterable[torch.Tensor],
+    *,
+    rope: str = "pre",
+    group_sizes: dict[str, int | str],
+    with_gradients: bool = False,
+    n_skip: int = 4,
+    basis_of: BasisOf | None = None,
+    weights: Iterable[torch.nn.Parameter] = (),
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[int, LayerMoments]:
+    """Run texts through a model and count what its full-attention layers produce.
+
+    Args:
+        model: causal language model; weights are not changed.
+        batches: token ids `[B, T]`.
+        rope: whether keys are counted before RoPE ("pre") or after it ("post").
+        group_sizes: KV heads per group, by side "k" and "v".
+        with_gradients: also run backward, for the moments of the gradients (labels are the next tokens).
+        n_skip: first tokens of a text that are left out, as a cache leaves its sinks dense.
+        basis_of: the basis of a layer and side behind which attention sees the rows; they are counted as they were.
+        weights: parameters that get gradients, too (those of every batch are added up in `.grad`).
+        on_batch: called after every batch.
+
+    Returns:
+        Moments by layer index.
+    """
+    observer = _Through(_Watcher, basis_of, rope, group_sizes, n_skip)
+    with _frozen(model, weights), torch.set_grad_enabled(with_gradients):
+        for ids in batches:
+            ids = ids.to(model.device)
+            embedded = model.get_input_embeddings()(ids)
+            if with_gradients:
+                # weights are frozen: gradients flow to keys and values because the input asks for one
+                embedded = embedded.detach().requires_grad_()
+            logits = model(inputs_embeds=embedded, past_key_values=observer, use_cache=True).logits
+            if with_gradients:
+                cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+            on_batch()
+    return {i: layer.seen for i, layer in enumerate(observer.layers) if isinstance(layer, _Watcher)}
+
+
+class _frozen:
+    """No weight but `others` asks for a gradient inside the block; the model is in evaluation mode."""
+
+    def __init__(self, model, others):
+        self.model, self.others = model, list(others)
+
+    def __enter__(self):
+        self.asked = [(p, p.requires_grad) for p in self.model.parameters()]
+        self.was_training = self.model.training
+        self.model.eval().requires_grad_(False)
+        for parameter in self.others:
+            parameter.requires_grad_()
+
+    def __exit__(self, *exc):
+        for parameter, asked in self.asked:
+            parameter.requires_grad_(asked)
+        self.model.train(self.was_training)
