@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_kvcache.adapters.base_weights import weights_digest
 from hf_kvcache.codecs.base import codec_from_spec
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import policy_from_spec
@@ -111,19 +112,12 @@ def fingerprint(module: torch.nn.Module) -> dict:
 
     Weights are sampled in bfloat16, so that the same model loaded in another dtype has the same fingerprint.
     """
-    config, digest = module.config, hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        if "kv_lowrank" in name:
-            # an adapter of ours leaves the model what it is
-            continue
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(flat.numel() // 256, 1)][:256].to(torch.bfloat16)
-        digest.update(name.encode() + sample.view(torch.int16).cpu().numpy().tobytes())
+    config = module.config
     return {
         "attention": type(module).__name__,
         "num_hidden_layers": getattr(config, "num_hidden_layers", None),
         "hidden_size": getattr(config, "hidden_size", None),
-        "weights": digest.hexdigest()[:32],
+        "weights": weights_digest(module),
     }
 
 

@@ -5,10 +5,12 @@ import torch
 import hf_kvcache.kernels.dense_attention  # noqa: F401
 from hf_kvcache.kernels import native, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
+from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.kernels.sparse_pack import sparse_pack
+from hf_kvcache.rope import Rope
 
 # the intrinsics of the large source take minutes at -O3 with checks
 native.FLAGS = tuple("-O1" if flag == "-O3" else flag for flag in native.FLAGS)
@@ -87,6 +89,30 @@ def sparse():
             sparse_pack(x, keep=keep, layout="bitmap", group_size=group_size, importance=exact(1, 2, 65, D))
 
 
+def lowrank():
+    def sides(G, n, rank, dtype):
+        yield Latents(exact(1, G, n, rank).to(dtype))
+        for bits, groups in ((8, 1), (4, 1), (4, 2), (3, 1), (2, 1)):
+            if rank % 16 == 0:
+                codes = quant_pack(exact(1, G, n, rank), bits=bits, axis="token", group_size=rank // groups)
+                yield Latents(*codes, bits)
+
+    shapes = ((64, 128, 64, 130), (33, 20, 10, 31), (48, 80, 24, 1), (1, 2, 2, 33), (16, 40, 0, 65), (160, 96, 96, 129))
+    for rank, D, rotated, n in shapes:
+        for dtype, G, S in ((torch.bfloat16, 4, 1), (torch.float32, 3, 5), (torch.float16, 1, 33)):
+            mask = torch.rand(1, 1, S, n) > 0.3 if S == 5 else None
+            how = KeyExpansion(exact(2, rank, D).to(dtype), exact(2, D))
+            if rotated:
+                rope = Rope(10000.0 ** (-torch.arange(0, rotated, 2) / rotated))
+                rope.cover(300, torch.device("cpu"))
+                places = torch.randint(0, 300, (1, 1 + (G == 3), n), dtype=torch.int32)
+                how = how._replace(positions=places, tables=rope.tables(torch.device("cpu")))
+            for keys in sides(2, n, rank, dtype):
+                for values in (keys, Latents(exact(1, 1, n, rank + 3).to(dtype))):
+                    lowrank_attention(exact(1, 2 * G, S, D).to(dtype), keys, values, how, scaling=0.1, mask=mask)
+                    lowrank_attention(exact(1, 2 * G, S, rank).to(dtype), keys, values, scaling=0.1, mask=mask)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -95,4 +121,5 @@ if __name__ == "__main__":
         pack()
         quant()
         sparse()
+        lowrank()
     print("clean")

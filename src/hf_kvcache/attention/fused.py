@@ -94,7 +94,7 @@ def lowrank(q, store, dense, *, scaling, mask, softcap):
     keys, values = (as_latents(codec, store.encoded(side)) for side, codec in (("k", store.keys), ("v", store.values)))
     first = store.keys.first if isinstance(store.keys, Chain) else store.keys
     expansion = None
-    if store.needs_positions:
+    if first.format == "lowrank/rope":
         basis, rope = first.basis, first.rotary
         tables = rope.tables(q.device)
         expansion = KeyExpansion(basis.up_by_head, basis.mean_by_head, store.packed["rope"], tables)

@@ -41,7 +41,8 @@ def fit_bases(
     Args:
         model: causal language model.
         batches: token ids `[B, T]`; gone through once per pass.
-        rank: share of the bytes of a dense cache that the latents may take, their positions included.
+        rank: share of the bytes of a dense cache that the latents may take, their positions included; 1 keeps every
+            direction.
         rope: project keys before RoPE ("pre") or after it ("post").
         group_size_k, group_size_v: KV heads that share latents, or "all".
         directions: what a direction is worth, a pair sets keys and values apart: "gradient" weighs errors by the
@@ -90,10 +91,12 @@ def fit_bases(
             on_batch=after_batch,
         )
         found, sides, budget = _candidates(model, seen, rank, rope, dict(zip("kv", directions)), centre, fisher)
-        if allocator == "measured":
+        if allocator == "measured" and rank < 1:
             few = batches[:: max(len(batches) // MEASURED, 1)][:MEASURED]
             sides = _measure(model, few, found, sides, rope, on_progress)
-        ranks = ALLOCATORS[allocator](sides, budget)
+        # everything is everything, though positions come on top of it
+        whole = {key: side.width for key, side in sides.items()}
+        ranks = whole if rank == 1 else ALLOCATORS[allocator](sides, budget)
         layers = {i: {side: found[i, side].truncated(ranks[i, side]) for side in "kv"} for i in seen}
         how = {"rank": rank, "allocator": allocator, "directions": list(directions)}
         bases = Bases(layers, rope=rope, budget=how)

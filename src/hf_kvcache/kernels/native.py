@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-OPS = ("dense_attention", "quant_attention", "quant_pack", "sparse_attention", "sparse_pack")
+OPS = ("dense_attention", "lowrank_attention", "quant_attention", "quant_pack", "sparse_attention", "sparse_pack")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
