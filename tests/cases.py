@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import hf_kvcache as kv
+from hf_kvcache.codecs.basis import Basis
 
 # -- methods -------------------------------------------------------------------------------------------------------
 
@@ -40,6 +41,35 @@ class Case:
         return self.id
 
 
+class AnyBases:
+    """Random projections for any of the tiny models, the same whatever was fed."""
+
+    def __init__(self, rank=8, group_size_v=1, rope="pre"):
+        self.rope = rope
+        self._bases = {
+            (i, side): random_basis(2, 16, group_size_v if side == "v" else 1, rank, seed=i)
+            for i in range(4)
+            for side in "kv"
+        }
+
+    def of(self, layer_idx, side):
+        return self._bases[layer_idx, side]
+
+    def check_model(self, module):
+        pass
+
+
+def random_basis(n_kv_heads, head_dim, group_size, rank, seed=0):
+    """An orthogonal projection around a mean."""
+    generator = torch.Generator().manual_seed(seed)
+    n_groups, width = n_kv_heads // group_size, group_size * head_dim
+    down = torch.linalg.qr(torch.randn(n_groups, width, width, generator=generator)).Q[..., :rank]
+    up = down.mT.unflatten(2, (group_size, head_dim)).transpose(1, 2)
+    return Basis(down.contiguous(), up.contiguous(), torch.randn(n_groups, width, generator=generator) / 4)
+
+
+PRE, POST, JOINT, FULL = AnyBases(), AnyBases(rope="post"), AnyBases(16, group_size_v=2), AnyBases(16)
+
 # small enough that tiny prompts are evicted and packed several times
 KNOBS = dict(n_sink=2, n_recent=8, interval=4)
 
@@ -53,6 +83,9 @@ CASES = [
     Case("sparse0-index-window8", lambda: kv.SparseCache(0.0, window=8, layout="index"), lossless=True),
     Case("sparse0.7-window256", lambda: kv.SparseCache(window=256), lossless=True),
     Case("quant4-min_length256", lambda: kv.QuantCache(4, window=8, min_length=256), lossless=True),
+    Case("lowrank1-window8", lambda: kv.LowRankCache(bases=FULL, window=8), lossless=True),
+    Case("lowrank1-mix-window0", lambda: kv.LowRankCache(bases=FULL, mix=True, window=0, n_sink=0), lossless=True),
+    Case("lowrank0.5-window256", lambda: kv.LowRankCache(0.5, window=256), lossless=True),
     Case("streaming-budget256", lambda: kv.EvictionCache("streaming", budget=256), lossless=True),
     Case("keydiff-ratio1", lambda: kv.EvictionCache("keydiff", ratio=1.0, n_sink=0, n_recent=0), lossless=True),
     # quantised
@@ -77,6 +110,17 @@ CASES = [
     Case("sparsek-densev-window8", lambda: kv.KVCache(codec=(kv.Sparse(0.5), kv.Dense()), window=8)),
     Case("quant8k-sparsev-window8", lambda: kv.KVCache(codec=(kv.Quantize(8), kv.Sparse(0.5)), window=8)),
     Case("sparse-channel-v", lambda: kv.KVCache(codec=(kv.Sparse(0.5), kv.Sparse(0.5, axis="channel")), window=8)),
+    # low rank
+    Case("lowrank0.5-window8", lambda: kv.LowRankCache(bases=PRE, window=8)),
+    Case("lowrank0.5-post-window8", lambda: kv.LowRankCache(bases=POST, rope="post", window=8)),
+    Case("lowrank-joint-v-window0", lambda: kv.LowRankCache((8, 16), bases=JOINT, window=0, n_sink=0)),
+    Case("lowrank0.5-quant4-window8", lambda: kv.LowRankCache(bases=PRE, bits=4, window=8)),
+    Case(
+        "lowrank0.5-post-quant2-max_length256",
+        lambda: kv.LowRankCache(bases=POST, rope="post", bits=2, window=8, max_length=256),
+    ),
+    Case("lowrankk-densev-window8", lambda: kv.KVCache(codec=(kv.LowRank(bases=PRE), kv.Dense()), window=8)),
+    Case("quant8k-lowrankv-window8", lambda: kv.KVCache(codec=(kv.Quantize(8), kv.LowRank(bases=PRE)), window=8)),
     # evicting
     Case("streaming-budget24", lambda: kv.EvictionCache("streaming", budget=24, **KNOBS), evicts=True),
     Case("keydiff-budget24", lambda: kv.EvictionCache("keydiff", budget=24, **KNOBS), evicts=True),
@@ -91,6 +135,16 @@ CASES = [
     Case(
         "keydiff-sparse-quant8",
         lambda: kv.SparseCache(0.5, bits=8, window=4, policy=kv.KeyDiff(budget=44, **KNOBS)),
+        evicts=True,
+    ),
+    Case(
+        "streaming-lowrank0.5",
+        lambda: kv.LowRankCache(bases=PRE, window=4, n_sink=0, policy=kv.Streaming(budget=44, **KNOBS)),
+        evicts=True,
+    ),
+    Case(
+        "keydiff-lowrank0.5-quant8",
+        lambda: kv.LowRankCache(bases=PRE, bits=8, window=4, n_sink=0, policy=kv.KeyDiff(budget=44, **KNOBS)),
         evicts=True,
     ),
     Case("keydiff-quant8", lambda: kv.QuantCache(8, window=4, policy=kv.KeyDiff(budget=44, **KNOBS)), evicts=True),

@@ -30,6 +30,10 @@ CACHES = {
     # the newest queries are part of the state
     "sparse-think": lambda: kv.SparseCache(0.5, rule="think", window=16),
     "sparse-channel-v": lambda: kv.KVCache(codec=(kv.Sparse(0.5), kv.Sparse(0.5, axis="channel")), window=16),
+    # a basis that was fitted to the prompt is part of the state
+    "lowrank": lambda: kv.LowRankCache(0.5, window=16),
+    "lowrank-post-quant4": lambda: kv.LowRankCache(0.5, bits=4, rope="post", group_size=(1, "all"), window=16),
+    "lowrank-inexact": lambda: kv.LowRankCache(0.5, window=16, exact_prefill=False),
     "keydiff": lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, interval=4),
     "streaming+quant8": lambda: kv.QuantCache(8, window=8, policy=kv.Streaming(budget=48, n_recent=8, interval=4)),
 }

@@ -204,11 +204,13 @@ def key_config(D, n_rows, keys, values, rotary, mean):
     """
     half = (rotary or 0) // 2
     rest = 0 if rotary is None else D - rotary
-    # chosen by what does not spill (hf_kvcache.kernels.aot)
-    chunk, chunk_any = (min(width, max(16, triton.next_power_of_2(half))) for width in (64, 16))
+    # pieces of rotary pairs and of other channels, chosen by what does not spill (hf_kvcache.kernels.aot)
+    wide, narrow, other = (
+        max(16, min(most, triton.next_power_of_2(n))) for most, n in ((64, half), (32, half), (64, rest))
+    )
     return {
-        "D": D, "HALF": half, "HC": chunk, "HF": triton.cdiv(half, chunk), "HC_ANY": chunk_any, "HF_ANY": triton.cdiv(half, chunk_any),
-        "REST": rest, "RP": max(16, triton.next_power_of_2(rest)),
+        "D": D, "HALF": half, "HC": wide, "HF": triton.cdiv(half, wide),
+        "HC_ANY": narrow, "HF_ANY": triton.cdiv(half, narrow), "RP": other, "RF": triton.cdiv(rest, other),
         **side_config("K", keys, 128), **side_config("V", values or keys, 128),
         "BM": query_block(n_rows), "NB": LANES, "NR": LANE_ROWS, "REBUILD": rotary is not None,
         "MEAN": mean, "FUSED": values is not None,
@@ -423,7 +425,7 @@ def attend_in_any_order(
     p_q, k_rows, k_scale, k_zero, up, mean, positions, coarse, fine, mask, out, lse,
     scaling, softcap, start, stop, n_coarse, n_tiles, n_all, su_r, sm_s, sm_n,
     o_t, o_n, o_s, o_kw, o_h, o_r, o_row, m_m,
-    D: tl.constexpr, HALF: tl.constexpr, HC: tl.constexpr, HF: tl.constexpr, REST: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HC: tl.constexpr, HF: tl.constexpr, RP: tl.constexpr, RF: tl.constexpr,
     K_RANK: tl.constexpr, K_BITS: tl.constexpr, K_GROUPS: tl.constexpr, KW: tl.constexpr, KF: tl.constexpr,
     BM: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAP: tl.constexpr, DTYPE: tl.constexpr,
@@ -431,14 +433,8 @@ def attend_in_any_order(
     """A split whose positions do not follow each other: every row looks up its own rotation."""
     K_ROW: tl.constexpr = K_RANK if K_BITS == 0 else K_RANK * K_BITS // 16
     TILE: tl.constexpr = NB * NR
-    b_up1, b_up2 = up_halves(up, su_r, o_kw, o_h, KW, KF, HALF, HC, HF)
-    b_q1, b_q2 = query_halves(p_q, m_m, o_h, HALF, HC, HF)
-    if REST > 0:
-        b_q3 = query_tile(p_q, m_m, o_r, o_r < D)
-        b_up3 = up_tiles(up, su_r, o_kw, o_r, o_r < D, KW, KF)
     # not pipelined: gathers of table rows hit the first cache, copies to shared memory would pass by it
     for i_n in tl.range(start, stop, TILE, num_stages=1):
-        p_mean = mean + (i_n - start) // (1 << 40)
         b_left = (stop - i_n).to(tl.int32)
         m_n = (o_n < b_left)[:, None]
         b_z = latent_tiles(
@@ -447,20 +443,22 @@ def attend_in_any_order(
         )  # [TILE, KWP]  # fmt: skip
         b_place = tl.load(positions + i_n + o_n, mask=o_n < b_left, other=0)[:, None]
         b_s = tl.zeros((NB, NR, BM), tl.float32)
-        for c in tl.static_range(HF):
+        # a loop at run time, which reads the expansion again: unrolled it would spill
+        for c in tl.range(HF, num_stages=1):
             o_1, o_2, m_1 = c * HC + o_h, HALF + c * HC + o_h, c * HC + o_h < HALF
-            b_k1 = expanded(b_z, b_up1[c], mean_tile(p_mean, o_1, m_1, MEAN), KF)  # [TILE, HC]
-            b_k2 = expanded(b_z, b_up2[c], mean_tile(p_mean, o_2, m_1, MEAN), KF)
+            b_k1 = expanded(b_z, up_tiles(up, su_r, o_kw, o_1, m_1, KW, KF), mean_tile(mean, o_1, m_1, MEAN), KF)
+            b_k2 = expanded(b_z, up_tiles(up, su_r, o_kw, o_2, m_1, KW, KF), mean_tile(mean, o_2, m_1, MEAN), KF)
             m_c = m_n & m_1[None, :]
             b_x, b_y = table_row(coarse, n_coarse, b_place // TILE, o_1[None, :], m_c, HALF)
             b_k1, b_k2 = turned(b_k1, b_k2, b_x, b_y)
             b_x, b_y = table_row(fine, TILE, b_place % TILE, o_1[None, :], m_c, HALF)
             b_k1, b_k2 = turned(b_k1, b_k2, b_x, b_y)
-            b_s = scores(b_k1, b_q1[c], b_s, DTYPE)
-            b_s = scores(b_k2, b_q2[c], b_s, DTYPE)
-        if REST > 0:
-            b_k3 = expanded(b_z, b_up3, mean_tile(p_mean, o_r, o_r < D, MEAN), KF)
-            b_s = scores(b_k3, b_q3, b_s, DTYPE)
+            b_s = scores(b_k1, query_tile(p_q, m_m, o_1, m_1), b_s, DTYPE)
+            b_s = scores(b_k2, query_tile(p_q, m_m, o_2, m_1), b_s, DTYPE)
+        for c in tl.range(RF, num_stages=1):
+            o_3, m_3 = 2 * HALF + c * RP + o_r, c * RP + o_r < D - 2 * HALF
+            b_k3 = expanded(b_z, up_tiles(up, su_r, o_kw, o_3, m_3, KW, KF), mean_tile(mean, o_3, m_3, MEAN), KF)
+            b_s = scores(b_k3, query_tile(p_q, m_m, o_3, m_3), b_s, DTYPE)
         b_s = capped(b_s * scaling, softcap, CAP)
         b_s = tl.where(visible_rows(mask, i_n, o_t, o_s, b_left, sm_s, sm_n, MASK), b_s, NEG_INF)
         store_weights(b_s, out, lse, i_n, o_t, o_row, m_m, n_tiles, n_all)
@@ -475,7 +473,8 @@ def lowrank_attention_fwd_kernel(
     scaling, softcap, N, rows_per_split, S, n_rows, Hkv, k_share, n_coarse,
     sq_b, sq_h, sq_s, sk_b, sk_h, sks_b, sks_h, sv_b, sv_h, svs_b, svs_h, su_h, su_r, sp_b, sp_h,
     sm_b, sm_h, sm_s, sm_n,
-    D: tl.constexpr, HALF: tl.constexpr, HC: tl.constexpr, HF: tl.constexpr, HC_ANY: tl.constexpr, HF_ANY: tl.constexpr, REST: tl.constexpr, RP: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HC: tl.constexpr, HF: tl.constexpr, HC_ANY: tl.constexpr, HF_ANY: tl.constexpr,
+    RP: tl.constexpr, RF: tl.constexpr,
     K_RANK: tl.constexpr, K_BITS: tl.constexpr, K_GROUPS: tl.constexpr,
     KW: tl.constexpr, KWP: tl.constexpr, KF: tl.constexpr,
     V_RANK: tl.constexpr, V_BITS: tl.constexpr, V_GROUPS: tl.constexpr,
@@ -495,7 +494,7 @@ def lowrank_attention_fwd_kernel(
     o_t = tl.arange(0, NB)[:, None] * NR + tl.arange(0, NR)[None, :]  # [NB, NR]
     o_n = tl.arange(0, TILE)
     o_kw, o_vw = tl.arange(0, KWP), tl.arange(0, VWP)
-    o_h, o_r = tl.arange(0, HC), 2 * HALF + tl.arange(0, RP)
+    o_h, o_r = tl.arange(0, HC), tl.arange(0, RP)
     o_row = i_bh * n_rows + o_m
     n_tiles, n_all = (N + TILE - 1) // TILE, tl.num_programs(2).to(tl.int64) * n_rows
 
@@ -522,7 +521,7 @@ def lowrank_attention_fwd_kernel(
                 p_q, k_rows, k_scale, k_zero, up, mean, positions, coarse, fine, mask, out, lse,
                 scaling, softcap, start, stop, n_coarse, n_tiles, n_all, su_r, sm_s, sm_n,
                 o_t, o_n, o_s, o_kw, tl.arange(0, HC_ANY), o_r, o_row, m_m,
-                D, HALF, HC_ANY, HF_ANY, REST, K_RANK, K_BITS, K_GROUPS, KW, KF, BM, NB, NR, MEAN, MASK, CAP, DTYPE,
+                D, HALF, HC_ANY, HF_ANY, RP, RF, K_RANK, K_BITS, K_GROUPS, KW, KF, BM, NB, NR, MEAN, MASK, CAP, DTYPE,
             )  # fmt: skip
             return
         # row j of a tile turns by j, the query back to the first row
@@ -530,9 +529,11 @@ def lowrank_attention_fwd_kernel(
         b_q1, b_q2 = query_halves(p_q, m_m, o_h, HALF, HC, HF)
         b_cos, b_sin, b_back1, b_back2 = rotations_in_order(b_q1, b_q2, fine, place % TILE, o_n, o_h, HALF, HC, HF)
         b_up1, b_up2 = up_halves(up, su_r, o_kw, o_h, KW, KF, HALF, HC, HF)
-    if REST > 0:
-        b_q3 = query_tile(p_q, m_m, o_r, o_r < D)  # [RP, BM]
-        b_up3 = up_tiles(up, su_r, o_kw, o_r, o_r < D, KW, KF)
+    b_q3, b_up3 = (), ()
+    for c in tl.static_range(RF):
+        o_3 = 2 * HALF + c * RP + o_r
+        b_q3 = b_q3 + (query_tile(p_q, m_m, o_3, o_3 < D),)  # [RP, BM]
+        b_up3 = b_up3 + (up_tiles(up, su_r, o_kw, o_3, o_3 < D, KW, KF),)
     b_q = ()
     if not REBUILD:
         for f in tl.static_range(KF):
@@ -563,8 +564,10 @@ def lowrank_attention_fwd_kernel(
                 b_x1, b_x2 = turned_back(b_back1[c], b_back2[c], coarse, n_coarse, i_row, c * HC + o_h, HALF)
                 b_s = scores(b_k1, b_x1, b_s, DTYPE)
                 b_s = scores(b_k2, b_x2, b_s, DTYPE)
-            if REST > 0:
-                b_s = scores(expanded(b_z, b_up3, mean_tile(p_mean, o_r, o_r < D, MEAN), KF), b_q3, b_s, DTYPE)
+            for c in tl.static_range(RF):
+                o_r3 = 2 * HALF + c * RP + o_r
+                b_k3 = expanded(b_z, b_up3[c], mean_tile(p_mean, o_r3, o_r3 < D, MEAN), KF)
+                b_s = scores(b_k3, b_q3[c], b_s, DTYPE)
         else:
             b_z = latent_tiles(
                 p_k, p_ks, p_kz, o_t[:, :, None], (o_t < b_left)[:, :, None], o_kw[None, None, :],

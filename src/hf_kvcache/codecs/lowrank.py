@@ -132,7 +132,9 @@ class LowRank(Codec):
             if moments is None:
                 dtype = torch.float32 if x.device.type == "mps" else torch.float64
                 moments = Moments(grouped.shape[0], grouped.shape[3], x.device, dtype)
-            moments.add(grouped.flatten(1, 2) if is_real is None else grouped[:, is_real[:, rows]])
+            # one broken token must not break the basis of all
+            counts = grouped.isfinite().all(-1).all(0)
+            moments.add(grouped[:, counts if is_real is None else counts & is_real[:, rows]])
         say_once()
         mean = moments.mean if self.centre else None
         basis, _ = principal(moments.covariance(self.centre), self.group_size, mean)

@@ -181,7 +181,7 @@ class UniformStore(Store):
         back = dict(zip("kv", self.rows(start, self.n_packed)))
         back |= {name: self.packed[name][:, :, start:] for name in self.tracked}
         if self.has_rope:
-            rope = self.packed["rope"][:, :, start:] if self.needs_positions else back["k"].new_zeros(1).int()
+            rope = self.packed["rope"][:, :, start:] if self.needs_positions else back["k"].new_zeros(1, 1, 1).int()
             back["rope"] = rope.expand(back["k"].shape[0], -1, n)
         after = {name: t[:, :, self.n_sink :].clone() for name, t in self.dense.views().items()}
         n_after = self.dense.n_tokens - self.n_sink
