@@ -7,17 +7,37 @@ import textwrap
 
 import pytest
 import torch
-from cases import LOSSY, prompt, replay, tiny_model
+from cases import LOSSY, prompt, random_basis, replay, tiny_model
 
 import hf_kvcache as kv
+from hf_kvcache.rope import Rope
 
 
 def settle_rows(layer, n_tokens, n_decode=0, batch=1, heads=8, width=128, dtype=torch.bfloat16):
     """Fill a layer as a forward pass would: a prompt, then single tokens."""
+    if layer.needs_model:
+        layer.bind(AnyHost(heads, width, dtype))
     for n in [n_tokens] + [1] * n_decode:
         x = torch.randn(batch, heads, n, width, dtype=dtype)
         layer.settle(x[:, :, -1:] if n == 1 else x[:, :, -2:], layer.append(x, x.clone()))
     return layer
+
+
+class AnyHost:
+    """A model as codecs see it: its RoPE, and no basis."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, n_kv_heads, head_dim, dtype):
+        self.n_kv_heads, self.head_dim, self.dtype = n_kv_heads, head_dim, dtype
+        self._rope = Rope(10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))
+        self._rope.cover(1 << 14, self.device)
+
+    def rope(self):
+        return self._rope
+
+    def basis(self, side, rope, bases):
+        return None if bases is None else bases.of(0, side)
 
 
 def layer_of(cache):
@@ -29,7 +49,8 @@ def storages(layer):
     found, seen, todo = {}, set(), [layer]
     while todo:
         x = todo.pop()
-        if id(x) in seen:
+        # rotary tables are one for all layers
+        if id(x) in seen or isinstance(x, Rope):
             continue
         seen.add(id(x))
         if isinstance(x, torch.Tensor):
@@ -55,7 +76,10 @@ def promised(layer, n_dense):
             + store.values.nbytes_per_token(layer.head_dim, itemsize)
             + state
         )
-    return heads * (packed + n_dense * (2 * layer.head_dim * itemsize + state))
+    # positions in RoPE are shared by the heads, and so is a basis by the rows
+    rope = 4 * layer.batch_size * (n_dense * store.has_rope + store.n_packed * store.needs_positions)
+    basis = [t.nbytes for codec in (store.keys, store.values) if codec is not None for t in codec.constants().values()]
+    return heads * (packed + n_dense * (2 * layer.head_dim * itemsize + state)) + rope + sum(basis)
 
 
 BIG = {
@@ -70,6 +94,9 @@ BIG = {
     "sparse-balanced-index": lambda: kv.SparseCache("balanced", layout="index"),
     "sparse0.5-quant4": lambda: kv.SparseCache(0.5, bits=4),
     "sparse-channel-v": lambda: kv.KVCache(codec=(kv.Sparse(0.5), kv.Sparse(0.5, axis="channel"))),
+    "lowrank": lambda: kv.LowRankCache(),
+    "lowrank-joint-v-quant4": lambda: kv.LowRankCache((48, 0.25), bits=4, group_size=(2, "all"), n_sink=0),
+    "lowrank-post-quant2": lambda: kv.LowRankCache(0.5, bits=2, rope="post"),
     "streaming": lambda: kv.EvictionCache("streaming", budget=1024),
     "keydiff-quant4": lambda: kv.QuantCache(4, policy=kv.KeyDiff(budget=1024)),
 }
@@ -88,6 +115,13 @@ def test_bytes_equal_the_formula(name):
     # room to grow: an eighth of what is held, and never less than the blocks in waiting
     wait = promised(layer, store.n_sink + store.window + store.step + 8) - promised(layer, store.dense.n_tokens)
     assert 0 <= spare <= layer.nbytes / 8 + max(wait, 0)
+
+
+def test_rotary_tables_are_counted_once():
+    cache = kv.LowRankCache(0.5, window=8)
+    replay(tiny_model(), cache, prompt(1, 90), [90])
+    tables = cache.layers[0].store.keys.rotary.tables(torch.device("cpu"))
+    assert cache.nbytes == sum(storages(layer) for layer in cache.layers) + sum(t.nbytes for t in tables)
 
 
 def test_a_dense_cache_does_not_hold_on_to_activations():
@@ -114,6 +148,30 @@ def test_sparse_ratio(sparsity, bits, limit):
     assert all(side.nbytes_per_token(128, 2) <= limit * 256 for side in cache.codec)
     layer = settle_rows(layer_of(cache), 8192)
     assert layer.nbytes <= (limit + 0.01) * layer.nbytes_dense
+
+
+@pytest.mark.parametrize("group_size", [1, "all"])
+@pytest.mark.parametrize("bits, limit", [(None, 0.53), (8, 0.30), (4, 0.17)])
+def test_low_rank_ratio_at_4096_tokens(bits, limit, group_size):
+    # half the rank, calibrated, window and positions included
+    bases = Calibrated(0.5, group_size)
+    layer = settle_rows(layer_of(kv.LowRankCache(bases=bases, bits=bits, max_length=4096)), 4096)
+    assert layer.nbytes <= limit * layer.nbytes_dense
+    grown = settle_rows(layer_of(kv.LowRankCache(bases=bases, bits=bits)), 4000, 96)
+    # a sixteenth more where nobody said how long the text would be
+    assert grown.nbytes <= (limit + 0.01) * grown.nbytes_dense
+
+
+class Calibrated:
+    """Bases of one layer of 8 heads of 128 channels."""
+
+    def __init__(self, rank, group_size):
+        group_size = 8 if group_size == "all" else group_size
+        self.held = {"k": random_basis(8, 128, 1, round(128 * rank))}
+        self.held["v"] = random_basis(8, 128, group_size, round(128 * group_size * rank))
+
+    def of(self, layer_idx, side):
+        return self.held[side]
 
 
 @pytest.mark.parametrize("case", [case for case in LOSSY if "ratio" not in case.id], ids=str)
@@ -143,7 +201,12 @@ PROCESS = """
             view.layer.settle(x[:, :, -2:], view)
         return cache
 
-    make = {"dense": kv.KVCache, "quant": kv.QuantCache, "sparse": kv.SparseCache}[sys.argv[1]]
+    make = {
+        "dense": kv.KVCache,
+        "quant": kv.QuantCache,
+        "sparse": kv.SparseCache,
+        "lowrank": lambda: kv.LowRankCache(rope="post"),
+    }[sys.argv[1]]
     fill(make(), 1, 4096)
     before = resident()
     cache = fill(make(), 24, 4096)
@@ -165,7 +228,7 @@ def test_the_process_shrinks():
     grown_dense, nbytes_dense = measure("dense")
     assert nbytes_dense == 24 * 2 * 4 * 4096 * 128 * 2
     assert abs(grown_dense - nbytes_dense) < 0.1 * nbytes_dense
-    # 192 MiB against 62 and 76: the process tells the same story as `nbytes`
-    for which in ("quant", "sparse"):
+    # 192 MiB against 62, 76 and 102: the process tells the same story as `nbytes`
+    for which in ("quant", "sparse", "lowrank"):
         grown, nbytes = measure(which)
         assert abs(grown - nbytes) < 0.1 * nbytes_dense

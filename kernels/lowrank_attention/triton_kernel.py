@@ -36,6 +36,7 @@ LANES, LANE_ROWS = 4, 16
 TILE = LANES * LANE_ROWS  # rows per iteration: the fine rotary table has a row for each
 MIN_SPLIT = 512  # rows below which a split costs more in partial results than it gains
 FUSED_RANK = 128  # value latents above this rank do not fit beside the keys
+KEPT = 128 * 128  # numbers of an expansion that stays in shared memory
 MERGE_WIDTH = 512  # channels that one program merges
 assert TILE == FINE
 
@@ -48,10 +49,12 @@ def obstacle(q, keys, values, expansion) -> str | None:
     for name, side in (("key", keys), ("value", values)):
         if side.rank % 16:
             return f"{name} latents of rank {side.rank} are not whole multiples of 16"
-    if expansion is not None and q.shape[-1] > 256:
+    if keys.rank > 256:
+        return f"key latents of rank {keys.rank} are above 256"
+    if q.shape[-1] > 256:
         return f"head size {q.shape[-1]} is above 256"
-    if expansion is None and keys.rank > 512:
-        return f"queries of {keys.rank} latent channels are above 512"
+    if expansion is not None and expansion.tables is None and keys.rank * q.shape[-1] > KEPT:
+        return f"an expansion of rank {keys.rank} is too large without positions (absorb it into the queries)"
     if q.dtype == torch.float32 and not INTERPRETED:
         return "float32 products do not fit the registers (the interpreter runs them, for tests)"
     return None
@@ -167,7 +170,7 @@ def side_strides(tensors, unit):
 
 def query_block(n_rows):
     """Query rows of a KV head per program: keys are rebuilt once for all of them."""
-    return min(32, max(8, triton.next_power_of_2(n_rows)))
+    return 8 if n_rows <= 8 else 16
 
 
 def side_format(side):
@@ -179,16 +182,17 @@ def format_of(rank, bits, groups):
     return rank, bits, groups if bits else 0
 
 
-def side_config(letter, form, widest):
+def side_config(letter, form):
     """Compile-time constants of one side. A row is read as `F` tiles of `W` neighbouring channels.
 
-    Tile `f` of codes is field `f` of every word. Other rows are cut into powers of two, which need no padding.
+    Tile `f` of codes is field `f` of every word. Other rows are cut into few powers of two with little padding.
     """
     rank, bits, groups = form
-    width = rank * bits // 16 if bits in (8, 4, 2) else min(rank & -rank, widest)
+    width = rank * bits // 16 if bits in (8, 4, 2) else min(max(rank & -rank, triton.next_power_of_2(rank) // 4), 128)
     return {
         f"{letter}_RANK": rank, f"{letter}_BITS": bits, f"{letter}_GROUPS": groups,
-        f"{letter}W": width, f"{letter}WP": max(16, triton.next_power_of_2(width)), f"{letter}F": rank // width,
+        f"{letter}W": width, f"{letter}WP": max(16, triton.next_power_of_2(width)),
+        f"{letter}F": triton.cdiv(rank, width),
     }  # fmt: skip
 
 
@@ -211,8 +215,10 @@ def key_config(D, n_rows, keys, values, rotary, mean):
     return {
         "D": D, "HALF": half, "HC": wide, "HF": triton.cdiv(half, wide),
         "HC_ANY": narrow, "HF_ANY": triton.cdiv(half, narrow), "RP": other, "RF": triton.cdiv(rest, other),
-        **side_config("K", keys, 128), **side_config("V", values or keys, 128),
+        **side_config("K", keys), **side_config("V", values or keys),
         "BM": query_block(n_rows), "NB": LANES, "NR": LANE_ROWS, "REBUILD": rotary is not None,
+        # a wider table does not fit the registers, a larger expansion not the shared memory
+        "IN_ORDER": half <= 64 and keys[0] * D <= KEPT,
         "MEAN": mean, "FUSED": values is not None,
         "num_warps": LANES, "num_stages": 3, "enable_fp_fusion": True,
     }  # fmt: skip
@@ -221,7 +227,7 @@ def key_config(D, n_rows, keys, values, rotary, mean):
 def value_config(n_rows, values):
     """Compile-time constants of the second kernel."""
     rank, bits, _ = values
-    config = side_config("V", values, 1)
+    config = side_config("V", values)
     if bits in (0, 3):
         # channels are adjacent, so a program takes one tile
         config |= {"VW": rank, "VF": 1}
@@ -240,6 +246,12 @@ def value_blocks(config):
 
 
 @triton.jit
+def held(f, o_w, RANK: tl.constexpr, W: tl.constexpr):
+    """Which channels of tile `f` a row has."""
+    return o_w < W if RANK % W == 0 else (o_w < W) & (f * W + o_w < RANK)
+
+
+@triton.jit
 def latent_words(rows, o_t, m_t, o_w, ROW: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr):
     """Words of codes, which hold all tiles of a row; 0 where each tile is read for itself."""
     if BITS == 8 or BITS == 4 or BITS == 2:
@@ -255,12 +267,12 @@ def latent_tile(
 ):  # fmt: skip
     """Channels `f * W + o_w` of the rows `o_t`, whose axes the caller chooses."""
     if BITS == 0:
-        return tl.load(rows + o_t * RANK + (f * W + o_w), mask=m_t & (o_w < W), other=0.0)
+        return tl.load(rows + o_t * RANK + (f * W + o_w), mask=m_t & held(f, o_w, RANK, W), other=0.0)
     else:
         CENTRE: tl.constexpr = (2**BITS - 1) / 2
         SIZE: tl.constexpr = RANK // GROUPS
         o_c = f * W + o_w
-        m_c = m_t & (o_w < W)
+        m_c = m_t & held(f, o_w, RANK, W)
         if BITS == 3:
             p_row = rows + o_t * (RANK * 3 // 16)
             b_low = tl.load(p_row + o_c % (RANK // 8), mask=m_c, other=0).to(tl.int32)
@@ -300,12 +312,12 @@ def latent_tiles(
 
 
 @triton.jit
-def up_tiles(up, stride, o_w, o_d, m_d, W: tl.constexpr, F: tl.constexpr):
+def up_tiles(up, stride, o_w, o_d, m_d, RANK: tl.constexpr, W: tl.constexpr, F: tl.constexpr):
     """Columns `o_d` of an expansion `[r_k, D]`, in the tiles in which latents come."""
     b_tiles = ()
     for f in tl.static_range(F):
         p_up = up + (f * W + o_w)[:, None] * stride + o_d[None, :]
-        b_tiles = b_tiles + (tl.load(p_up, mask=(o_w < W)[:, None] & m_d[None, :], other=0.0),)
+        b_tiles = b_tiles + (tl.load(p_up, mask=held(f, o_w, RANK, W)[:, None] & m_d[None, :], other=0.0),)
     return b_tiles
 
 
@@ -410,13 +422,16 @@ def store_weights(b_s, weights, tops, i_n, o_t, o_row, m_m, n_tiles, n_all):
 
 
 @triton.jit
-def up_halves(up, stride, o_w, o_h, W: tl.constexpr, F: tl.constexpr, HALF: tl.constexpr, HC: tl.constexpr, HF: tl.constexpr):
+def up_halves(
+    up, stride, o_w, o_h, RANK: tl.constexpr, W: tl.constexpr, F: tl.constexpr,
+    HALF: tl.constexpr, HC: tl.constexpr, HF: tl.constexpr,
+):  # fmt: skip
     """What expands to the two channels of the rotary pairs, in `HF` pieces of `HC` pairs."""
     b_up1, b_up2 = (), ()
     for c in tl.static_range(HF):
         o_c = c * HC + o_h
-        b_up1 = b_up1 + (up_tiles(up, stride, o_w, o_c, o_c < HALF, W, F),)
-        b_up2 = b_up2 + (up_tiles(up, stride, o_w, HALF + o_c, o_c < HALF, W, F),)
+        b_up1 = b_up1 + (up_tiles(up, stride, o_w, o_c, o_c < HALF, RANK, W, F),)
+        b_up2 = b_up2 + (up_tiles(up, stride, o_w, HALF + o_c, o_c < HALF, RANK, W, F),)
     return b_up1, b_up2
 
 
@@ -446,8 +461,8 @@ def attend_in_any_order(
         # a loop at run time, which reads the expansion again: unrolled it would spill
         for c in tl.range(HF, num_stages=1):
             o_1, o_2, m_1 = c * HC + o_h, HALF + c * HC + o_h, c * HC + o_h < HALF
-            b_k1 = expanded(b_z, up_tiles(up, su_r, o_kw, o_1, m_1, KW, KF), mean_tile(mean, o_1, m_1, MEAN), KF)
-            b_k2 = expanded(b_z, up_tiles(up, su_r, o_kw, o_2, m_1, KW, KF), mean_tile(mean, o_2, m_1, MEAN), KF)
+            b_k1 = expanded(b_z, up_tiles(up, su_r, o_kw, o_1, m_1, K_RANK, KW, KF), mean_tile(mean, o_1, m_1, MEAN), KF)
+            b_k2 = expanded(b_z, up_tiles(up, su_r, o_kw, o_2, m_1, K_RANK, KW, KF), mean_tile(mean, o_2, m_1, MEAN), KF)
             m_c = m_n & m_1[None, :]
             b_x, b_y = table_row(coarse, n_coarse, b_place // TILE, o_1[None, :], m_c, HALF)
             b_k1, b_k2 = turned(b_k1, b_k2, b_x, b_y)
@@ -457,7 +472,7 @@ def attend_in_any_order(
             b_s = scores(b_k2, query_tile(p_q, m_m, o_2, m_1), b_s, DTYPE)
         for c in tl.range(RF, num_stages=1):
             o_3, m_3 = 2 * HALF + c * RP + o_r, c * RP + o_r < D - 2 * HALF
-            b_k3 = expanded(b_z, up_tiles(up, su_r, o_kw, o_3, m_3, KW, KF), mean_tile(mean, o_3, m_3, MEAN), KF)
+            b_k3 = expanded(b_z, up_tiles(up, su_r, o_kw, o_3, m_3, K_RANK, KW, KF), mean_tile(mean, o_3, m_3, MEAN), KF)
             b_s = scores(b_k3, query_tile(p_q, m_m, o_3, m_3), b_s, DTYPE)
         b_s = capped(b_s * scaling, softcap, CAP)
         b_s = tl.where(visible_rows(mask, i_n, o_t, o_s, b_left, sm_s, sm_n, MASK), b_s, NEG_INF)
@@ -479,7 +494,7 @@ def lowrank_attention_fwd_kernel(
     KW: tl.constexpr, KWP: tl.constexpr, KF: tl.constexpr,
     V_RANK: tl.constexpr, V_BITS: tl.constexpr, V_GROUPS: tl.constexpr,
     VW: tl.constexpr, VWP: tl.constexpr, VF: tl.constexpr,
-    BM: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr, REBUILD: tl.constexpr, MEAN: tl.constexpr,
+    BM: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr, REBUILD: tl.constexpr, IN_ORDER: tl.constexpr, MEAN: tl.constexpr,
     FUSED: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q.dtype.element_ty
@@ -515,8 +530,7 @@ def lowrank_attention_fwd_kernel(
     start = i_split.to(tl.int64) * rows_per_split
     stop = tl.minimum(start + rows_per_split, N)
     if HALF > 0:
-        # the table of a wider head does not fit the registers
-        if not (in_order(positions, start, stop, 512) & (HALF <= 64)):
+        if not (in_order(positions, start, stop, 512) & IN_ORDER):
             attend_in_any_order(
                 p_q, k_rows, k_scale, k_zero, up, mean, positions, coarse, fine, mask, out, lse,
                 scaling, softcap, start, stop, n_coarse, n_tiles, n_all, su_r, sm_s, sm_n,
@@ -528,16 +542,16 @@ def lowrank_attention_fwd_kernel(
         place = tl.load(positions + start)
         b_q1, b_q2 = query_halves(p_q, m_m, o_h, HALF, HC, HF)
         b_cos, b_sin, b_back1, b_back2 = rotations_in_order(b_q1, b_q2, fine, place % TILE, o_n, o_h, HALF, HC, HF)
-        b_up1, b_up2 = up_halves(up, su_r, o_kw, o_h, KW, KF, HALF, HC, HF)
+        b_up1, b_up2 = up_halves(up, su_r, o_kw, o_h, K_RANK, KW, KF, HALF, HC, HF)
     b_q3, b_up3 = (), ()
     for c in tl.static_range(RF):
         o_3 = 2 * HALF + c * RP + o_r
         b_q3 = b_q3 + (query_tile(p_q, m_m, o_3, o_3 < D),)  # [RP, BM]
-        b_up3 = b_up3 + (up_tiles(up, su_r, o_kw, o_3, o_3 < D, KW, KF),)
+        b_up3 = b_up3 + (up_tiles(up, su_r, o_kw, o_3, o_3 < D, K_RANK, KW, KF),)
     b_q = ()
     if not REBUILD:
         for f in tl.static_range(KF):
-            b_q = b_q + (query_tile(p_q, m_m, f * KW + o_kw, o_kw < KW),)  # [KWP, BM]
+            b_q = b_q + (query_tile(p_q, m_m, f * KW + o_kw, held(f, o_kw, K_RANK, KW)),)  # [KWP, BM]
     b_m = tl.full((NB, BM), NEG_INF, tl.float32)
     b_l = tl.zeros((NB, 8, BM), tl.float32)
     b_o = ()
@@ -598,7 +612,7 @@ def lowrank_attention_fwd_kernel(
         o_row += i_split * n_all
         for f in tl.static_range(VF):
             b_x = tl.sum(b_o[f] * b_share[:, None, :], 0)  # [VWP, BM]
-            m_o = (o_vw < VW)[:, None] & m_m[None, :]
+            m_o = held(f, o_vw, V_RANK, VW)[:, None] & m_m[None, :]
             tl.store(out + o_row[None, :] * V_RANK + (f * VW + o_vw)[:, None], b_x, mask=m_o)
         tl.store(lse + o_row, b_lse, mask=m_m)
 

@@ -310,7 +310,8 @@ class KVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers: storages that exist, spare rows and metadata included."""
-        return sum(_nbytes(layer) for layer in self.layers)
+        ropes = [rope for rope in self._ropes.values() if rope is not None]
+        return sum(_nbytes(layer) for layer in self.layers) + sum(rope.nbytes for rope in ropes)
 
     @property
     def nbytes_dense(self) -> int:

@@ -71,6 +71,22 @@ class Rope:
             self.cover(1, device)
         return self._tables[device]
 
+    def scale_query(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries `[..., D]` that meet keys rotated by the tables as they would meet keys rotated by the model.
+
+        Tables are pure rotations, so that they can be taken back by each other; the factor goes to the query.
+        """
+        if self.scaling == 1.0:
+            return q
+        q = q.clone()
+        q[..., : 2 * self.inv_freq.shape[0]] *= self.scaling
+        return q
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(t.nbytes for tables in self._tables.values() for t in tables)
+
     def _angles(self, n: int, step: int, device: torch.device) -> torch.Tensor:
         angles = torch.outer(torch.arange(n, dtype=torch.float64) * step, self.inv_freq)
         return torch.stack([angles.cos(), angles.sin()]).float().to(device)
@@ -78,12 +94,12 @@ class Rope:
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """What the model makes of keys `x` `[B, H, n, D]` at `positions` `[B, 1 | H, n]`, in float32."""
         cos, sin = self.tables(x.device).cos_sin(positions)
-        return rotate(x.float(), cos, sin) * self.scaling
+        return rotate(x.float(), cos * self.scaling, sin * self.scaling)
 
     def unrotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The keys before `rotate`, in float32."""
         cos, sin = self.tables(x.device).cos_sin(positions)
-        return rotate(x.float(), cos, -sin) / self.scaling
+        return rotate(x.float(), cos / self.scaling, -sin / self.scaling)
 
     def __deepcopy__(self, memo) -> Rope:
         # copies of a cache belong to the same model

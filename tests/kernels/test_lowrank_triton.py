@@ -93,16 +93,17 @@ CASES = {
     "partial-rotary-96": case_of(D=96, N=130, k=(1, 64), rotary=48, mean=False, softcap=20.0),
     "no-rotary": case_of(D=64, place=None, k=(2, 64), v=(1, 48)),
     "256-shared-keys": case_of(D=256, k=(1, 128), v=(2, 64), G=2),
-    "256-wide-keys": case_of(D=256, N=70, k=(1, 320), v=(1, 320), G=1),
+    "256-wide-keys": case_of(D=256, N=70, k=(1, 240), v=(1, 320), G=1),
     "8bit-joint-4bit": case_of(N=130, k=(2, 64, 8, 1), v=(1, 128, 4, 2)),
     "4bit-per-head-s5": case_of(B=2, S=5, D=128, N=70, k=(2, 64, 4, 1), v=(2, 64, 4, 1), mask="all"),
     "3bit-2bit": case_of(N=70, k=(2, 48, 3, 1), v=(1, 256, 2, 4)),
     "2bit-3bit": case_of(N=70, k=(2, 128, 2, 2), v=(1, 96, 3, 3)),
     "groups-across-fields": case_of(N=70, k=(2, 48, 4, 2), v=(2, 48, 8, 3)),
-    "4bit-wide-keys": case_of(D=128, N=70, k=(1, 512, 4, 1), v=(2, 32), place="padded"),
+    "4bit-wide-keys": case_of(D=128, N=70, k=(1, 256, 4, 1), v=(2, 80)),
     "absorbed": case_of(B=2, S=2, N=130, k=(2, 48), v=(1, 48), rebuild=False, mask="head", softcap=20.0),
     "absorbed-per-head-s5": case_of(S=5, D=128, N=500, k=(2, 64), v=(2, 128), rebuild=False),
     "absorbed-4bit": case_of(N=70, k=(2, 64, 4, 1), v=(2, 64, 4, 1), rebuild=False),
+    "absorbed-80": case_of(N=70, k=(2, 80), v=(2, 112), rebuild=False),
     "absorbed-joint": case_of(Hkv=1, G=4, N=70, k=(1, 256), v=(1, 256), rebuild=False),
     "many-queries": case_of(G=4, S=32, N=70, k=(2, 16), v=(1, 32), mask="all"),
     "no-rows": case_of(N=0),
@@ -177,6 +178,9 @@ def test_what_the_kernels_cannot_do_is_said():
     (q, keys, values, expansion), _ = lowrank_case(case_of(N=8, k=(2, 24)), DTYPES[LOW[1]])
     with use_backend("triton"), pytest.raises(BackendUnavailable, match="rank 24"):
         lowrank_attention(q, keys, values, expansion, scaling=1.0)
+    operands, _ = lowrank_case(case_of(N=8, k=(1, 512)), DTYPES[LOW[1]])
+    with use_backend("triton"), pytest.raises(BackendUnavailable, match="above 256"):
+        lowrank_attention(*operands, scaling=1.0)
     if ON_GPU:
         operands, _ = lowrank_case(case_of(), torch.float32)
         assert "float32" in choose("lowrank_attention", DEVICE, operands).reason

@@ -98,7 +98,7 @@ def lowrank(q, store, dense, *, scaling, mask, softcap):
         basis, rope = first.basis, first.rotary
         tables = rope.tables(q.device)
         expansion = KeyExpansion(basis.up_by_head, basis.mean_by_head, store.packed["rope"], tables)
-        scaling = scaling * rope.scaling
+        q = rope.scale_query(q)
     return lowrank_attention(q, keys, values, expansion, scaling=scaling, mask=mask, softcap=softcap)
 
 

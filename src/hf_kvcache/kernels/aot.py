@@ -316,7 +316,7 @@ def _sparse_pack_specs():
 def _lowrank_specs():
     from hf_kvcache.kernels.lowrank_attention import triton_kernel as lowrank
 
-    # key and value rank and bits, query rows of a KV head, rotary channels (None: absorbed); joint values: no rank here
+    # key and value rank and bits (None: weights to memory), query rows of a KV head, rotary channels (None: absorbed)
     for D, keys, values, rows, rotary, dtype, mask in [
         (128, (64, 0), None, 4, 128, "bf16", 0),
         (128, (64, 0), None, 1, 128, "fp16", 0),
@@ -329,12 +329,13 @@ def _lowrank_specs():
         (128, (128, 0), None, 4, 128, "bf16", 0),
         (128, (128, 8), None, 4, 128, "bf16", 0),
         (128, (256, 0), None, 4, 128, "bf16", 0),
+        (128, (80, 0), None, 7, 128, "bf16", 0),
         (64, (32, 0), None, 4, 64, "bf16", 0),
         (64, (32, 4), None, 7, 64, "bf16", 0),
         (80, (48, 0), None, 1, 32, "bf16", 1),
         (96, (48, 0), None, 1, 96, "bf16", 0),
         (256, (128, 0), None, 4, 256, "bf16", 0),
-        (256, (128, 4), None, 4, 256, "bf16", 0),
+        (256, (240, 4), None, 4, 256, "bf16", 0),
         (256, (64, 0), None, 4, 64, "bf16", 0),
         (128, (64, 0), (64, 0), 4, 0, "bf16", 0),
         (128, (64, 0), (64, 0), 4, None, "bf16", 0),
