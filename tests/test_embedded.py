@@ -1,11 +1,16 @@
 """What the embedded model can do, and what caches cost it: the claims of its card and of the README."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hf_kvcache as kv
+from hf_kvcache.calibration import fit_bases, logits_behind
+from hf_kvcache.calibration.text import token_batches
 from hf_kvcache.eval import fidelity
 from hf_kvcache.eval.retrieval import Ledger, build_prompts, exact_match
 from hf_kvcache.models import embedded_prose
@@ -83,6 +88,40 @@ def test_which_channels_go_matters(model, windows, dense, sparsity):
     assert values.kl < keys.kl
     exact = fidelity.fidelity(model, windows, 1792, dense, DynamicCache)
     assert score("magnitude", "magnitude").perplexity < 1.02 * exact.perplexity
+
+
+def test_what_calibration_knows_shows(model, ids):
+    """Palu's findings and ours, at half the bytes: data, gradients, joint values and measured ranks all pay."""
+    texts, held_out = list(token_batches(ids[:7000], 512, 8)), list(token_batches(ids[7000:], 512, 3))
+    model = copy.deepcopy(model).float()
+    expected = [log_softmax(model(text).logits, -1) for text in held_out]
+
+    def loss(**options):
+        bases = fit_bases(model, texts, **{"allocator": "uniform"} | options)
+        behind = [log_softmax(logits_behind(model, text, bases.of, bases.rope), -1) for text in held_out]
+        pairs = zip(behind, expected, strict=True)
+        return sum(kl_div(ours, theirs, reduction="sum", log_target=True).item() for ours, theirs in pairs)
+
+    uniform = loss()
+    assert uniform < 0.5 * loss(directions="rows")
+    assert uniform < 0.3 * loss(directions="weights")
+    assert uniform < 0.2 * loss(group_size_v=1)
+    assert loss(allocator="greedy") < 0.7 * uniform
+    fisher = loss(allocator="fisher")
+    assert loss(allocator="measured") < 0.7 * fisher
+    assert uniform < 0.5 * loss(allocator="condition")
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+def test_folded_rotation_pays_at_few_bits(model, ids, windows, dense, bits):
+    bases = fit_bases(model, token_batches(ids[:7000], 512, 8), allocator="greedy")
+
+    def kl(mix):
+        return fidelity.fidelity(
+            model, windows, 1792, dense, lambda: kv.LowRankCache(bases=bases, bits=bits, mix=mix), step=64
+        ).kl
+
+    assert kl(True) < kl(False)
 
 
 def test_it_fits_the_package():

@@ -15,6 +15,7 @@ from hf_kvcache.codecs.base import Codec
 from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import PACK_STEP
 from hf_kvcache.view import KVView
 
@@ -76,6 +77,7 @@ class KVCache(Cache):
         self._check_use()
         for pair in (self.codec, self.edge_codec if edge_layers else None):
             self._check_pair(pair)
+        self._check_sharing(offloading)
         self._model: weakref.ref | None = None
         self._expected: dict | None = None
         self._stock: list | None = None
@@ -137,6 +139,27 @@ class KVCache(Cache):
                 f"to {n_dense} dense ones (n_sink={self.n_sink} + window={self.window} + {PACK_STEP} waiting) and its "
                 f"{self.policy.n_sink} sinks; raise budget or lower window"
             )
+
+    def _check_sharing(self, offloading: bool) -> None:
+        """Refuse what layers that share their packed rows cannot do."""
+        if any(side.share_layers > 1 for side in self.edge_codec or ()):
+            raise ValueError("edge_codec: the first and last layers are no neighbours, so they share no latents")
+        if self.codec is None or all(side.share_layers == 1 for side in self.codec):
+            return
+        keys, values = self.codec
+        if keys.share_layers != values.share_layers:
+            raise ValueError(
+                f"keys of {keys.share_layers} layers and values of {values.share_layers} would share latents: give both "
+                "sides the same share_layers"
+            )
+        refused = {
+            f"{type(self.policy).__name__} drops tokens layer by layer": self.policy is not None,
+            "offloading moves layers one by one": offloading,
+            "exact_prefill=False projects a layer before the next one has rows": not self.exact_prefill,
+        }
+        for why, is_asked in refused.items():
+            if is_asked:
+                raise ValueError(f"share_layers={keys.share_layers} keeps one row for several layers, but {why}")
 
     def codec_of_layer(self, layer_idx: int, n_layers: int | None) -> tuple[Codec, Codec] | None:
         """The pair of codecs of one layer; `n_layers` is None while the model is not known yet."""
@@ -214,7 +237,22 @@ class KVCache(Cache):
         if view.layer.needs_model:
             k = view.new_k
             view.layer.bind(Host(module, layer_idx, k.shape[1], k.shape[3], k.dtype, k.device, self._ropes))
+            if isinstance(view.layer.store, SharedStore) and not view.layer.store.group:
+                self._share(layer_idx)
         return True
+
+    def _share(self, layer_idx: int) -> None:
+        """Let a layer that shares its packed rows join its group: neighbours among the layers with that codec."""
+        n_layers = len(self._stock)
+        sharing = [
+            i
+            for i, stock in enumerate(self._stock)
+            if stock is None and self.codec_of_layer(i, n_layers) is self.codec
+        ]
+        store = self.layers[layer_idx].store
+        place, most = sharing.index(layer_idx), store.keys.share_layers
+        group = sharing[place - place % most :][:most]
+        store.join(self.layers[group[0]].store, len(group))
 
     def rebind(self) -> None:
         """Let another module with the same weights (a copy, a compiled model) go on with this cache."""

@@ -10,6 +10,7 @@ from hf_kvcache.compat import CacheLayerMixin
 from hf_kvcache.host import Host
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.rope import Rope
+from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import UniformStore
 from hf_kvcache.view import KVView
 
@@ -45,7 +46,8 @@ class KVLayer(CacheLayerMixin):
         self.layer_idx, self.policy = layer_idx, policy
         tracked = {} if policy is None else {"position": torch.int32, **policy.state}
         sizes = dict(window=window, n_sink=n_sink, min_length=min_length, max_length=max_length)
-        self.store = UniformStore(keys, values, tracked=tracked, **sizes)
+        kind = SharedStore if keys is not None and keys.share_layers > 1 else UniformStore
+        self.store = kind(keys, values, tracked=tracked, **sizes)
         self.exact_prefill = exact_prefill
         self._codecs = keys, values
         self.record_past = False

@@ -22,6 +22,7 @@ from hf_kvcache.adapters.base_weights import weights_digest
 from hf_kvcache.codecs.base import codec_from_spec
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import policy_from_spec
+from hf_kvcache.stores.shared import SharedStore
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -37,6 +38,9 @@ def save(cache, directory: str | os.PathLike) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors, layers = {}, []
+    for layer in cache.layers:
+        if isinstance(layer, KVLayer):
+            layer.finish()
     for i, layer in enumerate(cache.layers):
         describe = _describe if isinstance(layer, KVLayer) else _describe_stock
         entry, own = describe(layer)
@@ -64,6 +68,7 @@ def save(cache, directory: str | os.PathLike) -> Path:
             "sha256": checksum,
             "shapes": {key: [str(t.dtype).removeprefix("torch."), *t.shape] for key, t in tensors.items()},
             "layers": layers,
+            "groups": _groups(cache),
         }
         os.replace(partial, directory / name)
         partial.write_text(json.dumps(manifest, indent=1))
@@ -80,9 +85,13 @@ def load(cls, directory: str | os.PathLike, model=None, device: torch.device | s
     """Read a cache back; see `KVCache.load`."""
     directory = Path(directory)
     manifest = _read_manifest(directory)
-    tensors = _read_tensors(directory, manifest)
     if device is None:
         device = model.device if model is not None else "cpu"
+    tensors = {name: t.to(device) for name, t in _read_tensors(directory, manifest).items()}
+    groups = manifest.get("groups", [])
+    for leader, *others in groups:
+        shared = {name: tensors.get(f"{leader}.{name}") for name in ("constants.keys.down", "constants.values.down")}
+        tensors |= {f"{i}.{name}": t for i in others for name, t in shared.items() if t is not None}
     cache = cls(
         policy=policy_from_spec(manifest["policy"]),
         window=manifest["window"],
@@ -94,13 +103,16 @@ def load(cls, directory: str | os.PathLike, model=None, device: torch.device | s
     cache.min_length, cache.exact_prefill = manifest.get("min_length", 0), manifest.get("exact_prefill", True)
     stock, cache.layers = cache.layers, []
     for i, entry in enumerate(manifest["layers"]):
-        own = {key.split(".", 1)[1]: t.to(device) for key, t in tensors.items() if key.split(".", 1)[0] == str(i)}
+        own = {key.split(".", 1)[1]: t for key, t in tensors.items() if key.split(".", 1)[0] == str(i)}
         if entry["class"] == "KVLayer":
             cache.layers.append(_restore(i, entry, own, cache))
         elif i < len(stock) and type(stock[i]).__name__ == entry["class"]:
             cache.layers.append(_restore_stock(stock[i], entry, own))
         else:
             raise CacheFileError(f"{directory}: layer {i} is a {entry['class']}; load it with model=")
+    for group in groups:
+        for i in group:
+            cache.layers[i].store.join(cache.layers[group[0]].store, len(group))
     cache.expect(manifest["model"])
     if model is not None:
         cache.check_model(_attention(model, cache.first_layer), str(directory))
@@ -121,12 +133,18 @@ def fingerprint(module: torch.nn.Module) -> dict:
     }
 
 
+def _groups(cache) -> list[list[int]]:
+    """Layers that share their packed rows, the one that holds them first."""
+    stores = [layer.store if isinstance(layer, KVLayer) else None for layer in cache.layers]
+    leaders = [store for store in stores if isinstance(store, SharedStore) and store.sharers[:1] == [store]]
+    return [[stores.index(store) for store in leader.sharers] for leader in leaders]
+
+
 def _attention(model, layer_idx: int) -> torch.nn.Module:
     return next(m for m in model.modules() if getattr(m, "layer_idx", None) == layer_idx and hasattr(m, "scaling"))
 
 
 def _describe(layer: KVLayer) -> tuple[dict, dict]:
-    layer.finish()
     entry = {
         "class": "KVLayer",
         "tokens_seen": layer.tokens_seen,
@@ -144,9 +162,8 @@ def _describe(layer: KVLayer) -> tuple[dict, dict]:
         for buffer_name, buffer in layer.store.buffers().items()
         for name, t in buffer.views().items()
     }
-    for side, codec in (("keys", layer.store.keys), ("values", layer.store.values)):
-        constants = {} if codec is None else codec.constants()
-        views |= {f"constants.{side}.{name}": t for name, t in constants.items()}
+    for side in ("keys", "values"):
+        views |= {f"constants.{side}.{name}": t for name, t in layer.store.constants(side).items()}
     return entry, views
 
 

@@ -121,6 +121,8 @@ class LowRankCache(KVCache):
         exact_prefill: False lets the prompt, too, attend to projected rows, as the published evaluations do.
         mix: share out the energy of the latents (None: where they are quantised).
         centre: subtract the mean row, where the projection is fitted to the prompt.
+        share_layers: this many neighbouring layers keep one row of latents per token between them (xKV, Chang et al.
+            2025); their projection is always fitted to the prompt, and `rank` is out of the channels of all of them.
         window: newest tokens that stay dense; up to 31 more wait there for their block.
         n_sink: oldest tokens that stay dense (of a left-padded row these are pads).
         **kwargs: `policy`, `edge_layers`, `min_length`, `max_length`, `config`, `offloading` of `KVCache`.
@@ -136,13 +138,14 @@ class LowRankCache(KVCache):
         bases=None,
         mix: bool | None = None,
         centre: bool = True,
+        share_layers: int = 1,
         window: int = 64,
         n_sink: int = 4,
         **kwargs,
     ):
         integers = Dense() if bits is None else Quantize(bits, axis="token")
         codec = tuple(
-            LowRank(r, s, rope if side == "k" else "pre", mix, centre, bases) >> integers
+            LowRank(r, s, rope if side == "k" else "pre", mix, centre, share_layers, bases) >> integers
             for side, r, s in zip("kv", _pair(rank, "rank"), _pair(group_size, "group_size"), strict=True)
         )
         super().__init__(codec=codec, window=window, n_sink=n_sink, **kwargs)

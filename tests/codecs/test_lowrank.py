@@ -366,9 +366,7 @@ def test_joint_rows_and_a_policy_by_head(tmp_path):
     model = tiny_model("llama")
     joint = bases_of(model, group_size_v="all")
     cache = kv.LowRankCache(bases=joint, window=4, policy=kv.KeyDiff(budget=60, n_recent=8))
-    with pytest.raises(
-        ValueError, match="KeyDiff drops .* but the basis of the values is shared by 2"
-    ):
+    with pytest.raises(ValueError, match="KeyDiff drops .* but the basis of the values is shared by 2"):
         model(prompt(1, 90), past_key_values=cache)
 
 

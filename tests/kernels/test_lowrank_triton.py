@@ -84,6 +84,7 @@ CASES = {
     "llama-3-500": case_of(D=128, N=500, k=(2, 64), v=(1, 128)),
     "llama-2-per-head": case_of(G=1, D=128, N=130, k=(2, 64), v=(2, 64)),
     "gqa7-s5-mask": case_of(B=2, Hkv=1, G=7, S=5, D=80, k=(1, 48), v=(1, 48), mask="each", mean=False),
+    "gqa2-s3-mask": case_of(B=2, G=2, S=3, N=70, mask="each", softcap=20.0),
     "gqa8-joint-512": case_of(Hkv=2, G=8, N=70, k=(2, 16), v=(1, 512)),
     "joint-1040": case_of(S=3, G=1, N=70, k=(2, 16), v=(1, 1040)),
     "padded-batch": case_of(B=2, N=150, place="padded", mask="batch"),

@@ -26,6 +26,12 @@ VARIANTS = [
     "sparse-d128-pairs64-fp16-mask-softcap",
     "sparse-d256-bitmap64-bf16",
     "sparse-pack-d128-bitmap40",
+    "lowrank-d128-k64-weights-m4-bf16",
+    "lowrank-d128-k64x4bit-weights-m12-fp16-mask-softcap",
+    "lowrank-absorbed-k64-v64",
+    "lowrank-absorbed-k64x4bit-v64x4bit-m4",
+    "lowrank-values512-m32",
+    "lowrank-values512x4bit",
 ]
 # where Triton has scatter in shared memory
 GLUON = [
@@ -42,6 +48,11 @@ LIMITS = {
     "sparse-d128-bitmap40-bf16": 20,
     "sparse-d128-bitmap40-4bit-bf16": 36,
     "gluon-d128-index40-bf16": 4.6,
+    # per latent channel of keys alone: 14.9 is for keys and values, which follow in a kernel of their own
+    "lowrank-d128-k64-weights-m4-bf16": 22,
+    "lowrank-d128-k64x4bit-weights-m12-fp16-mask-softcap": 40,
+    "lowrank-absorbed-k64-v64-m4-bf16": 3.4,
+    "lowrank-values512-m32-bf16": 8.5,
 }
 
 

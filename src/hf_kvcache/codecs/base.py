@@ -18,6 +18,7 @@ class Codec:
         needs: what it reads beyond the rows: "queries", "positions", "model".
         shares_rows: whether several KV heads share a row.
         heads_per_row: how many (known once a layer has seen its first rows).
+        share_layers: neighbouring layers that share a row.
         is_unfitted: whether rows have to be shown to `fitted` before any can be encoded.
         is_owned: whether `constants` belong to this cache rather than to the model.
     """
@@ -29,6 +30,7 @@ class Codec:
     needs: frozenset[str] = frozenset()
     shares_rows: bool = False
     heads_per_row: int = 1
+    share_layers: int = 1
     is_unfitted: bool = False
     is_owned: bool = False
 
@@ -184,6 +186,10 @@ class Chain(Codec):
         return self.first.heads_per_row
 
     @property
+    def share_layers(self) -> int:
+        return self.first.share_layers
+
+    @property
     def is_unfitted(self) -> bool:
         return self.first.is_unfitted
 
@@ -215,7 +221,10 @@ class Chain(Codec):
         return self.second.check(self.first.check(row))
 
     def encode(self, x, queries=None, positions=None):
-        encoded = self.first.encode(x, queries, positions)
+        return self.follow(self.first.encode(x, queries, positions))
+
+    def follow(self, encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Encode what the first codec has left in `encoded` with the second one."""
         carried = self.second.encode(encoded.pop(self.first.carrier))
         return encoded | {f"second.{name}": t for name, t in carried.items()}
 

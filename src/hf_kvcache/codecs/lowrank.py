@@ -10,6 +10,7 @@ import torch
 
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.basis import Basis, Moments, by_group, principal
+from hf_kvcache.codecs.joint import JointBasis
 from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.rope import Rope
 
@@ -33,6 +34,8 @@ class LowRank(Codec):
         rope: "pre" or "post": where keys are projected. Values have no RoPE.
         mix: share out the energy of the leading latents, so that they round well. None does so before `Quantize`.
         centre: subtract the mean row, where the basis is fitted to the prompt.
+        share_layers: neighbouring layers that share latents, those of all their heads (xKV, Chang et al. 2025). Their
+            basis is fitted to the prompt; `rank` is out of the channels of all of them.
         bases: the bases of a model (`adapters.Bases`); None asks the model for its adapter, then fits to the prompt.
     """
 
@@ -41,6 +44,7 @@ class LowRank(Codec):
     rope: str = "pre"
     mix: bool | None = None
     centre: bool = True
+    share_layers: int = 1
     bases: object = field(default=None, repr=False, compare=False)
     # what a layer fills in
     side: str | None = field(default=None, repr=False)
@@ -61,6 +65,10 @@ class LowRank(Codec):
         is_number = isinstance(self.group_size, int) and self.group_size > 0
         if self.group_size not in (None, "all") and not is_number:
             raise ValueError(f'group_size={self.group_size!r} is neither a number of KV heads nor "all"')
+        if not isinstance(self.share_layers, int) or self.share_layers < 1:
+            raise ValueError(f"share_layers={self.share_layers!r} is not a number of layers")
+        if self.share_layers > 1 and self.bases is not None:
+            raise ValueError(f"share_layers={self.share_layers} is fitted to the prompt; bases are of single layers")
 
     @property
     def format(self):
@@ -81,11 +89,11 @@ class LowRank(Codec):
 
     @property
     def shares_rows(self):
-        return self.group_size not in (None, 1)
+        return self.group_size not in (None, 1) or self.share_layers > 1
 
     @property
     def heads_per_row(self):
-        return self.group_size
+        return self.group_size * self.share_layers
 
     @property
     def is_unfitted(self):
@@ -100,6 +108,11 @@ class LowRank(Codec):
         return replace(self, mix=True) if self.mix is None and isinstance(second, Quantize) else self
 
     def for_shape(self, n_kv_heads, head_dim):
+        if self.share_layers > 1:
+            if self.group_size not in (None, "all", n_kv_heads):
+                raise ValueError(f"group_size={self.group_size}, but layers that share latents share those of all heads")
+            # how many layers there are to share decides the rank
+            return replace(self, group_size=n_kv_heads)
         group_size = n_kv_heads if self.group_size == "all" else self.group_size or 1
         if n_kv_heads % group_size:
             raise ValueError(f"group_size={group_size} does not divide {n_kv_heads} KV heads")
@@ -113,7 +126,7 @@ class LowRank(Codec):
             return replace(self, rope="post").for_model(host)
         if self.basis is not None:
             return replace(self, rotary=rotary)
-        found = host.basis(self.side, self.rope, self.bases)
+        found = None if self.share_layers > 1 else host.basis(self.side, self.rope, self.bases)
         if found is None:
             return replace(self.for_shape(host.n_kv_heads, host.head_dim), rotary=rotary)
         wanted = host.n_kv_heads if self.group_size == "all" else self.group_size
@@ -128,7 +141,7 @@ class LowRank(Codec):
         moments = None
         for start in range(0, x.shape[2], CHUNK):
             rows = slice(start, start + CHUNK)
-            grouped = self._grouped(x, positions, rows).transpose(0, 1)  # [G, B, n, s * D]
+            grouped = self._chunk(x, positions, rows).transpose(0, 1)  # [G, B, n, s * D]
             if moments is None:
                 dtype = torch.float32 if x.device.type == "mps" else torch.float64
                 moments = Moments(grouped.shape[0], grouped.shape[3], x.device, dtype)
@@ -140,24 +153,33 @@ class LowRank(Codec):
         basis, _ = principal(moments.covariance(self.centre), self.group_size, mean)
         return replace(self, basis=basis.placed(self.rank, bool(self.mix), x.dtype, x.device), is_owned=True)
 
+    def rank_within(self, width):
+        """Latent channels for `width` channels; layers that are left over make a smaller group, of `rank` at most."""
+        return channels_of(0.5 if self.rank is None else min(self.rank, width), width)
+
     def constants(self):
         return {} if self.basis is None else self.basis.tensors
 
     def with_constants(self, tensors):
-        return replace(self, basis=Basis(**tensors), is_owned=True) if tensors else self
+        if not tensors:
+            return self
+        basis = (JointBasis if self.share_layers > 1 else Basis)(**tensors)
+        return replace(self, basis=basis, rank=basis.rank, is_owned=True)
 
     # -- encode and decode -------------------------------------------------------------------------------------------
 
     def check(self, row):
-        return row.new_zeros(*row.shape[:3], self.for_shape(row.shape[1], row.shape[3]).rank)
+        own = self.for_shape(row.shape[1], row.shape[3])
+        rank = 0.5 if own.rank is None else own.rank
+        return row.new_zeros(*row.shape[:3], channels_of(rank, own.heads_per_row * row.shape[3]))
 
     def encode(self, x, queries=None, positions=None):
         if x.shape[2] <= CHUNK:
-            return {"latents": self.basis.encode(self._grouped(x, positions, slice(None))).to(x.dtype)}
+            return {"latents": self.basis.encode(self.grouped(x, positions)).to(x.dtype)}
         latents = x.new_empty(x.shape[0], x.shape[1] // self.group_size, x.shape[2], self.rank)
         for start in range(0, x.shape[2], CHUNK):
             rows = slice(start, start + CHUNK)
-            latents[:, :, rows] = self.basis.encode(self._grouped(x, positions, rows))
+            latents[:, :, rows] = self.basis.encode(self._chunk(x, positions, rows))
         return {"latents": latents}
 
     def decode(self, encoded, dtype, head_dim, positions=None):
@@ -166,20 +188,23 @@ class LowRank(Codec):
             rows = self.rotary.rotate(rows, positions)
         return rows.to(dtype)
 
-    def _grouped(self, x, positions, rows):
+    def _chunk(self, x, positions, rows):
+        return self.grouped(x[:, :, rows], None if positions is None else positions[:, :, rows])
+
+    def grouped(self, x, positions=None):
         """Rows of keys or values as the basis sees them: before RoPE where it does, by group, in float32."""
-        x = x[:, :, rows].float()
+        x = x.float()
         if self.rotates:
             if self.rotary is None:
                 raise ValueError("keys are projected before RoPE, and the model whose RoPE it is has not been seen yet")
-            x = self.rotary.unrotate(x, positions[:, :, rows])
+            x = self.rotary.unrotate(x, positions)
         return by_group(x, self.group_size)
 
     def carrier_width(self, head_dim):
         return self.rank
 
     def nbytes_per_token(self, head_dim, itemsize):
-        return self.rank * itemsize / self.group_size
+        return self.rank * itemsize / self.heads_per_row
 
     # -- attention in the space of latents ---------------------------------------------------------------------------
 
@@ -206,7 +231,7 @@ class LowRank(Codec):
         return rows.reshape(*out.shape[:3], -1)
 
     def spec(self):
-        knobs = ("rank", "group_size", "rope", "mix", "centre", "side")
+        knobs = ("rank", "group_size", "rope", "mix", "centre", "share_layers", "side")
         return {"codec": "LowRank"} | {name: getattr(self, name) for name in knobs}
 
 

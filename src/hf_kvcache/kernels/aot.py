@@ -320,6 +320,7 @@ def _lowrank_specs():
     for D, keys, values, rows, rotary, dtype, mask in [
         (128, (64, 0), None, 4, 128, "bf16", 0),
         (128, (64, 0), None, 1, 128, "fp16", 0),
+        (128, (64, 0), None, 6, 128, "bf16", 2),
         (128, (64, 0), None, 20, 128, "bf16", 2),
         (128, (64, 4), None, 4, 128, "bf16", 0),
         (128, (64, 4), None, 12, 128, "fp16", 2),

@@ -2,6 +2,7 @@
 
 from hf_kvcache.stores.base import Store
 from hf_kvcache.stores.buffer import RowBuffer
+from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import UniformStore
 
-__all__ = ["RowBuffer", "Store", "UniformStore"]
+__all__ = ["RowBuffer", "SharedStore", "Store", "UniformStore"]

@@ -118,12 +118,26 @@ class UniformStore(Store):
         rope = self.dense["rope"][:, :, start:stop].clamp(min=0) if self.needs_positions else None
         rows |= {} if rope is None else {"rope": rope}
         for side, codec in (("k", self.keys), ("v", self.values)):
-            encoded = codec.encode(self.dense[side][:, :, start:stop], queries, rope)
+            encoded = self._encode(codec, side, start, stop, queries, rope)
             rows |= {f"{side}.{name}": t for name, t in encoded.items()}
         is_first = not self.packed.tensors
         self.packed.append(rows, n)
         if is_first and self.max_length is not None:
             self.packed.reserve(self.max_length - self.n_sink - self.window)
+        for store in self.sharers:
+            store._drop(start, stop)
+
+    @property
+    def sharers(self) -> list[UniformStore]:
+        """The stores that read these packed rows."""
+        return [self]
+
+    def _encode(self, codec: Codec, side: str, start: int, stop: int, queries, rope) -> dict[str, torch.Tensor]:
+        """The dense rows `[start, stop)` of one side, encoded."""
+        return codec.encode(self.dense[side][:, :, start:stop], queries, rope)
+
+    def _drop(self, start: int, stop: int) -> None:
+        """Free the dense rows `[start, stop)`, which are packed now."""
         steady = self.n_sink + self.window + self.step
         self.dense.remove(start, stop, capacity=None if self.owned and self.dense.capacity <= steady else steady)
         self.owned = True
@@ -155,9 +169,14 @@ class UniformStore(Store):
     @property
     def nbytes(self) -> int:
         """Bytes allocated: rows, spare rows, metadata, and constants that were made for this cache."""
-        sides = () if self.keys is None else (self.keys, self.values)
-        constants = [t for codec in sides if codec.is_owned for t in codec.constants().values()]
+        owned = [side for side in ("keys", "values") if self.keys is not None and getattr(self, side).is_owned]
+        constants = [t for side in owned for t in self.constants(side).values()]
         return super().nbytes + sum(t.untyped_storage().nbytes() for t in constants)
+
+    def constants(self, side: str) -> dict[str, torch.Tensor]:
+        """What packed rows cannot be decoded without, of the "keys" or the "values", as far as this store holds it."""
+        codec = getattr(self, side)
+        return {} if codec is None else codec.constants()
 
     def _own(self) -> None:
         """Leave the tensors that were adopted from the model for storages of our own."""
@@ -178,6 +197,13 @@ class UniformStore(Store):
         unit = self.packed.unit
         n = min(-(-n_tokens // unit) * unit, self.n_packed)
         start = self.n_packed - n
+        for store in self.sharers:
+            store._restore(start)
+        self.packed.truncate(start)
+
+    def _restore(self, start: int) -> None:
+        """Decode the packed rows from `start` on into the dense tail."""
+        n = self.n_packed - start
         back = dict(zip("kv", self.rows(start, self.n_packed)))
         back |= {name: self.packed[name][:, :, start:] for name in self.tracked}
         if self.has_rope:
@@ -185,7 +211,6 @@ class UniformStore(Store):
             back["rope"] = rope.expand(back["k"].shape[0], -1, n)
         after = {name: t[:, :, self.n_sink :].clone() for name, t in self.dense.views().items()}
         n_after = self.dense.n_tokens - self.n_sink
-        self.packed.truncate(start)
         self.dense.truncate(self.n_sink)
         self.dense.append(back, n)
         self.dense.append(after, n_after)

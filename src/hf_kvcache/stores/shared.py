@@ -1,0 +1,128 @@
+"""The store of a layer that shares its packed rows with its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from hf_kvcache.codecs.base import Chain, Codec
+from hf_kvcache.codecs.joint import fit_jointly
+from hf_kvcache.codecs.lowrank import CHUNK, LowRank
+from hf_kvcache.stores.buffer import RowBuffer
+from hf_kvcache.stores.uniform import UniformStore
+
+
+class SharedStore(UniformStore):
+    """One latent row per token for a group of layers (xKV, Chang et al. 2025), and a dense tail for each of them.
+
+    The layers of a group read one buffer of packed rows, which the first of them, the leader, answers for; each has
+    its own directions in which it reads them. Rows are packed when the last layer of the group settles, as all of them
+    are there then. A store outside a group stays dense.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.group: list[SharedStore] = []
+        self.n_layers = 0
+
+    def join(self, leader: SharedStore, n_layers: int) -> None:
+        """Enter the group of `leader` (which enters first), one of `n_layers` in the order of the model."""
+        self.group, self.packed, self.n_layers = leader.group, leader.packed, n_layers
+        self.group.append(self)
+
+    @property
+    def sharers(self) -> list[SharedStore]:
+        return self.group
+
+    @property
+    def is_leader(self) -> bool:
+        return not self.group or self is self.group[0]
+
+    def lowrank(self, side: str) -> LowRank:
+        """The low-rank codec of one side, whatever follows it."""
+        codec = self.keys if side == "k" else self.values
+        while isinstance(codec, Chain):
+            codec = codec.first
+        return codec
+
+    def pack(self) -> None:
+        if len(self.group) == self.n_layers > 0 and self is self.group[-1]:
+            super().pack()
+        elif not self.owned:
+            self._own()
+
+    def fit(self) -> None:
+        """Find the directions of the rows there are, for all layers of the group at once."""
+        if not self.is_unfitted:
+            return
+        start = min(self.n_sink, self.dense.n_tokens - 1)
+        for side, which in (("k", "keys"), ("v", "values")):
+            first = self.lowrank(side)
+            parts = fit_jointly(
+                self._real_rows(side, start),
+                self.dense[side].shape[0] * (self.dense.n_tokens - start),
+                [store._heads(side) for store in self.group],
+                first.rank_within(self._width(side)),
+                is_mixed=bool(first.mix),
+                centre=first.centre,
+                dtype=self.dtype,
+            )
+            for store, part in zip(self.group, parts, strict=True):
+                setattr(store, which, getattr(store, which).with_constants(part.tensors))
+
+    @property
+    def rows_to_fit(self) -> int:
+        """Rows from which on the latents and what it takes to expand them are less than the rows.
+
+        No fewer than twice as many as there are directions to find, no more than twice as many as there are channels.
+        """
+        if not self.is_unfitted:
+            return 0
+        least = 0
+        for side in "kv":
+            width = self._width(side)
+            rank = self.lowrank(side).rank_within(width)
+            even = rank * (width + rank) / max(width - rank, 1)
+            least = max(least, min(max(int(even) + 1, 2 * rank), 2 * width))
+        return least
+
+    def buffers(self) -> dict[str, RowBuffer]:
+        own = super().buffers()
+        return own if self.is_leader else {name: buffer for name, buffer in own.items() if name != "packed"}
+
+    def constants(self, side: str) -> dict[str, torch.Tensor]:
+        own = super().constants(side)
+        return own if self.is_leader else {name: t for name, t in own.items() if name != "down"}
+
+    def _encode(self, codec: Codec, side: str, start: int, stop: int, queries, rope) -> dict[str, torch.Tensor]:
+        chunks = []
+        for at in range(start, stop, CHUNK):
+            rows = slice(at, min(at + CHUNK, stop))
+            where = None if rope is None else rope[:, :, rows.start - start : rows.stop - start]
+            # float32, because the parts are rounded once they have been added up
+            parts = (s.lowrank(side).encode(s.dense[side][:, :, rows].float(), None, where) for s in self.group)
+            chunks.append(sum(part["latents"] for part in parts).to(self.dtype))
+        return _followed(codec, {"latents": torch.cat(chunks, 2)})
+
+    def _heads(self, side: str) -> tuple[int, int]:
+        """`(Hkv, D)`."""
+        return self.dense.tensors[side].shape[1], self.dense.tensors[side].shape[3]
+
+    def _width(self, side: str) -> int:
+        """Channels of all layers of the group."""
+        return sum(n_heads * head_dim for n_heads, head_dim in (store._heads(side) for store in self.group))
+
+    def _real_rows(self, side: str, start: int) -> Iterator[torch.Tensor]:
+        """Rows `[n, W]` of the group, as its codecs see them, without padding and broken tokens."""
+        for at in range(start, self.dense.n_tokens, CHUNK):
+            span = slice(at, min(at + CHUNK, self.dense.n_tokens))
+            rope = self.dense["rope"][:, :, span]
+            parts = (s.lowrank(side).grouped(s.dense[side][:, :, span], rope.clamp(min=0)) for s in self.group)
+            rows = torch.cat(list(parts), 3)[:, 0]  # [B, n, W]
+            yield rows[(rope[:, 0] >= 0) & rows.isfinite().all(-1)]
+
+
+def _followed(codec: Codec, encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the codecs behind the first one make of what it has encoded."""
+    return codec.follow(_followed(codec.first, encoded)) if isinstance(codec, Chain) else encoded

@@ -1,0 +1,46 @@
+"""The calibration command, from a text file to a cache."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_kvcache as kv
+from hf_kvcache.cli import main
+from hf_kvcache.trainers import calibrate_lowrank
+
+SHORT = ["--samples", "2", "--length", "96", "--allocator", "greedy"]
+
+
+def test_from_text_to_cache(tmp_path, capsys):
+    assert main(["calibrate", "lowrank", "--rank", "0.5", "--out", str(tmp_path / "adapter"), *SHORT]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["calibration tokens"] == 192
+    assert 0.47 < printed["of a dense cache"] < 0.5
+    assert len(printed["ranks of keys"]) == 4
+    model = AutoModelForCausalLM.from_pretrained(kv.embedded_model(), attn_implementation="hf_kvcache")
+    cache = kv.LowRankCache.from_adapter(tmp_path / "adapter")
+    ids = torch.randint(3, 4000, (1, 300), generator=torch.Generator().manual_seed(0))
+    model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    assert [layer.store.keys.rank for layer in cache.layers] == printed["ranks of keys"]
+
+
+def test_after_rope(tmp_path):
+    out = ["--rope", "post", "--group-size-v", "1", "--out", str(tmp_path)]
+    assert calibrate_lowrank.main([*out, *SHORT]) == 0
+    cache = kv.LowRankCache.from_adapter(tmp_path)
+    assert cache.codec[0].rope == "post"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--length", "30000", "--text", __file__], "one sample needs"),
+        (["--text", "no/such-dataset-at-all"], "no/such-dataset-at-all"),
+        (["--rank", "2"], "not a share"),
+    ],
+)
+def test_mistakes_are_said(arguments, message, tmp_path, capsys):
+    assert main(["calibrate", "lowrank", "--out", str(tmp_path), *SHORT, *arguments]) == 2
+    assert message in capsys.readouterr().err
