@@ -11,30 +11,35 @@ BASELINE = "DynamicCache + sdpa"
 # relative error against float64 attention on the rows that a contestant holds; for a peer, whose rows we cannot read
 # back, on the exact ones
 TOLERANCE = {"Quantized": 0.2, "": 0.02}
-LLAMA_8B = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+SHAPES = {
+    "Llama-3.1-8B": {"heads": 32, "kv_heads": 8, "head_dim": 128},
+    "Llama-2-7B": {"heads": 32, "kv_heads": 32, "head_dim": 128},
+}
 
 
 def decode_step(options) -> list[dict]:
-    """A decode step at the shape of Llama-3.1-8B, bf16, cold data: rotates over several layers."""
+    """A decode step at the shapes of Llama-3.1-8B and Llama-2-7B, bf16, cold data: rotates over several layers."""
     if options.device == "cpu":
-        grid = [(1, 16384, 4)]
+        grid = [("Llama-3.1-8B", 1, 16384, 4), ("Llama-2-7B", 1, 8192, 2)]
     else:
-        # a large layer does not fit the caches of the chip anyway, and 13 copies of it must fit its memory
-        grid = [(batch, n, 4 if batch * n <= 2**19 else 1) for n in (32768, 131072) for batch in (1, 4, 16)]
-    return [row for batch, n, layers in grid for row in _decode_step(options, batch, n, layers)]
+        # a large layer does not fit the caches of the chip anyway, and two dozen copies of it must fit its memory
+        grid = [("Llama-3.1-8B", b, n, 4 if b * n <= 2**19 else 1) for n in (32768, 131072) for b in (1, 4, 16)]
+        grid += [("Llama-2-7B", 1, n, 2) for n in (16384, 65536, 131072)]
+    return [row for shape, batch, n, layers in grid for row in _decode_step(options, shape, batch, n, layers)]
 
 
 def scaling(options) -> list[dict]:
     """The same step at growing lengths: linear in what is kept, and append and settle flat."""
     lengths = (2048, 4096, 8192, 16384, 32768)
     names = (BASELINE, "KVCache", "QuantCache 4 bit", "SparseCache 50 %", "SparseCache 70 %")
-    return [row for n in lengths for row in _decode_step(options, 1, n, 2, names)]
+    return [row for n in lengths for row in _decode_step(options, "Llama-3.1-8B", 1, n, 2, names)]
 
 
-def _decode_step(options, batch, n_tokens, n_layers, names=None) -> list[dict]:
-    module = peers.Layer(**LLAMA_8B)
-    q_shape = (batch, LLAMA_8B["heads"], 1, LLAMA_8B["head_dim"])
-    kv_shape = (batch, LLAMA_8B["kv_heads"], n_tokens, LLAMA_8B["head_dim"])
+def _decode_step(options, shape, batch, n_tokens, n_layers, names=None) -> list[dict]:
+    sizes = SHAPES[shape]
+    module = peers.attention_module(**sizes)
+    q_shape = (batch, sizes["heads"], 1, sizes["head_dim"])
+    kv_shape = (batch, sizes["kv_heads"], n_tokens, sizes["head_dim"])
     layers: dict[str, list] = {}
     generator = torch.Generator(options.device).manual_seed(0)
 
@@ -46,7 +51,7 @@ def _decode_step(options, batch, n_tokens, n_layers, names=None) -> list[dict]:
         for name, contestant in peers.contestants(module).items():
             if names is not None and name not in names:
                 continue
-            _fill(contestant, k, v, prompt_q)
+            _fill(contestant, module, k, v, prompt_q)
             new = rows(q_shape), k[:, :, :1], v[:, :, :1]
             held = contestant.cache.layers[0].store.logical_rows() if hasattr(contestant.cache, "codec") else (k, v)
             expected = _exact(*new, *held, module.scaling)
@@ -72,6 +77,7 @@ def _decode_step(options, batch, n_tokens, n_layers, names=None) -> list[dict]:
     base = times[BASELINE]["ms"]
     return [
         {
+            "shape": shape,
             "cache": name,
             "batch": batch,
             "tokens": n_tokens,
@@ -86,14 +92,14 @@ def _decode_step(options, batch, n_tokens, n_layers, names=None) -> list[dict]:
     ]
 
 
-def _fill(contestant, k, v, q) -> None:
+def _fill(contestant, module, k, v, q) -> None:
     """Bring a cache to the state after a prompt; only its last query is computed, the rest would only cost time."""
     cache = contestant.cache
     keys, _ = cache.update(k, v, 0)
     if hasattr(keys, "layer"):
-        keys.cache.bind(peers.Layer(**LLAMA_8B), keys)
+        keys.cache.bind(module, keys)
+        keys.layer.note_positions(None, None, k.shape[2])
         keys.layer.settle(q.expand(-1, -1, 2, -1), keys)
-        cache.rebind()
 
 
 def _exact(q, new_k, new_v, k, v, scaling):

@@ -35,6 +35,9 @@ def caches(config) -> dict:
         "SparseCache 50 %": lambda: kv.SparseCache(0.5),
         "SparseCache 70 %": lambda: kv.SparseCache(0.7),
         "SparseCache 70 % + 4 bit": lambda: kv.SparseCache(0.7, bits=4),
+        "LowRankCache 50 %": lambda: kv.LowRankCache(0.5),
+        "LowRankCache 50 % + 4 bit": lambda: kv.LowRankCache(0.5, bits=4),
+        "LowRankCache 50 % post-RoPE": lambda: kv.LowRankCache(0.5, rope="post"),
         "EvictionCache keydiff 25 %": lambda: kv.EvictionCache("keydiff", ratio=0.25),
     }
     for backend in ("quanto", "hqq"):
@@ -113,6 +116,9 @@ def equal_memory(options) -> list[dict]:
         "SparseCache 50 %": lambda: kv.SparseCache(0.5, **room),
         "SparseCache 70 %": lambda: kv.SparseCache(0.7, **room),
         "SparseCache 70 % + 4 bit": lambda: kv.SparseCache(0.7, bits=4, **room),
+        "LowRankCache 50 %": lambda: kv.LowRankCache(0.5, **room),
+        "LowRankCache 50 % + 4 bit": lambda: kv.LowRankCache(0.5, bits=4, **room),
+        "LowRankCache 50 % post-RoPE + 4 bit": lambda: kv.LowRankCache(0.5, bits=4, rope="post", **room),
     }
     exact, reference = kv.KVCache(**room), None
     _prompted(model, exact, 1, n_tokens)

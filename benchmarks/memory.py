@@ -19,6 +19,8 @@ CONTESTANTS = {
     "SparseCache 70 %": "kv.SparseCache(0.7)",
     "SparseCache 70 % index": 'kv.SparseCache(0.7, layout="index")',
     "SparseCache 70 % + 4 bit": "kv.SparseCache(0.7, bits=4)",
+    "LowRankCache 50 % post-RoPE": 'kv.LowRankCache(0.5, rope="post")',
+    "LowRankCache 50 % post-RoPE + 4 bit": 'kv.LowRankCache(0.5, bits=4, rope="post")',
     "EvictionCache keydiff 25 %": 'kv.EvictionCache("keydiff", ratio=0.25)',
     "keydiff 50 % + 8 bit": "kv.QuantCache(8, policy=kv.KeyDiff(ratio=0.5))",
 }

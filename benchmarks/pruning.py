@@ -27,7 +27,7 @@ RULES = {
 @torch.no_grad()
 def pruning(options) -> list[dict]:
     """Perplexity and KL by rule, side and sparsity, beside quantised caches of about the same bytes."""
-    model, ids = _model_and_text(options)
+    model, ids = model_and_text(options)
     size = min(options.context, getattr(model.config, "max_position_embeddings", options.context))
     n_next = min(NEXT, size // 2)
     windows = build_windows(ids, size - n_next, n_next, WINDOWS, model.config.bos_token_id)
@@ -83,7 +83,7 @@ def _grid(head_dim: int) -> dict:
     return grid
 
 
-def _model_and_text(options):
+def model_and_text(options):
     path = options.model or kv.embedded_model()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="hf_kvcache").eval()

@@ -18,6 +18,7 @@ from pathlib import Path
 import attention
 import generation
 import memory
+import projection
 import pruning
 import torch
 from rich.console import Console
@@ -33,9 +34,10 @@ SUITES = {
     "equal-memory": generation.equal_memory,
     "memory": memory.process_memory,
     "pruning": pruning.pruning,
+    "projection": projection.projection,
 }
 # these measure what a model says, not how fast, and take --model, --text and --context
-QUALITY = ("pruning",)
+QUALITY = ("pruning", "projection")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls per contestant (default 15)")
-    quality = parser.add_argument_group("quality suites (pruning)")
+    quality = parser.add_argument_group("quality suites (pruning, projection)")
     quality.add_argument("--model", help="Hub id or local folder (default: the embedded model)")
     quality.add_argument("--text", help="text file to predict (default: the package's own prose)")
     quality.add_argument("--context", type=int, default=2048, help="tokens of a window (default 2048)")

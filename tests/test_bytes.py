@@ -36,8 +36,8 @@ class AnyHost:
     def rope(self):
         return self._rope
 
-    def basis(self, side, rope, bases):
-        return None if bases is None else bases.of(0, side)
+    def basis(self, side, bases):
+        return None if bases is None else (bases.of(0, side), "pre")
 
 
 def layer_of(cache):

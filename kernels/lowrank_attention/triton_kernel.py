@@ -1,8 +1,8 @@
 """Split-KV decode attention over low-rank latents; softmax and merge are those of `dense_attention`.
 
 A tile of keys is rebuilt as two halves, the first and the second channel of every rotary pair, so that rotating them
-moves nothing between lanes. Values are summed as latents: in the same program where every KV head has its own, else
-weights go through memory and each row of values is read once for all the heads that share it (README.md).
+moves nothing between lanes. Values are summed as latents, by a second kernel that reads each row once for all the heads
+that share it; where every KV head has its own and keys need no rotation, the first kernel does it (README.md).
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def lowrank_attention(q, keys, values, expansion=None, *, scaling, mask=None, so
     B, Hq, S, _ = q.shape
     N, Hkv, n_groups, rank = keys.rows.shape[2], kv_heads(keys, values, expansion), values.rows.shape[1], values.rank
     n_rows = Hq // Hkv * S
-    rows_per_split, n_splits = splits(N, B * Hkv * triton.cdiv(n_rows, query_block(n_rows)), q.device)
-    common = {"scaling": scaling, "mask": mask, "softcap": softcap}
     rotated = expansion is not None and expansion.tables is not None
+    rows_per_split, n_splits = splits(N, B * Hkv * triton.cdiv(n_rows, query_block(n_rows, rotated)), q.device)
+    common = {"scaling": scaling, "mask": mask, "softcap": softcap}
     if n_groups == Hkv and rank <= FUSED_RANK and not rotated:
         out, lse = partials(q, n_splits, rank)
         attend(q, keys, values, expansion, out, lse, rows_per_split, Hkv, **common)
@@ -133,7 +133,7 @@ def attend(q, keys, values, expansion, out, lse, rows_per_split, Hkv, *, scaling
         q, *k_tensors, *v_tensors, up, q if mean is None else mean.contiguous(), places, coarse, fine,
         q if mask is None else mask.view(torch.uint8), out, lse,
         scaling, softcap or 0.0, N, rows_per_split, S, n_rows, Hkv,
-        Hkv // keys.rows.shape[1], coarse.shape[1], *q.stride()[:3],
+        Hkv // keys.rows.shape[1], coarse.shape[1], triton.cdiv(rotary or 0, 2 * config["HC_ANY"]), *q.stride()[:3],
         *side_strides(k_tensors, unit), *side_strides(v_tensors, unit), *(s // unit for s in up.stride()[:2]),
         places.stride(0), 0 if places.shape[1] == 1 else places.stride(1), *mask_strides(mask),
         **config, UNIT=unit, MASK=mask_mode(mask, S), CAP=softcap is not None,
@@ -168,9 +168,9 @@ def side_strides(tensors, unit):
     return *(s // unit for s in rows.stride()[:2]), *scale.stride()[:2]
 
 
-def query_block(n_rows):
+def query_block(n_rows, rotated):
     """Query rows of a KV head per program: keys are rebuilt once for all of them."""
-    return 8 if n_rows <= 8 else 16
+    return min(32 if rotated else 16, max(8, triton.next_power_of_2(n_rows)))
 
 
 def side_format(side):
@@ -208,18 +208,19 @@ def key_config(D, n_rows, keys, values, rotary, mean):
     """
     half = (rotary or 0) // 2
     rest = 0 if rotary is None else D - rotary
-    # pieces of rotary pairs and of other channels, chosen by what does not spill (hf_kvcache.kernels.aot)
+    # chosen by what does not spill (hf_kvcache.kernels.aot): pieces of rotary pairs and of other channels, and whether
+    # the table of a tile and, in shared memory, the expansion fit beside the query
     wide, narrow, other = (
-        max(16, min(most, triton.next_power_of_2(n))) for most, n in ((64, half), (32, half), (64, rest))
+        max(16, min(most, triton.next_power_of_2(n))) for most, n in ((64, half), (16, half), (64, rest))
     )
+    kept = KEPT // 2 if keys[1] else KEPT
+    in_order = n_rows <= 8 and half <= 64 and keys[1] != 3 and keys[0] * D <= kept
     return {
         "D": D, "HALF": half, "HC": wide, "HF": triton.cdiv(half, wide),
-        "HC_ANY": narrow, "HF_ANY": triton.cdiv(half, narrow), "RP": other, "RF": triton.cdiv(rest, other),
+        "HC_ANY": narrow, "RP": other, "RF": triton.cdiv(rest, other),
         **side_config("K", keys), **side_config("V", values or keys),
-        "BM": query_block(n_rows), "NB": LANES, "NR": LANE_ROWS, "REBUILD": rotary is not None,
-        # a wider table does not fit the registers, a larger expansion not the shared memory
-        "IN_ORDER": half <= 64 and keys[0] * D <= KEPT,
-        "MEAN": mean, "FUSED": values is not None,
+        "BM": query_block(n_rows, half > 0), "NB": LANES, "NR": LANE_ROWS, "REBUILD": rotary is not None,
+        "IN_ORDER": in_order, "MEAN": mean, "FUSED": values is not None,
         "num_warps": LANES, "num_stages": 3, "enable_fp_fusion": True,
     }  # fmt: skip
 
@@ -438,9 +439,9 @@ def up_halves(
 @triton.jit
 def attend_in_any_order(
     p_q, k_rows, k_scale, k_zero, up, mean, positions, coarse, fine, mask, out, lse,
-    scaling, softcap, start, stop, n_coarse, n_tiles, n_all, su_r, sm_s, sm_n,
+    scaling, softcap, start, stop, n_pieces, n_coarse, n_tiles, n_all, su_r, sm_s, sm_n,
     o_t, o_n, o_s, o_kw, o_h, o_r, o_row, m_m,
-    D: tl.constexpr, HALF: tl.constexpr, HC: tl.constexpr, HF: tl.constexpr, RP: tl.constexpr, RF: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HC: tl.constexpr, RP: tl.constexpr, RF: tl.constexpr,
     K_RANK: tl.constexpr, K_BITS: tl.constexpr, K_GROUPS: tl.constexpr, KW: tl.constexpr, KF: tl.constexpr,
     BM: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr, MEAN: tl.constexpr,
     MASK: tl.constexpr, CAP: tl.constexpr, DTYPE: tl.constexpr,
@@ -458,11 +459,13 @@ def attend_in_any_order(
         )  # [TILE, KWP]  # fmt: skip
         b_place = tl.load(positions + i_n + o_n, mask=o_n < b_left, other=0)[:, None]
         b_s = tl.zeros((NB, NR, BM), tl.float32)
-        # a loop at run time, which reads the expansion again: unrolled it would spill
-        for c in tl.range(HF, num_stages=1):
+        # a loop that nobody can unroll, and that reads the expansion again: else registers would spill
+        for c in tl.range(n_pieces, num_stages=1):
             o_1, o_2, m_1 = c * HC + o_h, HALF + c * HC + o_h, c * HC + o_h < HALF
-            b_k1 = expanded(b_z, up_tiles(up, su_r, o_kw, o_1, m_1, K_RANK, KW, KF), mean_tile(mean, o_1, m_1, MEAN), KF)
-            b_k2 = expanded(b_z, up_tiles(up, su_r, o_kw, o_2, m_1, K_RANK, KW, KF), mean_tile(mean, o_2, m_1, MEAN), KF)
+            b_up = up_tiles(up, su_r, o_kw, o_1, m_1, K_RANK, KW, KF)
+            b_k1 = expanded(b_z, b_up, mean_tile(mean, o_1, m_1, MEAN), KF)  # [TILE, HC]
+            b_up = up_tiles(up, su_r, o_kw, o_2, m_1, K_RANK, KW, KF)
+            b_k2 = expanded(b_z, b_up, mean_tile(mean, o_2, m_1, MEAN), KF)  # [TILE, HC]
             m_c = m_n & m_1[None, :]
             b_x, b_y = table_row(coarse, n_coarse, b_place // TILE, o_1[None, :], m_c, HALF)
             b_k1, b_k2 = turned(b_k1, b_k2, b_x, b_y)
@@ -472,30 +475,31 @@ def attend_in_any_order(
             b_s = scores(b_k2, query_tile(p_q, m_m, o_2, m_1), b_s, DTYPE)
         for c in tl.range(RF, num_stages=1):
             o_3, m_3 = 2 * HALF + c * RP + o_r, c * RP + o_r < D - 2 * HALF
-            b_k3 = expanded(b_z, up_tiles(up, su_r, o_kw, o_3, m_3, K_RANK, KW, KF), mean_tile(mean, o_3, m_3, MEAN), KF)
+            b_up = up_tiles(up, su_r, o_kw, o_3, m_3, K_RANK, KW, KF)
+            b_k3 = expanded(b_z, b_up, mean_tile(mean, o_3, m_3, MEAN), KF)
             b_s = scores(b_k3, query_tile(p_q, m_m, o_3, m_3), b_s, DTYPE)
         b_s = capped(b_s * scaling, softcap, CAP)
         b_s = tl.where(visible_rows(mask, i_n, o_t, o_s, b_left, sm_s, sm_n, MASK), b_s, NEG_INF)
         store_weights(b_s, out, lse, i_n, o_t, o_row, m_m, n_tiles, n_all)
 
 
-@triton.jit(do_not_specialize=["N", "rows_per_split", "S", "n_rows", "Hkv", "k_share", "n_coarse",
+@triton.jit(do_not_specialize=["N", "rows_per_split", "S", "n_rows", "Hkv", "k_share", "n_coarse", "n_pieces",
                                "sq_b", "sq_h", "sq_s", "sk_b", "sk_h", "sks_b", "sks_h",
                                "sv_b", "sv_h", "svs_b", "svs_h", "sp_b", "sp_h",
                                "sm_b", "sm_h", "sm_s", "sm_n"])  # fmt: skip
 def lowrank_attention_fwd_kernel(
     q, k_rows, k_scale, k_zero, v_rows, v_scale, v_zero, up, mean, positions, coarse, fine, mask, out, lse,
-    scaling, softcap, N, rows_per_split, S, n_rows, Hkv, k_share, n_coarse,
+    scaling, softcap, N, rows_per_split, S, n_rows, Hkv, k_share, n_coarse, n_pieces,
     sq_b, sq_h, sq_s, sk_b, sk_h, sks_b, sks_h, sv_b, sv_h, svs_b, svs_h, su_h, su_r, sp_b, sp_h,
     sm_b, sm_h, sm_s, sm_n,
-    D: tl.constexpr, HALF: tl.constexpr, HC: tl.constexpr, HF: tl.constexpr, HC_ANY: tl.constexpr, HF_ANY: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HC: tl.constexpr, HF: tl.constexpr, HC_ANY: tl.constexpr,
     RP: tl.constexpr, RF: tl.constexpr,
     K_RANK: tl.constexpr, K_BITS: tl.constexpr, K_GROUPS: tl.constexpr,
     KW: tl.constexpr, KWP: tl.constexpr, KF: tl.constexpr,
     V_RANK: tl.constexpr, V_BITS: tl.constexpr, V_GROUPS: tl.constexpr,
     VW: tl.constexpr, VWP: tl.constexpr, VF: tl.constexpr,
-    BM: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr, REBUILD: tl.constexpr, IN_ORDER: tl.constexpr, MEAN: tl.constexpr,
-    FUSED: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
+    BM: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr, REBUILD: tl.constexpr, IN_ORDER: tl.constexpr,
+    MEAN: tl.constexpr, FUSED: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q.dtype.element_ty
     K_ROW: tl.constexpr = K_RANK if K_BITS == 0 else K_RANK * K_BITS // 16
@@ -530,12 +534,13 @@ def lowrank_attention_fwd_kernel(
     start = i_split.to(tl.int64) * rows_per_split
     stop = tl.minimum(start + rows_per_split, N)
     if HALF > 0:
+        # two loops in two branches: what one keeps in registers does not burden the other
         if not (in_order(positions, start, stop, 512) & IN_ORDER):
             attend_in_any_order(
                 p_q, k_rows, k_scale, k_zero, up, mean, positions, coarse, fine, mask, out, lse,
-                scaling, softcap, start, stop, n_coarse, n_tiles, n_all, su_r, sm_s, sm_n,
+                scaling, softcap, start, stop, n_pieces, n_coarse, n_tiles, n_all, su_r, sm_s, sm_n,
                 o_t, o_n, o_s, o_kw, tl.arange(0, HC_ANY), o_r, o_row, m_m,
-                D, HALF, HC_ANY, HF_ANY, RP, RF, K_RANK, K_BITS, K_GROUPS, KW, KF, BM, NB, NR, MEAN, MASK, CAP, DTYPE,
+                D, HALF, HC_ANY, RP, RF, K_RANK, K_BITS, K_GROUPS, KW, KF, BM, NB, NR, MEAN, MASK, CAP, DTYPE,
             )  # fmt: skip
             return
         # row j of a tile turns by j, the query back to the first row

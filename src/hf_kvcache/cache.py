@@ -149,7 +149,7 @@ class KVCache(Cache):
         keys, values = self.codec
         if keys.share_layers != values.share_layers:
             raise ValueError(
-                f"keys of {keys.share_layers} layers and values of {values.share_layers} would share latents: give both "
+                f"keys of {keys.share_layers} layers and values of {values.share_layers} would share rows: give both "
                 "sides the same share_layers"
             )
         refused = {
@@ -245,9 +245,7 @@ class KVCache(Cache):
         """Let a layer that shares its packed rows join its group: neighbours among the layers with that codec."""
         n_layers = len(self._stock)
         sharing = [
-            i
-            for i, stock in enumerate(self._stock)
-            if stock is None and self.codec_of_layer(i, n_layers) is self.codec
+            i for i, stock in enumerate(self._stock) if stock is None and self.codec_of_layer(i, n_layers) is self.codec
         ]
         store = self.layers[layer_idx].store
         place, most = sharing.index(layer_idx), store.keys.share_layers

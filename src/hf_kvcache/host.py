@@ -43,25 +43,24 @@ class Host:
             self.ropes[kind] = None if found is None else Rope(*found)
         return self.ropes[kind]
 
-    def basis(self, side: str, rope: str, bases=None) -> Basis | None:
-        """The basis of this layer's keys ("k") or values ("v"): of `bases`, or of the adapter that the model carries.
+    def basis(self, side: str, bases=None) -> tuple[Basis, str] | None:
+        """The basis of this layer's keys ("k") or values ("v"), and whether bases are of keys "pre" or "post" RoPE.
+
+        Of `bases`, or of the adapter that the model carries; None where there is none.
 
         Raises:
-            ValueError: it is of another shape, or of keys on the other side of RoPE.
+            ValueError: it is of another model or shape.
         """
         if bases is not None:
             bases.check_model(self.module)
             found, made_for = bases.of(self.layer_idx, side), bases.rope
         else:
-            found, made_for = attached_basis(self.module, side) or (None, rope)
+            found, made_for = attached_basis(self.module, side) or (None, None)
         if found is None:
             return None
-        where = f"layer {self.layer_idx}"
-        if side == "k" and made_for != rope:
-            raise ValueError(f'{where}: the basis is of keys {made_for}-RoPE, the cache says rope="{rope}"')
         if found.n_groups * found.width != self.n_kv_heads * self.head_dim:
             raise ValueError(
-                f"{where}: the basis is of {found.n_groups} groups of {found.width} channels, the model has "
-                f"{self.n_kv_heads} KV heads of {self.head_dim}"
+                f"layer {self.layer_idx}: the basis is of {found.n_groups} groups of {found.width} channels, the model "
+                f"has {self.n_kv_heads} KV heads of {self.head_dim}"
             )
-        return found
+        return found, made_for

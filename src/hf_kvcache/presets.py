@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_kvcache import registry
+from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import Dense, LowRank, Quantize, Sparse
 from hf_kvcache.policies.base import Policy
@@ -105,8 +106,8 @@ class SparseCache(KVCache):
 class LowRankCache(KVCache):
     """Low-rank latents of keys and values, expanded inside attention (Palu, Chang et al. 2025).
 
-    The projection comes from `bases`, else from the adapter that the model carries, else it is fitted to the prompt and
-    held by the cache (said once). Prefill output is exact; tokens are projected as they leave the window.
+    The projection comes from `adapter` or `bases`, else from the adapter that the model carries, else it is fitted to
+    the prompt and held by the cache (said once). Prefill output is exact; tokens are projected as they leave the window.
 
     Args:
         rank: latent channels per group of heads, or a share of the group's channels; a pair `(keys, values)`. None
@@ -114,10 +115,11 @@ class LowRankCache(KVCache):
         bits: also quantise the latents, per token, to 8, 4, 3 or 2 bits, their energy shared out by a rotation that
             costs nothing (it is folded into the projection).
         rope: "pre" projects keys before RoPE and rebuilds them inside attention, "post" projects them after it and
-            projects the query instead: faster, but it needs more rank.
+            projects the query instead: faster, but it needs more rank. None means as calibrated, "pre" otherwise.
         group_size: KV heads that share latents, or "all"; a pair `(keys, values)`. None means that of the basis, 1
             without one.
-        bases: calibrated bases, such as `adapters.Bases.load(path)`.
+        adapter: calibrated bases, a folder or a Hub id (`hf-kvcache calibrate lowrank` writes one).
+        bases: the same, loaded.
         exact_prefill: False lets the prompt, too, attend to projected rows, as the published evaluations do.
         mix: share out the energy of the latents (None: where they are quantised).
         centre: subtract the mean row, where the projection is fitted to the prompt.
@@ -133,8 +135,9 @@ class LowRankCache(KVCache):
         rank: float | int | tuple | None = None,
         *,
         bits: int | None = None,
-        rope: str = "pre",
+        rope: str | None = None,
         group_size: int | str | tuple | None = None,
+        adapter=None,
         bases=None,
         mix: bool | None = None,
         centre: bool = True,
@@ -143,10 +146,14 @@ class LowRankCache(KVCache):
         n_sink: int = 4,
         **kwargs,
     ):
+        if adapter is not None:
+            if bases is not None:
+                raise ValueError("adapter= and bases= are two ways to say the same; give one")
+            bases = Bases.load(adapter)
         integers = Dense() if bits is None else Quantize(bits, axis="token")
         codec = tuple(
-            LowRank(r, s, rope if side == "k" else "pre", mix, centre, share_layers, bases) >> integers
-            for side, r, s in zip("kv", _pair(rank, "rank"), _pair(group_size, "group_size"), strict=True)
+            LowRank(r, s, rope, mix, centre, share_layers, bases) >> integers
+            for r, s in zip(_pair(rank, "rank"), _pair(group_size, "group_size"), strict=True)
         )
         super().__init__(codec=codec, window=window, n_sink=n_sink, **kwargs)
 
@@ -157,10 +164,7 @@ class LowRankCache(KVCache):
         Raises:
             AdapterError: the files are missing, damaged, or of another method.
         """
-        from hf_kvcache.adapters import Bases
-
-        bases = Bases.load(path)
-        return cls(bases=bases, **{"rope": bases.rope} | kwargs)
+        return cls(adapter=path, **kwargs)
 
 
 def _pair(value, name: str) -> tuple:

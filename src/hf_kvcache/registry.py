@@ -51,7 +51,7 @@ METHODS = (
         "channels",
         "Low-rank latents, keys rebuilt and rotated inside attention, optionally quantised; recent window dense",
         "Palu, Chang et al. 2025",
-        "rank=None, bits=None, rope='pre', group_size=None, window=64, n_sink=4",
+        "rank=None, bits=None, rope=None, adapter=None, window=64, n_sink=4",
     ),
     Method(
         "streaming",

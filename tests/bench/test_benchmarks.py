@@ -15,19 +15,20 @@ OPTIONS = SimpleNamespace(device="cpu", rounds=1)
 def importable(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    for name in ("attention", "generation", "memory", "peers", "pruning", "run"):
+    for name in ("attention", "generation", "memory", "peers", "projection", "pruning", "run"):
         sys.modules.pop(name, None)
 
 
 def test_decode_step_rows():
     import attention
 
-    rows = attention._decode_step(OPTIONS, batch=2, n_tokens=256, n_layers=1)
+    rows = attention._decode_step(OPTIONS, "Llama-3.1-8B", batch=2, n_tokens=256, n_layers=1)
     names = [row["cache"] for row in rows]
-    assert names[:2] == ["DynamicCache + sdpa", "KVCache"]
+    assert names[:3] == ["DynamicCache + sdpa", "DynamicCache, unfused", "KVCache"]
     mib = {row["cache"]: row["MiB"] for row in rows}
     assert mib["QuantCache 2 bit"] < mib["QuantCache 4 bit"] < mib["QuantCache 8 bit"] < mib["KVCache"]
     assert mib["SparseCache 70 % + 4 bit"] < mib["SparseCache 70 %"] < mib["SparseCache 50 %"] < mib["KVCache"]
+    assert mib["LowRankCache 50 % pre-RoPE + 4 bit"] < mib["LowRankCache 50 % pre-RoPE"] < mib["KVCache"]
     assert all(row["ms"] > 0 for row in rows)
 
 
@@ -49,7 +50,7 @@ def test_a_wrong_result_is_never_timed(monkeypatch):
     monkeypatch.setattr(peers, "contestants", contestants)
     monkeypatch.setattr(attention, "interleaved", lambda *_: pytest.fail("timed on red"))
     with pytest.raises(AssertionError, match="KVCache: relative error"):
-        attention._decode_step(OPTIONS, batch=1, n_tokens=64, n_layers=1)
+        attention._decode_step(OPTIONS, "Llama-2-7B", batch=1, n_tokens=64, n_layers=1)
 
 
 def test_results_say_where_they_come_from(tmp_path, monkeypatch):

@@ -281,6 +281,15 @@ def test_the_same_latents_as_the_adapter_that_the_model_carries(tmp_path):
     assert another.layers[0].store.keys.basis is carried.layers[0].store.keys.basis
 
 
+@pytest.mark.parametrize("rope", ["pre", "post"])
+def test_where_keys_are_projected_comes_with_the_bases(rope, tmp_path):
+    model = tiny_model("llama")
+    bases_of(model, rope=rope).save(tmp_path)
+    for cache in (kv.LowRankCache(adapter=tmp_path, window=8), kv.LowRankCache.from_adapter(str(tmp_path), window=8)):
+        model(prompt(1, 90), past_key_values=cache)
+        assert cache.layers[0].store.keys.format == {"pre": "lowrank/rope", "post": "lowrank"}[rope]
+
+
 def test_rank_truncates_the_basis(bases):
     model = tiny_model("llama")
     cache = kv.LowRankCache((4, 8), bases=bases, window=8)
@@ -380,6 +389,7 @@ def test_joint_rows_and_a_policy_by_head(tmp_path):
         (lambda: kv.LowRank(group_size=0), "neither a number of KV heads"),
         (lambda: kv.LowRank(group_size="some"), "neither a number of KV heads"),
         (lambda: kv.LowRankCache((1, 2, 3)), "neither one setting nor a pair"),
+        (lambda: kv.LowRankCache(adapter="here", bases=object()), "two ways to say the same"),
         (lambda: kv.KVCache(exact_prefill=False), "there is none"),
         (lambda: kv.QuantCache(4, exact_prefill=False), "encodes every token as it comes"),
         (lambda: kv.Quantize(4) >> kv.LowRank(0.5), "leaves nothing that another codec can encode"),

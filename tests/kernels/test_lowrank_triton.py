@@ -50,8 +50,8 @@ def positions(kind, B, Hkv, N):
     if kind == "far":
         rows += 100_003
     elif kind == "padded":
-        # the second tile would pass for consecutive by its ends alone
-        rows = (rows - torch.arange(1, B + 1, device=DEVICE).view(B, 1, 1) * 2).clamp(min=0)
+        # a token was evicted from the first row of the batch: its ends alone would pass for consecutive positions
+        rows = (rows - 6 * torch.arange(B, device=DEVICE).view(B, 1, 1) - 1).clamp(min=0)
         rows[0, 0, 2:] += 1
     elif kind == "evicted":
         gaps = torch.randint(0, 5, (B, Hkv, N), device=DEVICE)
@@ -89,7 +89,7 @@ CASES = {
     "joint-1040": case_of(S=3, G=1, N=70, k=(2, 16), v=(1, 1040)),
     "padded-batch": case_of(B=2, N=150, place="padded", mask="batch"),
     "padded-batch-joint": case_of(B=2, N=150, v=(1, 48), place="padded", mask="each"),
-    "evicted": case_of(B=2, N=300, place="evicted", v=(1, 64)),
+    "evicted-then-in-order": case_of(B=2, N=600, place="evicted", v=(1, 64)),
     "shuffled-partial-rotary": case_of(D=80, place="shuffled", rotary=32),
     "partial-rotary-96": case_of(D=96, N=130, k=(1, 64), rotary=48, mean=False, softcap=20.0),
     "no-rotary": case_of(D=64, place=None, k=(2, 64), v=(1, 48)),

@@ -16,11 +16,12 @@ from hf_kvcache.codecs.rotation import mixing
 class JointBasis(Basis):
     """What one layer holds of a basis that `L` layers share: `x ~ latent @ up + mean`.
 
-    Latents are the least-squares ones, `(sum over the layers of (x - mean) @ upᵀ) @ down`. The small `down` stands in
-    for a pseudo-inverse of the size of `up`: a basis that is fitted to a prompt is part of the cache.
+    Latents are the least-squares ones, `(sum over the layers of (x - mean) @ upᵀ) @ inverse(up @ upᵀ)`. The small
+    inverse stands in for a `down` of the size of `up`: a basis that is fitted to a prompt is part of the cache.
 
     Attributes:
-        down: float32 `[1, r, r]`, the inverse of `up @ upᵀ` over all layers, which hold the same tensor.
+        down: the inverse, over all layers, which hold the same tensor: float32 `[1, r, r]` where latents are mixed;
+            else the directions are orthogonal, and it is the diagonal `[1, r]`.
         up: of this layer's heads, `[1, Hkv, r, D]`.
         mean: of this layer's channels, float32 `[1, Hkv * D]`, or None.
     """
@@ -32,7 +33,9 @@ class JointBasis(Basis):
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """This layer's part of the latents, `[B, 1, n, r]`, of rows `[B, 1, n, Hkv * D]`; they add up."""
         x = x if self.mean is None else x - self.mean.to(x.dtype).unsqueeze(1)
-        return x @ self.up.transpose(2, 3).flatten(1, 2).to(x.dtype) @ self.down.to(x.dtype)
+        inner = x @ self.up.transpose(2, 3).flatten(1, 2).to(x.dtype)
+        down = self.down.to(x.dtype)
+        return inner @ down if down.dim() == 3 else inner * down
 
 
 def fit_jointly(
@@ -67,9 +70,9 @@ def fit_jointly(
     up = (vectors * scale).T  # [r, W]
     if is_mixed:
         up = mixing(rank, up.device).double().T @ up
-    # what is solved for are the latents of the rounded directions, which are those that rows are rebuilt from
+    # the inverse is that of the rounded directions, because rows are rebuilt from those
     up = up.to(dtype)
-    down = torch.linalg.pinv(up.double() @ up.double().T, rtol=1e-9, hermitian=True).float().unsqueeze(0)
+    down = _inverse(up.double(), is_mixed).float().unsqueeze(0)
     parts = zip(up.split(widths, 1), mean.float().split(widths), heads, strict=True)
     return [
         JointBasis(
@@ -79,6 +82,14 @@ def fit_jointly(
         )
         for u, m, of_layer in parts
     ]
+
+
+def _inverse(up, is_mixed):
+    """Of `up @ upᵀ`, `[r, r]`, or of its diagonal `[r]`; directions that nothing points in get zeros."""
+    if is_mixed:
+        return torch.linalg.pinv(up @ up.T, rtol=1e-9, hermitian=True)
+    squares = up.square().sum(1)
+    return torch.where(squares > 0, 1 / squares, 0)
 
 
 def _of_few_rows(chunks, width, rank, centre):

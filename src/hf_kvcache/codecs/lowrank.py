@@ -31,7 +31,7 @@ class LowRank(Codec):
             (`step_of`). None means what the basis was calibrated for, half without one.
         group_size: KV heads that share latents, or "all" (joint). None means that of the basis, 1 without one: a basis
             that is fitted to the prompt is part of the cache, and that of many heads would take much of it.
-        rope: "pre" or "post": where keys are projected. Values have no RoPE.
+        rope: "pre" or "post": where keys are projected; None means as the basis, "pre" without one. Values have no RoPE.
         mix: share out the energy of the leading latents, so that they round well. None does so before `Quantize`.
         centre: subtract the mean row, where the basis is fitted to the prompt.
         share_layers: neighbouring layers that share latents, those of all their heads (xKV, Chang et al. 2025). Their
@@ -41,7 +41,7 @@ class LowRank(Codec):
 
     rank: int | float | None = None
     group_size: int | str | None = None
-    rope: str = "pre"
+    rope: str | None = None
     mix: bool | None = None
     centre: bool = True
     share_layers: int = 1
@@ -60,7 +60,7 @@ class LowRank(Codec):
         is_share = isinstance(self.rank, float) and 0 < self.rank <= 1
         if self.rank is not None and not is_share and (isinstance(self.rank, float) or self.rank < 1):
             raise ValueError(f"rank={self.rank!r} is neither a share in (0, 1] nor a number of channels")
-        if self.rope not in ("pre", "post"):
+        if self.rope not in (None, "pre", "post"):
             raise ValueError(f'rope={self.rope!r} is neither "pre" nor "post"')
         is_number = isinstance(self.group_size, int) and self.group_size > 0
         if self.group_size not in (None, "all") and not is_number:
@@ -77,7 +77,7 @@ class LowRank(Codec):
     @property
     def rotates(self) -> bool:
         """Whether rows are taken back before RoPE."""
-        return self.side == "k" and self.rope == "pre"
+        return self.side == "k" and self.rope != "post"
 
     @property
     def needs(self):
@@ -110,7 +110,9 @@ class LowRank(Codec):
     def for_shape(self, n_kv_heads, head_dim):
         if self.share_layers > 1:
             if self.group_size not in (None, "all", n_kv_heads):
-                raise ValueError(f"group_size={self.group_size}, but layers that share latents share those of all heads")
+                raise ValueError(
+                    f"group_size={self.group_size}, but layers that share latents share those of all heads"
+                )
             # how many layers there are to share decides the rank
             return replace(self, group_size=n_kv_heads)
         group_size = n_kv_heads if self.group_size == "all" else self.group_size or 1
@@ -120,13 +122,19 @@ class LowRank(Codec):
         return replace(self, group_size=group_size, rank=rank)
 
     def for_model(self, host):
+        found = None
+        if self.basis is None and self.share_layers == 1:
+            found, made_for = host.basis(self.side, self.bases) or (None, None)
+            if found is not None and self.rope is None:
+                return replace(self, rope=made_for).for_model(host)
+            if found is not None and self.side == "k" and self.rope != made_for:
+                raise ValueError(f'the basis is of keys {made_for}-RoPE, the cache says rope="{self.rope}"')
         rotary = host.rope() if self.rotates else None
         if self.rotates and rotary is None:
             # a layer without RoPE has nothing to take back
             return replace(self, rope="post").for_model(host)
         if self.basis is not None:
             return replace(self, rotary=rotary)
-        found = None if self.share_layers > 1 else host.basis(self.side, self.rope, self.bases)
         if found is None:
             return replace(self.for_shape(host.n_kv_heads, host.head_dim), rotary=rotary)
         wanted = host.n_kv_heads if self.group_size == "all" else self.group_size

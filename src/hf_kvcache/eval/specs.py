@@ -34,6 +34,12 @@ SHOWN = {
         "sparse:sparsity=0.7,bits=4",
         "sparse:sparsity=0.5,rule=think",
     ),
+    "lowrank": (
+        "lowrank:rank=0.5",
+        "lowrank:rank=0.5,bits=4",
+        "lowrank:rank=0.5,rope=post",
+        "lowrank:rank=0.25",
+    ),
     "keydiff": (
         "keydiff:ratio=0.25",
         "keydiff:ratio=0.5+quant:bits=8",

@@ -83,8 +83,8 @@ class SharedStore(UniformStore):
         for side in "kv":
             width = self._width(side)
             rank = self.lowrank(side).rank_within(width)
-            even = rank * (width + rank) / max(width - rank, 1)
-            least = max(least, min(max(int(even) + 1, 2 * rank), 2 * width))
+            even = rank * width // max(width - rank, 1) + 1
+            least = max(least, min(max(even, 2 * rank), 2 * width))
         return least
 
     def buffers(self) -> dict[str, RowBuffer]:

@@ -138,7 +138,8 @@ class UniformStore(Store):
 
     def _drop(self, start: int, stop: int) -> None:
         """Free the dense rows `[start, stop)`, which are packed now."""
-        steady = self.n_sink + self.window + self.step
+        left = self.dense.n_tokens - (stop - start)
+        steady = max(self.n_sink + self.window + self.step, left)
         self.dense.remove(start, stop, capacity=None if self.owned and self.dense.capacity <= steady else steady)
         self.owned = True
 
