@@ -3,6 +3,7 @@
 `import hf_kvcache` makes `attn_implementation="hf_kvcache"` known to transformers and changes nothing else.
 """
 
+from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.attention.interface import register as _register
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import Chain, Codec, Dense, LowRank, Quantize, Sparse
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
+    "Bases",
     "CacheFileError",
     "Chain",
     "Codec",

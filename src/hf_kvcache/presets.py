@@ -107,7 +107,8 @@ class LowRankCache(KVCache):
     """Low-rank latents of keys and values, expanded inside attention (Palu, Chang et al. 2025).
 
     The projection comes from `adapter` or `bases`, else from the adapter that the model carries, else it is fitted to
-    the prompt and held by the cache (said once). Prefill output is exact; tokens are projected as they leave the window.
+    the prompt and held by the cache (said once). Prefill output is exact; tokens are projected as they leave the
+    window.
 
     Args:
         rank: latent channels per group of heads, or a share of the group's channels; a pair `(keys, values)`. None

@@ -31,7 +31,8 @@ class LowRank(Codec):
             (`step_of`). None means what the basis was calibrated for, half without one.
         group_size: KV heads that share latents, or "all" (joint). None means that of the basis, 1 without one: a basis
             that is fitted to the prompt is part of the cache, and that of many heads would take much of it.
-        rope: "pre" or "post": where keys are projected; None means as the basis, "pre" without one. Values have no RoPE.
+        rope: "pre" or "post": where keys are projected; None means as the basis, "pre" without one. Values have no
+            RoPE.
         mix: share out the energy of the leading latents, so that they round well. None does so before `Quantize`.
         centre: subtract the mean row, where the basis is fitted to the prompt.
         share_layers: neighbouring layers that share latents, those of all their heads (xKV, Chang et al. 2025). Their
