@@ -20,6 +20,7 @@ from transformers import DynamicCache, LlamaConfig, SmolLM3Config
 
 import hf_kvcache as kv
 from hf_kvcache import persist
+from hf_kvcache.codecs.basis import Moments
 from hf_kvcache.codecs.joint import fit_jointly
 from hf_kvcache.rope import Rope
 from hf_kvcache.stores import SharedStore
@@ -113,7 +114,7 @@ def principal_rows(rows, rank, n_fit):
     return (rows - mean) @ directions.T @ directions + mean
 
 
-@pytest.mark.parametrize("length", [50, N], ids=["fewer rows than channels", "more"])
+@pytest.mark.parametrize("length", [70, N])
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_prompt_rows_are_the_joint_principal_components(rope, length):
     ids = prompt(2, length)
@@ -181,22 +182,14 @@ def test_quantised_latents_agree_with_what_they_decode_to(bits, rope):
     assert_close("logits", ours, model(ids[:, -1:], past_key_values=decoded).logits, 1e-4)
 
 
-@pytest.mark.parametrize("is_mixed", [False, True])
-@pytest.mark.parametrize("rank", [5, 40])
-def test_both_ways_to_the_directions_agree(rank, is_mixed):
-    rows = torch.randn(60, 96, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.logspace(1, -1, 96))
-    few, many = (fit_jointly(rows.split(17), n, [(2, 16), (4, 16)], rank, is_mixed=is_mixed) for n in (60, 1000))
-    x = [rows[None, None, :, :32], rows[None, None, :, 32:]]
-    for ours, theirs in zip(few, many, strict=True):
-        latents = [sum(part.encode(piece) for part, piece in zip(parts, x, strict=True)) for parts in (few, many)]
-        assert_close("rows", ours.decode(latents[0]), theirs.decode(latents[1]), 1e-4)
-
-
 @pytest.mark.parametrize("is_mixed, tolerance", [(True, 1e-4), (False, 1e-2)])
 def test_bfloat16_directions_are_inverted_as_they_are(is_mixed, tolerance):
     """Projecting what was rebuilt changes nothing, although the directions are rounded."""
     rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
-    parts = fit_jointly([rows], 300, [(2, 16), (2, 16)], 40, is_mixed=is_mixed, dtype=torch.bfloat16)
+    moments = Moments(1, 64)
+    moments.add(rows.unsqueeze(0))
+    # layers of different shapes
+    parts = fit_jointly(moments, [(2, 16), (4, 8)], 40, is_mixed=is_mixed, dtype=torch.bfloat16)
 
     def project(rows):
         latents = sum(part.encode(x[None, None]) for part, x in zip(parts, rows.split(32, 1), strict=True))
@@ -312,8 +305,8 @@ def test_longer_texts_compress_more():
 
 
 def test_nothing_is_packed_that_would_not_pay():
-    # latents and basis against rows at 3/4 of the rank: 3 N / 4 + 3 W / 4 < N; at most twice the channels at full rank
-    for rank, least in ((16, 32), (48, 193 - 65), (64, 128)):
+    # a row for every channel; at 3/4 of the rank latents and basis, 3 N / 4 + 3 W / 4 < N, would take three
+    for rank, least in ((16, 64), (40, 106), (48, 128), (64, 128)):
         for n, packed in ((least - 1, 0), (least, least // 32 * 32)):
             cache = filled(shared(rank, window=0, n_sink=0), prompt(1, n))
             assert [store.n_packed for store in stores(cache)] == [packed, packed]

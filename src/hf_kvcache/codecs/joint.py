@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 
-from hf_kvcache.codecs.basis import FLOOR, Basis, Moments
+from hf_kvcache.codecs.basis import Basis, Moments, principal
 from hf_kvcache.codecs.rotation import mixing
 
 
@@ -39,8 +37,7 @@ class JointBasis(Basis):
 
 
 def fit_jointly(
-    chunks: Iterable[torch.Tensor],
-    n_rows: int,
+    moments: Moments,
     heads: list[tuple[int, int]],
     rank: int,
     *,
@@ -48,12 +45,11 @@ def fit_jointly(
     centre: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> list[JointBasis]:
-    """The principal directions of rows that several layers side by side make up, in float64.
+    """The principal directions of rows that the rows of several layers, side by side, make up.
 
     Args:
-        chunks: the rows `[n, W]`, some at a time.
-        n_rows: about how many in all: below `W` the Gram matrix of the rows is decomposed, else their covariance.
-        heads: `(Hkv, D)` of every layer; `W` is the sum of their products.
+        moments: of the rows, one group.
+        heads: `(Hkv, D)` of every layer, whose products add up to the width of the rows.
         rank: directions to keep.
         is_mixed: share out the energy of the leading latents (`Basis.mixed`).
         centre: around the mean row, or around zero.
@@ -62,18 +58,13 @@ def fit_jointly(
     Returns:
         The part of every layer.
     """
-    widths = [n_heads * head_dim for n_heads, head_dim in heads]
-    find = _of_few_rows if n_rows < sum(widths) else _of_many_rows
-    vectors, deviation, mean = find(chunks, sum(widths), rank, centre)
-    # latents with the square roots of the deviations as their deviations, as those of `principal`
-    scale = torch.maximum(deviation, deviation[:1] * FLOOR).clamp(min=FLOOR).sqrt()
-    up = (vectors * scale).T  # [r, W]
-    if is_mixed:
-        up = mixing(rank, up.device).double().T @ up
+    whole, _ = principal(moments.covariance(centre), 1)
+    up = whole.up[0, 0, :rank]  # [r, W]
+    up = (mixing(rank, up.device).T @ up if is_mixed else up).to(dtype)
     # the inverse is that of the rounded directions, because rows are rebuilt from those
-    up = up.to(dtype)
     down = _inverse(up.double(), is_mixed).float().unsqueeze(0)
-    parts = zip(up.split(widths, 1), mean.float().split(widths), heads, strict=True)
+    widths = [n_heads * head_dim for n_heads, head_dim in heads]
+    parts = zip(up.split(widths, 1), moments.mean[0].float().split(widths), heads, strict=True)
     return [
         JointBasis(
             down,
@@ -85,31 +76,7 @@ def fit_jointly(
 
 
 def _inverse(up, is_mixed):
-    """Of `up @ upᵀ`, `[r, r]`, or of its diagonal `[r]`; directions that nothing points in get zeros."""
+    """Of `up @ upᵀ`, `[r, r]`, or of its diagonal, `[r]`."""
     if is_mixed:
         return torch.linalg.pinv(up @ up.T, rtol=1e-9, hermitian=True)
-    squares = up.square().sum(1)
-    return torch.where(squares > 0, 1 / squares, 0)
-
-
-def _of_few_rows(chunks, width, rank, centre):
-    """Directions `[W, r]`, their deviations `[r]` and the mean row, by way of the products of rows with each other."""
-    rows = torch.cat(list(chunks)).double()
-    n_rows = max(rows.shape[0], 1)
-    mean = rows.sum(0) / n_rows
-    rows = pad(rows - mean if centre else rows, (0, 0, 0, max(rank - rows.shape[0], 0)))
-    values, left = torch.linalg.eigh(rows @ rows.T)
-    deviation, left = values.flip(0)[:rank].clamp(min=0).sqrt(), left.flip(1)[:, :rank]
-    is_real = deviation > deviation[0] * FLOOR
-    vectors = rows.T @ left / deviation.where(is_real, torch.ones_like(deviation))
-    return vectors * is_real, deviation / n_rows**0.5, mean
-
-
-def _of_many_rows(chunks, width, rank, centre):
-    """The same by way of the covariance of the channels."""
-    moments = None
-    for rows in chunks:
-        moments = Moments(1, width, rows.device) if moments is None else moments
-        moments.add(rows.unsqueeze(0))
-    values, vectors = torch.linalg.eigh(moments.covariance(centre)[0])
-    return vectors.flip(1)[:, :rank], values.flip(0)[:rank].clamp(min=0).sqrt(), moments.mean[0]
+    return 1 / up.square().sum(1)

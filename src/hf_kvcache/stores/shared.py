@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 from hf_kvcache.codecs.base import Chain, Codec
+from hf_kvcache.codecs.basis import Moments
 from hf_kvcache.codecs.joint import fit_jointly
 from hf_kvcache.codecs.lowrank import CHUNK, LowRank
 from hf_kvcache.stores.buffer import RowBuffer
@@ -60,8 +59,7 @@ class SharedStore(UniformStore):
         for side, which in (("k", "keys"), ("v", "values")):
             first = self.lowrank(side)
             parts = fit_jointly(
-                self._real_rows(side, start),
-                self.dense[side].shape[0] * (self.dense.n_tokens - start),
+                self._moments(side, start),
                 [store._heads(side) for store in self.group],
                 first.rank_within(self._width(side)),
                 is_mixed=bool(first.mix),
@@ -73,9 +71,9 @@ class SharedStore(UniformStore):
 
     @property
     def rows_to_fit(self) -> int:
-        """Rows from which on the latents and what it takes to expand them are less than the rows.
+        """Rows to see before directions are chosen for good: as many as there are channels to choose among.
 
-        No fewer than twice as many as there are directions to find, no more than twice as many as there are channels.
+        At a high rank the basis would take more than is saved: then until it does not, at most twice that.
         """
         if not self.is_unfitted:
             return 0
@@ -83,8 +81,7 @@ class SharedStore(UniformStore):
         for side in "kv":
             width = self._width(side)
             rank = self.lowrank(side).rank_within(width)
-            even = rank * width // max(width - rank, 1) + 1
-            least = max(least, min(max(even, 2 * rank), 2 * width))
+            least = max(least, width, min(rank * width // max(width - rank, 1), 2 * width))
         return least
 
     def buffers(self) -> dict[str, RowBuffer]:
@@ -113,14 +110,16 @@ class SharedStore(UniformStore):
         """Channels of all layers of the group."""
         return sum(n_heads * head_dim for n_heads, head_dim in (store._heads(side) for store in self.group))
 
-    def _real_rows(self, side: str, start: int) -> Iterator[torch.Tensor]:
-        """Rows `[n, W]` of the group, as its codecs see them, without padding and broken tokens."""
+    def _moments(self, side: str, start: int) -> Moments:
+        """Moments of the group's rows from `start` on, as its codecs see them, without padding and broken tokens."""
+        moments = Moments(1, self._width(side), self.dense[side].device)
         for at in range(start, self.dense.n_tokens, CHUNK):
             span = slice(at, min(at + CHUNK, self.dense.n_tokens))
             rope = self.dense["rope"][:, :, span]
             parts = (s.lowrank(side).grouped(s.dense[side][:, :, span], rope.clamp(min=0)) for s in self.group)
             rows = torch.cat(list(parts), 3)[:, 0]  # [B, n, W]
-            yield rows[(rope[:, 0] >= 0) & rows.isfinite().all(-1)]
+            moments.add(rows[(rope[:, 0] >= 0) & rows.isfinite().all(-1)].unsqueeze(0))
+        return moments
 
 
 def _followed(codec: Codec, encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
