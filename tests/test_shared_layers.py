@@ -170,6 +170,32 @@ def test_tokens_one_by_one_are_projected_like_a_prompt():
             assert_close(name, other[0].packed[name][:, :, :m], latents[:, :, :m], 1e-5)
 
 
+def test_parts_are_rounded_once_they_have_been_added_up():
+    rows = torch.randn(4, 1, 2, 200, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
+    codec = kv.LowRank(24, rope="post", share_layers=4).for_shape(2, 16)
+    group = [SharedStore(codec, codec, window=8) for _ in rows]
+    for store, x in zip(group, rows, strict=True):
+        store.append(x, x)
+        store.join(group[0], 4)
+        store.pack()
+    n = group[0].n_packed
+    parts = [
+        store.keys.basis.encode(x.float().transpose(1, 2).flatten(2)[:, None, :n]) for store, x in zip(group, rows)
+    ]
+    assert n == 192 and torch.equal(group[3].packed["k.latents"], sum(parts).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    model, ids, sizes = tiny_model("llama", dtype=dtype), prompt(2, 230), [N] + [1] * 30
+    exact = replay(tiny_model(), DynamicCache(), ids, sizes)
+    cache = shared(1.0)
+    ours, stock = (replay(model, c, ids, sizes) for c in (cache, DynamicCache()))
+    assert cache.layers[1].store.packed["v.latents"].dtype == dtype
+    error, accepted = ((x.float() - exact).abs().mean() for x in (ours, stock))
+    assert error < 2 * accepted
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rope", ["pre", "post"])
 def test_quantised_latents_agree_with_what_they_decode_to(bits, rope):

@@ -128,6 +128,9 @@ class KVLayer(CacheLayerMixin):
                 )
             setattr(self.store, side, codec)
         self._is_bound, self._rope = True, host.rope() if self.store.needs_positions else None
+        # a loaded cache holds rows already
+        held = [buffer["rope"] for buffer in (self.store.packed, self.store.dense) if "rope" in buffer.tensors]
+        self._rope_limit = max((int(rows.max()) + 1 for rows in held if rows.numel()), default=0)
 
     def note_positions(self, position_ids: torch.Tensor | None, mask, n_new: int) -> None:
         """Note where in the text the new rows are, for codecs that undo RoPE.
@@ -151,7 +154,9 @@ class KVLayer(CacheLayerMixin):
                 'LowRank(rope="post") does not need them'
             )
         rows.copy_(position_ids.unsqueeze(1))
-        is_real = None if n_new == 1 else new_token_padding(mask, n_new, self.tokens_seen)
+        # only what is fitted to rows asks which of them are real
+        is_asked = n_new > 1 and self.store.is_unfitted
+        is_real = new_token_padding(mask, n_new, self.tokens_seen) if is_asked else None
         if is_real is not None:
             rows.masked_fill_(~is_real.unsqueeze(1), -1)
         self._cover(position_ids)

@@ -114,3 +114,9 @@ def test_boolean_and_additive_masks():
         assert additive.dtype == dtype and torch.equal(as_boolean(additive), mask)
     assert as_additive(None, 4, 1, torch.zeros(1)) is None
     assert torch.equal(as_boolean(as_additive(None, 4, 2, torch.zeros(1))), mask)
+
+
+def test_flash_attention_hands_over_the_padding_itself():
+    padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert new_token_padding(padding, 3, 5).tolist() == [[True, True, True]] * 2
+    assert new_token_padding(padding, 5, 5)[0].tolist() == [False, False, True, True, True]

@@ -97,11 +97,14 @@ def new_token_padding(mask, n_new: int, tokens_seen: int) -> torch.Tensor | None
     """Which of the new tokens are real, boolean `[B, S]`; None when all are."""
     if mask is not None and not isinstance(mask, (KVMask, torch.Tensor)):
         raise ValueError(
-            f"a {type(mask).__name__} does not say which tokens are padding, which eviction needs to know; "
+            f"a {type(mask).__name__} does not say which tokens are padding, which this cache needs to know; "
             'load the model with attn_implementation="hf_kvcache"'
         )
     if isinstance(mask, KVMask):
         return None if mask.padding is None else mask.padding[:, tokens_seen - n_new : tokens_seen]
+    if mask is not None and mask.dim() == 2:
+        # flash attention gets the padding itself
+        return mask[:, -n_new:].bool()
     mask = as_boolean(mask)
     return None if mask is None else mask[:, 0, -1, -n_new:]
 

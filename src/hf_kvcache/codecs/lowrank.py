@@ -222,7 +222,7 @@ class LowRank(Codec):
         if self.rotates:
             return q
         up = self.basis.up_by_head  # [Hkv, r, D]
-        return (by_kv_head(q.float(), up.shape[0]) @ up.float().transpose(1, 2)).reshape(*q.shape[:3], -1).to(q.dtype)
+        return (by_kv_head(q, up.shape[0]) @ up.transpose(1, 2)).reshape(*q.shape[:3], -1)
 
     def query_offset(self, q):
         """What the mean key adds to every score of a projected query, float32 `[B, Hq, S]`; None where nothing."""
@@ -233,10 +233,11 @@ class LowRank(Codec):
 
     def project_output(self, out):
         """Sums of latents `[B, Hq, S, r]` as outputs `[B, Hq, S, D]`."""
-        up = self.basis.up_by_head.float()
-        rows = by_kv_head(out.float(), up.shape[0]) @ up
+        # in the dtype of the cache: bringing the expansion to float32 would take longer than using it
+        up = self.basis.up_by_head
+        rows = by_kv_head(out.to(up.dtype), up.shape[0]) @ up
         if self.basis.mean is not None:
-            rows = rows + self.basis.mean_by_head.float().unsqueeze(1)
+            rows = rows + self.basis.mean_by_head.to(up.dtype).unsqueeze(1)
         return rows.reshape(*out.shape[:3], -1)
 
     def spec(self):
