@@ -78,6 +78,17 @@ def test_continuation_is_the_same(model, make, tmp_path):
     assert torch.equal(go_on(model, loaded), go_on(model, cache))
 
 
+def test_a_loaded_cache_can_be_cropped_at_once(model, tmp_path):
+    cache = fill(model, kv.LowRankCache(0.5, window=8), prompt(n=200))
+    cache.save(tmp_path)
+    loaded = kv.KVCache.load(tmp_path, model=model)
+    for each in (cache, loaded):
+        each.crop(-120)
+    assert torch.equal(go_on(model, loaded), go_on(model, cache))
+    with pytest.raises(ValueError, match="load the cache with model="):
+        kv.KVCache.load(tmp_path).crop(-120)
+
+
 def test_hybrid_model(tmp_path):
     model = make_model(Gemma2Config, sliding_window=16)
     cache = fill(model, kv.QuantCache(8, window=16), prompt())

@@ -82,7 +82,8 @@ class KVCache(Cache):
         self._expected: dict | None = None
         self._stock: list | None = None
         self._records_past = False
-        self._ropes: dict = {}
+        # layers hold them: when the last one forgets its text, they go
+        self._ropes = weakref.WeakValueDictionary()
         if config is not None:
             self._stock = compat.stock_layers(config)
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=True)
@@ -235,11 +236,15 @@ class KVCache(Cache):
                 self.check_model(module, "the loaded cache")
             self._model = weakref.ref(module)
         if view.layer.needs_model:
-            k = view.new_k
-            view.layer.bind(Host(module, layer_idx, k.shape[1], k.shape[3], k.dtype, k.device, self._ropes))
+            self.attach(module, view.layer)
             if isinstance(view.layer.store, SharedStore) and not view.layer.store.group:
                 self._share(layer_idx)
         return True
+
+    def attach(self, module: torch.nn.Module, layer: KVLayer) -> None:
+        """Let the codecs of a layer that has seen rows take from its attention module what they need."""
+        sizes = layer.n_kv_heads, layer.head_dim, layer.dtype, layer.device
+        layer.bind(Host(module, layer.layer_idx, *sizes, self._ropes))
 
     def _share(self, layer_idx: int) -> None:
         """Let a layer that shares its packed rows join its group: neighbours among the layers with that codec."""
@@ -331,7 +336,6 @@ class KVCache(Cache):
         super().reset()
         for layer in self.layers:
             compat.drop_rows(layer)
-        self._ropes = {}
         self.rebind()
 
     def update_conv_state(self, *args, **kwargs):
@@ -346,7 +350,7 @@ class KVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers: storages that exist, spare rows and metadata included."""
-        ropes = [rope for rope in self._ropes.values() if rope is not None]
+        ropes = {layer.rope for layer in self.layers if isinstance(layer, KVLayer)} - {None}
         return sum(_nbytes(layer) for layer in self.layers) + sum(rope.nbytes for rope in ropes)
 
     @property

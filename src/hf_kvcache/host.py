@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ class Host:
         module: the attention module.
         layer_idx: its place in the model.
         n_kv_heads, head_dim, dtype, device: of the rows it produces.
-        ropes: rotary embeddings already built, by kind of layer; shared by the layers of a cache.
+        ropes: rotary embeddings already built, by kind of layer; the layers of a cache share them.
     """
 
     module: torch.nn.Module
@@ -29,7 +30,7 @@ class Host:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
-    ropes: dict = field(default_factory=dict)
+    ropes: MutableMapping = field(default_factory=dict)
 
     def rope(self) -> Rope | None:
         """The layer's RoPE, or None for a layer without.
@@ -38,10 +39,13 @@ class Host:
             ValueError: an embedding that is not understood, or that changes as the text grows.
         """
         kind = compat.rope_kind(self.module)
-        if kind not in self.ropes:
+        rope = self.ropes.get(kind)
+        if rope is None:
             found = compat.rotary_parameters(self.module, self.head_dim)
-            self.ropes[kind] = None if found is None else Rope(*found)
-        return self.ropes[kind]
+            rope = None if found is None else Rope(*found)
+            if rope is not None:
+                self.ropes[kind] = rope
+        return rope
 
     def basis(self, side: str, bases=None) -> tuple[Basis, str] | None:
         """The basis of this layer's keys ("k") or values ("v"), and whether bases are of keys "pre" or "post" RoPE.

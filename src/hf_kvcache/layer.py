@@ -60,7 +60,7 @@ class KVLayer(CacheLayerMixin):
         self._queries: torch.Tensor | None = None
         self._is_unsettled = self._is_decoding = False
         self._is_bound = False
-        self._rope: Rope | None = None
+        self.rope: Rope | None = None
         self._rope_limit = 0
 
     @property
@@ -127,10 +127,12 @@ class KVLayer(CacheLayerMixin):
                     f"the {side} is shared by {codec.heads_per_row} heads; use one with group_size=1"
                 )
             setattr(self.store, side, codec)
-        self._is_bound, self._rope = True, host.rope() if self.store.needs_positions else None
+        self._is_bound, self.rope = True, host.rope() if self.store.needs_positions else None
         # a loaded cache holds rows already
         held = [buffer["rope"] for buffer in (self.store.packed, self.store.dense) if "rope" in buffer.tensors]
         self._rope_limit = max((int(rows.max()) + 1 for rows in held if rows.numel()), default=0)
+        if self.rope is not None:
+            self.rope.cover(self._rope_limit, host.device)
 
     def note_positions(self, position_ids: torch.Tensor | None, mask, n_new: int) -> None:
         """Note where in the text the new rows are, for codecs that undo RoPE.
@@ -163,7 +165,7 @@ class KVLayer(CacheLayerMixin):
 
     def _cover(self, position_ids: torch.Tensor) -> None:
         """See to it that the rotary tables reach these positions."""
-        if self._rope is None:
+        if self.rope is None:
             return
         if position_ids.device.type == "cpu" or position_ids.shape[1] > 1:
             self._rope_limit = max(self._rope_limit, int(position_ids.max()) + 1)
@@ -171,7 +173,7 @@ class KVLayer(CacheLayerMixin):
             # asking the device would stall it at every step; text goes on one position after another
             self._rope_limit += 1
             torch._assert_async((position_ids < self._rope_limit).all())
-        self._rope.cover(self._rope_limit, self.device)
+        self.rope.cover(self._rope_limit, self.device)
 
     def project_new(self, n_new: int) -> None:
         """With `exact_prefill=False`, let the newest rows be what packing will make of them."""

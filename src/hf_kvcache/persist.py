@@ -116,6 +116,9 @@ def load(cls, directory: str | os.PathLike, model=None, device: torch.device | s
     cache.expect(manifest["model"])
     if model is not None:
         cache.check_model(_attention(model, cache.first_layer), str(directory))
+        for i, layer in enumerate(cache.layers):
+            if isinstance(layer, KVLayer) and layer.needs_model and layer.is_initialized:
+                cache.attach(_attention(model, i), layer)
     return cache
 
 

@@ -6,7 +6,7 @@ from cases import KNOBS, NAMED, assert_close, padded, prompt, replay, splits, ti
 from transformers import AttentionInterface, DynamicCache
 
 import hf_kvcache as kv
-from hf_kvcache.attention.mask import as_additive, as_boolean, causal, visible
+from hf_kvcache.attention.mask import as_additive, as_boolean, causal, new_token_padding, visible
 
 VISIBLE: dict[int, torch.Tensor] = {}  # layer -> which tokens every new token sees, [B, Hkv, S, T]
 

@@ -51,7 +51,7 @@ class _Passing(KVLayer):
         return self._view
 
     def bind(self, host: Host) -> None:
-        self._rope = host.rope() if self._kind == "pre" else None
+        self.rope = host.rope() if self._kind == "pre" else None
         for side in "kv" if self._basis_of is not None else "":
             basis = self._basis_of(self.layer_idx, side)
             if basis is not None:
@@ -129,7 +129,7 @@ class _Watcher(_Passing):
         into[side].add(rows[:, self._is_real])
 
     def _before_rope(self, rows):
-        return rows.float() if self._rope is None else self._rope.unrotate(rows, self._positions)
+        return rows.float() if self.rope is None else self.rope.unrotate(rows, self._positions)
 
     def _moments(self, n_groups, width):
         dtype = torch.float32 if self.device.type == "mps" else torch.float64

@@ -194,7 +194,7 @@ class LowRank(Codec):
     def decode(self, encoded, dtype, head_dim, positions=None):
         rows = self.basis.decode(encoded["latents"].float())
         if self.rotates:
-            rows = self.rotary.rotate(rows, positions)
+            rows = self._known_rope().rotate(rows, positions)
         return rows.to(dtype)
 
     def _chunk(self, x, positions, rows):
@@ -204,10 +204,16 @@ class LowRank(Codec):
         """Rows of keys or values as the basis sees them: before RoPE where it does, by group, in float32."""
         x = x.float()
         if self.rotates:
-            if self.rotary is None:
-                raise ValueError("keys are projected before RoPE, and the model whose RoPE it is has not been seen yet")
-            x = self.rotary.unrotate(x, positions)
+            x = self._known_rope().unrotate(x, positions)
         return by_group(x, self.group_size)
+
+    def _known_rope(self):
+        if self.rotary is None:
+            raise ValueError(
+                "keys were projected before RoPE, and the model whose RoPE it is has not been seen yet: load the cache "
+                "with model=, or let the model run first"
+            )
+        return self.rotary
 
     def carrier_width(self, head_dim):
         return self.rank
