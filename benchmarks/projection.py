@@ -51,7 +51,8 @@ def projection(options) -> list[dict]:
     size = min(options.context, getattr(model.config, "max_position_embeddings", options.context))
     n_next = min(NEXT, size // 2)
     cut = len(ids) * 2 // 3
-    batches = list(token_batches(ids[:cut], min(size, 512), SAMPLES))
+    # as long as the contexts are: keys after RoPE turn with the position, and have to be seen where they will be
+    batches = list(token_batches(ids[:cut], size, SAMPLES))
     windows = build_windows(ids[cut:], size - n_next, n_next, SHOWN, model.config.bos_token_id)
     dense = dense_logits(model, windows, size - n_next)
     window = min(32, size // 8)

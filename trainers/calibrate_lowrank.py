@@ -31,7 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--column", default="text", help="column of a dataset (default: %(default)s)")
     text.add_argument("--samples", type=int, default=128, help="texts to run through the model (default: %(default)s)")
-    text.add_argument("--length", type=int, default=2048, help="tokens of a text (default: %(default)s)")
+    text.add_argument(
+        "--length",
+        type=int,
+        default=2048,
+        help="tokens of a text (default: %(default)s); with --rope post as many as contexts will have, because keys "
+        "after RoPE turn with their positions",
+    )
     basis = parser.add_argument_group("bases")
     basis.add_argument("--rank", type=float, default=0.5, help="share of a dense cache's bytes (default: %(default)s)")
     basis.add_argument("--rope", choices=("pre", "post"), default="pre", help="where keys are projected")

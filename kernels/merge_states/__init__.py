@@ -20,6 +20,8 @@ def merge_states(states: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch
     """
     if len(states) == 1:
         return states[0]
+    if len(states) == 2:
+        return _merge_two(*states)
     lse = torch.stack([lse for _, lse in states])  # [P, B, Hq, S]
     top = lse.amax(0).clamp(min=torch.finfo(lse.dtype).min)
     weight = torch.exp(lse - top)
@@ -27,3 +29,11 @@ def merge_states(states: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch
     share = (weight / total.clamp(min=torch.finfo(lse.dtype).tiny)).unsqueeze(-1)  # [P, B, Hq, S, 1]
     out = sum(out.float() * part for (out, _), part in zip(states, share))
     return out.to(states[0][0].dtype), top + torch.log(total)
+
+
+def _merge_two(first, second):
+    """The usual case, packed rows and dense ones, in half as many steps."""
+    (a, lse_a), (b, lse_b) = first, second
+    # where neither saw a key both outputs are zero, and any share will do
+    share = torch.sigmoid(lse_a - lse_b).nan_to_num(0.0).unsqueeze(-1)  # [B, Hq, S, 1]
+    return torch.lerp(b.float(), a.float(), share).to(a.dtype), torch.logaddexp(lse_a, lse_b)
