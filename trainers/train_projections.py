@@ -28,6 +28,7 @@ from hf_kvcache import compat
 from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.adapters.modules import full_attentions
 from hf_kvcache.attention.interface import kv_attention, kv_mask
+from hf_kvcache.calibration import observe
 from hf_kvcache.codecs.basis import Basis, Moments, by_group
 from hf_kvcache.rope import rotate
 
@@ -142,8 +143,8 @@ class Site(nn.Module):
         inv_freq, scaling = self.rotary
         angles = positions[:, None, :, None].float() * inv_freq.to(positions.device, torch.float32)
         cos, sin = angles.cos(), angles.sin()
-        plain, values = self.see(rotate(keys.float(), cos, -sin) / scaling, values)
-        return (rotate(plain, cos, sin) * scaling).to(keys.dtype), values
+        plain, values = self.see(rotate(keys.float(), cos / scaling, -sin / scaling), values)
+        return rotate(plain, cos * scaling, sin * scaling).to(keys.dtype), values
 
 
 class Projector(Site):
@@ -171,22 +172,6 @@ class Projector(Site):
             self.ranks[side] = torch.full((n_groups,), rank * width // head_dim)
 
 
-class Collector(Site):
-    """Counts the moments of keys and values, and leaves them alone."""
-
-    def __init__(self, module, head_dim, rope, n_kv_heads: int, group_sizes: dict[str, int]):
-        super().__init__(module, head_dim, rope)
-        device = module.o_proj.weight.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.group_sizes = group_sizes
-        self.moments = {side: Moments(n_kv_heads // s, s * head_dim, device, dtype) for side, s in group_sizes.items()}
-
-    def see(self, keys, values):
-        for side, x in (("k", keys), ("v", values)):
-            self.moments[side].add(by_group(x, self.group_sizes[side]).transpose(0, 1).flatten(1, 2))
-        return keys, values
-
-
 def projected_attention(module, query, key, value, attention_mask, position_ids=None, **kwargs):
     """sdpa over what the module's `Site` makes of keys and values."""
     site = getattr(module, "kv_site", None)
@@ -207,17 +192,12 @@ def place(model: nn.Module, sites: dict[int, Site] | None) -> None:
 # -- phase 1: principal directions -------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def collect(model: nn.Module, windows: torch.Tensor, rope: str, group_sizes: dict[str, int]) -> dict[int, Collector]:
-    """Moments of the keys and values of every full-attention layer over windows `[n, T]`."""
-    collectors = {
-        i: Collector(a.module, a.head_dim, rope, a.n_kv_heads, group_sizes) for i, a in full_attentions(model).items()
-    }
-    place(model, collectors)
-    for window in windows:
-        model(window[None].to(model.device), use_cache=False, logits_to_keep=1)
-    place(model, None)
-    return collectors
+def collect(
+    model: nn.Module, windows: torch.Tensor, rope: str, group_sizes: dict[str, int]
+) -> dict[int, dict[str, Moments]]:
+    """Moments of the keys and values of every full-attention layer over windows `[n, T]`, by layer and side."""
+    seen = observe(model, windows.split(1), rope=rope, group_sizes=group_sizes)
+    return {i: layer.rows for i, layer in seen.items()}
 
 
 def start_of(moments: Moments, centre: bool, basis: Basis | None) -> Rotation:
@@ -232,7 +212,7 @@ def start_of(moments: Moments, centre: bool, basis: Basis | None) -> Rotation:
 
 @torch.no_grad()
 def basis_of(rotation: Rotation, moments: Moments, group_size: int) -> Basis:
-    """The directions of a rotation as a basis, its latents scaled so that they round well (Palu, section 3.4)."""
+    """The directions of a rotation as a basis, its latents scaled so that they round well (Palu, Chang et al. 2025)."""
     u = rotation.matrix().double()
     covariance = moments.covariance(rotation.mean is not None).to(u)
     deviation = (u * (covariance @ u)).sum(1).clamp(min=0).sqrt()  # [G, n]
@@ -402,13 +382,13 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
         given.check_model(model)
     rope = projections.rope if given is None else given.rope
     sizes = {"k": projections.group_size_k, "v": projections.group_size_v} if given is None else given.group_sizes
-    collectors = collect(model, windows.spread(projections.pca_windows), rope, sizes)
+    moments = collect(model, windows.spread(projections.pca_windows), rope, sizes)
     attentions = full_attentions(model)
     projectors = {}
-    for i, collector in collectors.items():
+    for i, own in moments.items():
         sides = {
-            side: start_of(moments, projections.centre, None if given is None else given.of(i, side))
-            for side, moments in collector.moments.items()
+            side: start_of(m, projections.centre, None if given is None else given.of(i, side))
+            for side, m in own.items()
         }
         projectors[i] = Projector(attentions[i].module, attentions[i].head_dim, rope, sides["k"], sides["v"])
 
@@ -428,8 +408,8 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
     trainer.save_state()
 
     layers = {
-        i: {side: basis_of(getattr(projectors[i], side), moments, sizes[side]) for side, moments in c.moments.items()}
-        for i, c in collectors.items()
+        i: {side: basis_of(getattr(projectors[i], side), m, sizes[side]) for side, m in own.items()}
+        for i, own in moments.items()
     }
     bases = Bases(layers, rope, budget={"method": "matryoshka", "steps": optimisation.steps, **after})
     if trainer.is_world_process_zero():

@@ -117,8 +117,8 @@ class LowRankCache(KVCache):
             costs nothing (it is folded into the projection).
         rope: "pre" projects keys before RoPE and rebuilds them inside attention, "post" projects them after it and
             projects the query instead: faster, but it needs more rank. None means as calibrated, "pre" otherwise.
-        group_size: KV heads that share latents, or "all"; a pair `(keys, values)`. None means that of the basis, 1
-            without one.
+        group_size: KV heads that share latents: 1, 4 and "all" are Palu's M-LRD, G-LRD and J-LRD; a pair `(keys,
+            values)`. None means that of the basis, 1 without one.
         adapter: calibrated bases, a folder or a Hub id (`hf-kvcache calibrate lowrank` writes one).
         bases: the same, loaded.
         exact_prefill: False lets the prompt, too, attend to projected rows, as the published evaluations do.

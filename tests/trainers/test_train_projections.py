@@ -95,12 +95,12 @@ def projectable(arch):
 
 
 def distiller_of(model, rope, centre=True):
-    collectors = collect(model, prompt(6, 24), rope, SIZES)
+    moments = collect(model, prompt(6, 24), rope, SIZES)
     projectors = {}
     for i, attention in full_attentions(model).items():
-        sides = {side: start_of(m, centre, None) for side, m in collectors[i].moments.items()}
+        sides = {side: start_of(m, centre, None) for side, m in moments[i].items()}
         projectors[i] = Projector(attention.module, attention.head_dim, rope, sides["k"], sides["v"])
-    return Distiller(model, projectors, 0.25), collectors
+    return Distiller(model, projectors, 0.25), moments
 
 
 def fix(distiller, rank, head_dim):
@@ -126,14 +126,12 @@ def test_full_rank_is_the_teacher_and_less_is_not(arch, rope):
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_before_rope_the_student_is_the_decomposed_model(arch):
     model = projectable(arch)
-    distiller, collectors = distiller_of(model, "pre")
+    distiller, moments = distiller_of(model, "pre")
     fix(distiller, 4, 16)
     student = distiller.student(prompt(2, 12))
     layers = {
-        i: {
-            side: basis_of(getattr(distiller.projectors[str(i)], side), m, SIZES[side]) for side, m in c.moments.items()
-        }
-        for i, c in collectors.items()
+        i: {side: basis_of(getattr(distiller.projectors[str(i)], side), m, SIZES[side]) for side, m in own.items()}
+        for i, own in moments.items()
     }
     report = decompose(model, Bases(layers).truncated({"k": 4, "v": 8}))
     assert all(row["replaced"] for row in report)
