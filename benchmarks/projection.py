@@ -51,8 +51,11 @@ def projection(options) -> list[dict]:
     size = min(options.context, getattr(model.config, "max_position_embeddings", options.context))
     n_next = min(NEXT, size // 2)
     cut = len(ids) * 2 // 3
-    # as long as the contexts are: keys after RoPE turn with the position, and have to be seen where they will be
-    batches = list(token_batches(ids[:cut], size, SAMPLES))
+    texts = {
+        "pre": list(token_batches(ids[:cut], min(size, 512), SAMPLES)),
+        # keys after RoPE turn with the position, and have to be seen where they will be
+        "post": list(token_batches(ids[:cut], size, SAMPLES)),
+    }
     windows = build_windows(ids[cut:], size - n_next, n_next, SHOWN, model.config.bos_token_id)
     dense = dense_logits(model, windows, size - n_next)
     window = min(32, size // 8)
@@ -78,7 +81,7 @@ def projection(options) -> list[dict]:
             if share != 0.5 and name not in KNEE:
                 continue
             try:
-                bases = fit_bases(model, batches, rank=share, **how)
+                bases = fit_bases(model, texts[how.get("rope", "pre")], rank=share, **how)
             except ValueError:
                 # the smallest ranks cost more than this share
                 continue
