@@ -147,7 +147,16 @@ class KVLayer(CacheLayerMixin):
         if not self.store.has_rope:
             return
         rows = self.store.dense["rope"][:, :, -n_new:]
+        if not self.store.needs_positions:
+            # which rows are real is all there is to note
+            position_ids = None
         if position_ids is None:
+            is_real = new_token_padding(mask, n_new, self.tokens_seen) if self.store.needs_positions else None
+            if is_real is not None and not is_real.all():
+                raise ValueError(
+                    f"layer {self.layer_idx}: the batch is padded, and the model does not say at which positions its "
+                    'tokens are; use LowRank(rope="post")'
+                )
             start = self.tokens_seen - n_new
             position_ids = torch.arange(start, self.tokens_seen, device=rows.device).unsqueeze(0)
         if position_ids.dim() != 2 or position_ids.shape[1] != n_new:

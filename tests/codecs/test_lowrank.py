@@ -365,6 +365,21 @@ def test_positions_of_images_are_refused(bases):
         layer.note_positions(torch.zeros(3, 1, 5, dtype=torch.long), None, 5)
 
 
+def test_padding_without_positions_is_refused(bases):
+    layer = kv.LowRankCache(bases=bases)._new_layer(0)
+    layer.append(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16))
+    layer.note_positions(None, None, 5)
+    assert layer.store.dense["rope"][1, 0].tolist() == [0, 1, 2, 3, 4]
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="the batch is padded, and the model does not say"):
+        layer.note_positions(None, mask, 5)
+    # after RoPE positions do not matter, whatever they look like
+    layer = kv.LowRankCache(rope="post")._new_layer(0)
+    layer.append(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16))
+    layer.note_positions(torch.zeros(3, 2, 5, dtype=torch.long), mask, 5)
+    assert layer.store.dense["rope"][0, 0].tolist() == [-1, 1, 2, 3, 4]
+
+
 # -- what does not go together --------------------------------------------------------------------------------------
 
 

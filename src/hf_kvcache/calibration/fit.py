@@ -90,7 +90,8 @@ def fit_bases(
             weights=() if fisher is None else fisher.parameters,
             on_batch=after_batch,
         )
-        found, sides, budget = _candidates(model, seen, rank, rope, dict(zip("kv", directions)), centre, fisher)
+        kinds, needs_weights = dict(zip("kv", directions)), allocator == "condition"
+        found, sides, budget = _candidates(model, seen, rank, rope, kinds, centre, fisher, needs_weights)
         if allocator == "measured" and rank < 1:
             few = batches[:: max(len(batches) // MEASURED, 1)][:MEASURED]
             sides = _measure(model, few, found, sides, rope, on_progress)
@@ -103,7 +104,7 @@ def fit_bases(
     return bases.made_for(model)
 
 
-def _candidates(model, seen, rank, rope, directions, centre, fisher):
+def _candidates(model, seen, rank, rope, directions, centre, fisher, needs_weights):
     """Bases of full rank, what allocators know of them, and the budget in bytes per token."""
     attentions = full_attentions(model)
     found: dict[tuple[int, str], Basis] = {}
@@ -119,7 +120,7 @@ def _candidates(model, seen, rank, rope, directions, centre, fisher):
                 layer_idx=i,
                 saves=saves.sum(0).cpu(),
                 sensitivity=1.0 if fisher is None else fisher.score(i, side),
-                condition=condition_number(projection_weight(attention.module, side)),
+                condition=condition_number(projection_weight(attention.module, side)) if needs_weights else 1.0,
                 cost=lambda r, n_groups=n_groups: float(ITEMSIZE * n_groups * r),
                 step=step_of(width),
             )
