@@ -29,8 +29,8 @@ def test_from_text_to_cache(tmp_path, capsys):
 def test_after_rope(tmp_path):
     out = ["--rope", "post", "--group-size-v", "1", "--out", str(tmp_path)]
     assert calibrate_lowrank.main([*out, *SHORT]) == 0
-    cache = kv.LowRankCache.from_adapter(tmp_path)
-    assert cache.codec[0].rope == "post"
+    bases = kv.Bases.load(tmp_path)
+    assert bases.rope == "post" and bases.group_sizes == {"k": 1, "v": 1}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hf_kvcache.trainers import calibrate_lowrank
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    methods = parser.add_subparsers(dest="method", metavar="METHOD", required=True)
+    methods = parser.add_subparsers(dest="method", metavar="METHOD", required=True, help="what to calibrate for")
     lowrank = methods.add_parser(
         "lowrank",
         help="bases of a low-rank cache",
