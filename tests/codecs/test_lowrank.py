@@ -322,12 +322,14 @@ def test_reset_and_copies(bases):
 # -- RoPE of all kinds ----------------------------------------------------------------------------------------------
 
 
-def test_layers_without_rope_are_projected_as_they_are():
+@pytest.mark.parametrize("is_calibrated", [False, True])
+def test_layers_without_rope_are_projected_as_they_are(is_calibrated):
     config = SmolLM3Config(
         **SIZES | {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "use_sliding_window": False}
     )
     model = new_model(config)
-    cache = kv.LowRankCache(1.0, window=8)
+    bases = bases_of(model, 1.0) if is_calibrated else None
+    cache = kv.LowRankCache(1.0, bases=bases, window=8)
     ours = generate(model, prompt(1, 80), cache)
     formats = [layer.store.keys.format for layer in cache.layers]
     assert formats == ["lowrank/rope"] * 3 + ["lowrank"]

@@ -123,27 +123,27 @@ class LowRank(Codec):
         return replace(self, group_size=group_size, rank=rank)
 
     def for_model(self, host):
-        found = None
+        found = made_for = None
         if self.basis is None and self.share_layers == 1:
             found, made_for = host.basis(self.side, self.bases) or (None, None)
-            if found is not None and self.rope is None:
-                return replace(self, rope=made_for).for_model(host)
-            if found is not None and self.side == "k" and self.rope != made_for:
-                raise ValueError(f'the basis is of keys {made_for}-RoPE, the cache says rope="{self.rope}"')
-        rotary = host.rope() if self.rotates else None
-        if self.rotates and rotary is None:
+        if found is not None and self.side == "k" and self.rope not in (None, made_for):
+            raise ValueError(f'the basis is of keys {made_for}-RoPE, the cache says rope="{self.rope}"')
+        bound = replace(self, rope=self.rope or made_for)
+        rotary = host.rope() if bound.rotates else None
+        if bound.rotates and rotary is None:
             # a layer without RoPE has nothing to take back
-            return replace(self, rope="post").for_model(host)
+            bound = replace(bound, rope="post")
+        bound = replace(bound, rotary=rotary)
         if self.basis is not None:
-            return replace(self, rotary=rotary)
+            return bound
         if found is None:
-            return replace(self.for_shape(host.n_kv_heads, host.head_dim), rotary=rotary)
+            return bound.for_shape(host.n_kv_heads, host.head_dim)
         wanted = host.n_kv_heads if self.group_size == "all" else self.group_size
         if wanted not in (None, found.group_size):
             raise ValueError(f"group_size={self.group_size}, but the basis was made for {found.group_size}")
         rank = found.rank if self.rank is None else channels_of(self.rank, found.width)
         basis = found.placed(rank, bool(self.mix), host.dtype, host.device)
-        return replace(self, group_size=found.group_size, rank=rank, basis=basis, rotary=rotary)
+        return replace(bound, group_size=found.group_size, rank=rank, basis=basis)
 
     def fitted(self, x, positions=None, is_real=None):
         """With the principal directions of the rows `x` `[B, Hkv, n, D]` (xKV, Chang et al. 2025: fitted online)."""
