@@ -1,0 +1,67 @@
+"""Attention of a few queries over pages of rows, every head with a length of its own."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.kernels import select
+from hf_kvcache.kernels.sparse_attention import SparseRows
+
+__all__ = ["ragged_attention"]
+
+
+def ragged_attention(
+    q: torch.Tensor,
+    keys: SparseRows,
+    values: SparseRows,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over rows that lie in pages, so that every head of every batch row may keep as many as it likes.
+
+    A page belongs to one head; heads find theirs in a block table (PagedAttention, Kwon et al. 2023, per head). Rows are
+    of any row-granular format: dense, quantised per token, sparse, or sparse and quantised.
+
+    Args:
+        q: queries `[B, Hq, S, D]`, float16, bfloat16 or float32. All of them see all rows.
+        keys: rows in pages, `SparseRows` whose tensors are `[P, 1, page, ...]` instead of `[B, Hkv, N, ...]`.
+        values: likewise, with the same `P` and `page`.
+        table: pages of every head in the order of its rows, int32 `[B, Hkv, M]`. The first `ceil(length / page)`
+            entries of a head are read; what stands behind them does not matter.
+        lengths: rows of every head, int32 `[B, Hkv]`, zero included.
+        scaling: factor on the scores.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+
+    Returns:
+        The output `[B, Hq, S, D]` in the dtype of `q` and the natural log-sum-exp of the scores
+        `[B, Hq, S]` in float32. A head without rows gets zeros and `-inf`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _check(q, keys, values, table, lengths)
+    run = select("ragged_attention", q.device, (q, keys, values))
+    return run(q, keys, values, table, lengths, scaling=scaling, softcap=softcap)
+
+
+def _check(q, keys, values, table, lengths):
+    if q.dim() != 4 or lengths.dim() != 2 or q.shape[0] != lengths.shape[0] or q.shape[1] % lengths.shape[1]:
+        raise ValueError(f"q {list(q.shape)} and lengths {list(lengths.shape)} must be [B, Hq, S, D] and [B, Hkv]")
+    if table.dim() != 3 or table.shape[:2] != lengths.shape or table.dtype != torch.int32 != lengths.dtype:
+        raise ValueError(f"table {table.dtype} {list(table.shape)} must be int32 [B, Hkv, M], lengths int32 [B, Hkv]")
+    pages = keys.values.shape[:3]
+    if pages != values.values.shape[:3] or pages[1] != 1:
+        raise ValueError(
+            f"keys {list(keys.values.shape)} and values {list(values.values.shape)} must both be [P, 1, page, ...]"
+        )
+    for name, rows in (("keys", keys), ("values", values)):
+        D = q.shape[-1]
+        if rows.keep > D or (rows.places is None and rows.keep != D):
+            raise ValueError(f"{name}: rows of {rows.keep} channels do not fit a head size of {D}")
+        if rows.bits is None and rows.values.dtype != q.dtype:
+            raise ValueError(f"{name} are {rows.values.dtype}, queries {q.dtype}")
+        if rows.bits is not None and (rows.values.dtype != torch.int16 or rows.scale is None or rows.zero is None):
+            raise ValueError(f"{name}: {rows.bits}-bit values are int16 codes with scale and zero")
