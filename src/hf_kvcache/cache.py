@@ -242,9 +242,11 @@ class KVCache(Cache):
         return True
 
     def attach(self, module: torch.nn.Module, layer: KVLayer) -> None:
-        """Let the codecs of a layer that has seen rows take from its attention module what they need."""
+        """Let codecs and policy of a layer that has seen rows take from its attention module what they need."""
         sizes = layer.n_kv_heads, layer.head_dim, layer.dtype, layer.device
-        layer.bind(Host(module, layer.layer_idx, *sizes, self._ropes))
+        ours = [i for i, stock in enumerate(compat.stock_layers(module.config)) if stock is None]
+        depth = ours.index(layer.layer_idx), len(ours)
+        layer.bind(Host(module, layer.layer_idx, *sizes, self._ropes, depth))
 
     def _share(self, layer_idx: int) -> None:
         """Let a layer that shares its packed rows join its group: neighbours among the layers with that codec."""

@@ -22,6 +22,7 @@ class Host:
         layer_idx: its place in the model.
         n_kv_heads, head_dim, dtype, device: of the rows it produces.
         ropes: rotary embeddings already built, by kind of layer; the layers of a cache share them.
+        depth: which of the full-attention layers it is, and how many there are.
     """
 
     module: torch.nn.Module
@@ -31,6 +32,7 @@ class Host:
     dtype: torch.dtype
     device: torch.device
     ropes: MutableMapping = field(default_factory=dict)
+    depth: tuple[int, int] = (0, 1)
 
     def rope(self) -> Rope | None:
         """The layer's RoPE, or None for a layer without.

@@ -47,9 +47,9 @@ class KVLayer(CacheLayerMixin):
         tracked = {} if policy is None else {"position": torch.int32, **policy.state}
         sizes = dict(window=window, n_sink=n_sink, min_length=min_length, max_length=max_length)
         kind = SharedStore if keys is not None and keys.share_layers > 1 else UniformStore
-        self.store = kind(keys, values, tracked=tracked, **sizes)
+        self.store = kind(keys, values, tracked=tracked, n_queries=policy.n_queries if policy else 0, **sizes)
         self.exact_prefill = exact_prefill
-        self._codecs = keys, values
+        self._codecs, self._policy = (keys, values), policy
         self.record_past = False
         self._forget()
 
@@ -58,8 +58,10 @@ class KVLayer(CacheLayerMixin):
         self.has_padding = False
         self.evicted_at: int | None = None
         self._queries: torch.Tensor | None = None
-        self._is_unsettled = self._is_decoding = False
+        self._is_unsettled = self._is_decoding = self._is_due = False
         self._is_bound = False
+        self.policy = self._policy
+        self.scaling, self.softcap = 1.0, None
         self.rope: Rope | None = None
         self._rope_limit = 0
 
@@ -95,7 +97,7 @@ class KVLayer(CacheLayerMixin):
         """
         self._check(k, v)
         # past states may have been kept for a `crop` that never came: another generate() without speculation
-        self.finish()
+        self.finish(is_final=k.shape[2] == 1)
         is_prefill, n = self.tokens_seen == 0, k.shape[2]
         self.store.append(k, v)
         if self.policy is not None:
@@ -110,16 +112,24 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def needs_model(self) -> bool:
-        """Whether a codec takes something from the model, which `bind` gives it."""
-        return not self._is_bound and any(codec is not None and "model" in codec.needs for codec in self._codecs)
+        """Whether a codec or the policy takes something from the model, which `bind` gives it."""
+        return not self._is_bound and any(part is not None and "model" in part.needs for part in self._parts)
+
+    @property
+    def _parts(self):
+        return *self._codecs, self._policy
 
     def bind(self, host: Host) -> None:
-        """Let codecs take from the model what they need; called before the first attention call of a text.
+        """Let codecs and policy take from the model what they need; called before the first attention call of a text.
 
         Raises:
             ValueError: the model cannot give it, or what it gives does not go with the policy.
         """
+        if self._policy is not None:
+            self.policy = self._policy.for_model(host)
         for side, template in zip(("keys", "values"), self._codecs, strict=True):
+            if template is None:
+                continue
             codec = template.for_model(host)
             if self.policy is not None and codec.shares_rows:
                 raise ValueError(
@@ -207,37 +217,53 @@ class KVLayer(CacheLayerMixin):
             rows = self.store.dense["position"][:, :, -n_new:]
             rows.masked_fill_(~is_real.unsqueeze(1), -1)
 
-    def settle(self, q: torch.Tensor, view: KVView) -> None:
-        """Evict and pack after attention. While past states are recorded this waits for `crop`."""
+    def settle(self, q: torch.Tensor, view: KVView, scaling: float | None = None, softcap: float | None = None) -> None:
+        """Evict and pack after attention. While past states are recorded this waits for `crop`.
+
+        Args:
+            q: queries after RoPE `[B, Hq, S, D]`.
+            view: what attention has read.
+            scaling, softcap: of the scores.
+        """
         # verifying drafted tokens is decoding too, several tokens at a time
         self._is_decoding = q.shape[2] == 1 or (self.record_past and not view.is_prefill)
-        self._queries = q if self._is_due() else None
+        self.scaling, self.softcap = self.head_dim**-0.5 if scaling is None else scaling, softcap
         self.store.note_queries(q)
-        self._is_unsettled = True
-        if not self.record_past:
+        if self.policy is not None:
+            self.policy.note(view)
+            self._queries = q if self.policy.observes else None
+        self._is_due, self._is_unsettled = self._asks_to_evict(), True
+        waits = self.policy is not None and self.policy.waits and not self._is_decoding
+        if not self.record_past and not waits:
             self._commit()
 
-    def finish(self) -> None:
-        """Compress what is still waiting for a `crop`."""
+    def finish(self, is_final: bool = True) -> None:
+        """Compress what is still waiting: for a `crop`, or for the next tokens to say whether the prompt goes on."""
         if self._is_unsettled:
-            self._commit()
+            self._commit(is_final)
 
-    def _is_due(self) -> bool:
-        return self.policy is not None and self.policy.is_due(self.store.n_kept, self.tokens_seen, self._is_decoding)
+    def _asks_to_evict(self) -> bool:
+        if self.policy is None:
+            return False
+        n_since = self.tokens_seen - (self.evicted_at or 0)
+        return self.policy.is_due(self.store.n_kept, self.tokens_seen, self._is_decoding, n_since)
 
-    def _commit(self) -> None:
-        q, store = self._queries, self.store
-        if q is not None:
+    def _commit(self, is_final: bool = True) -> None:
+        store = self.store
+        view = KVView(self, store.dense["k"], store.dense["v"], is_prefill=False)
+        if self._queries is not None:
+            self.policy.observe(self._queries, view)
+        if self._is_due:
             if store.n_packed:
                 # dense rows are fixed once others are packed, so let go of those that have left the window first
                 store.pack()
-            new_k, new_v = (store.dense[name][:, :, -q.shape[2] :] for name in "kv")
-            scores = self.policy.score(q, KVView(self, new_k, new_v, is_prefill=q.shape[2] == self.tokens_seen))
-            n_fixed = store.dense.n_tokens if store.n_packed else 0
-            store.keep(self.policy.select(scores, store.positions, self.tokens_seen, n_fixed))
+            scores = self.policy.score(view)
+            kept = self.policy.select(scores, store.positions, self.tokens_seen, store.n_fixed, is_final)
+            self.policy.fold(view, kept)
+            store.keep(kept)
             self.evicted_at = self.tokens_seen
         store.pack()
-        self._queries, self._is_unsettled = None, False
+        self._queries, self._is_due, self._is_unsettled = None, False, False
 
     # -- what transformers asks of a layer ---------------------------------------------------------------------------
 
@@ -271,11 +297,10 @@ class KVLayer(CacheLayerMixin):
         if n:
             self.store.crop(n)
             self.tokens_seen -= n
+            self._is_due = self._is_due and self._asks_to_evict()
             if self._queries is not None:
                 # rejected drafts must not have a say in what is evicted
                 self._queries = self._queries[:, :, :-n]
-                if not self._queries.shape[2] or not self._is_due():
-                    self._queries = None
         self.finish()
         if not self.tokens_seen:
             self.reset()

@@ -26,7 +26,7 @@ def formula(k):
 def test_score_is_the_formula():
     policy = kv.KeyDiff(budget=20, **KNOBS)
     _, view, k = filled(policy)
-    scores = policy.score(None, view)
+    scores = policy.score(view)
     for b in range(2):
         for h in range(2):
             assert torch.allclose(scores[b, h], formula(k[b, h]), atol=1e-6)
@@ -37,7 +37,7 @@ def test_padding_has_no_say():
     mask = torch.ones(2, 1, 50, 50, dtype=torch.bool)
     mask[0, ..., :13] = False
     _, view, k = filled(policy, mask=mask)
-    scores = policy.score(None, view)
+    scores = policy.score(view)
     assert torch.allclose(scores[0, 1, 13:], formula(k[0, 1, 13:]), atol=1e-6)
     assert torch.allclose(scores[1, 1], formula(k[1, 1]), atol=1e-6)
 
@@ -65,7 +65,7 @@ def test_packed_rows_are_scored_as_they_read():
     layer.settle(k, layer.append(k[:, :, :60], k[:, :, :60]))
     view = layer.append(k[:, :, 60:], k[:, :, 60:])
     assert layer.store.n_packed == 32
-    scores = policy.score(None, view)
+    scores = policy.score(view)
     assert torch.allclose(scores[0, 0], formula(k[0, 0]), atol=0.02)
     layer.settle(k[:, :, 60:], view)
     # a chunk larger than the window is packed before it is chosen from: budget and sinks hold

@@ -21,7 +21,7 @@ def test_score_is_the_position():
     layer = kv.KVLayer(0, policy=kv.Streaming(budget=48))
     k = torch.randn(1, 2, 50, 8)
     view = layer.append(k, k)
-    assert torch.equal(layer.policy.score(None, view), torch.arange(50.0).expand(1, 2, 50))
+    assert torch.equal(layer.policy.score(view), torch.arange(50.0).expand(1, 2, 50))
 
 
 @pytest.mark.parametrize("interval", [1, 4])
@@ -82,9 +82,10 @@ def test_rejected_drafts_have_no_say():
     seen = []
 
     class Listens(kv.Streaming):
-        def score(self, q, view):
-            seen.append((q.shape[2], view.n_kept, view.tokens_seen, view.new_k.shape[2], view.is_prefill))
-            return super().score(q, view)
+        observes, n_queries = True, 8
+
+        def observe(self, q, view):
+            seen.append((q.shape[2], view.n_kept, view.tokens_seen, view.queries(8).shape[3]))
 
     layer = kv.KVLayer(0, policy=Listens(budget=20, n_sink=2, n_recent=4, interval=1))
     layer.activate_past_recording()
@@ -92,4 +93,4 @@ def test_rejected_drafts_have_no_say():
     layer.crop(-4)
     list(feed(layer, [5]))
     layer.crop(-3)
-    assert seen == [(40, 40, 40, 40, True), (2, 22, 42, 2, False)]
+    assert seen == [(40, 40, 40, 8), (2, 22, 42, 8)]

@@ -74,6 +74,7 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
     if view.cache is not None and not view.cache.bind(module, view):
         # the layer turned out to be one that transformers' own class serves
         return stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
+    view.module = module
     view.layer.note_padding(mask, n_new)
     view.layer.note_positions(kwargs.get("position_ids"), mask, n_new)
     view.layer.project_new(n_new)
@@ -94,7 +95,7 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
             softcap=kwargs.get("softcap"),
         )
         out = attended.transpose(1, 2).contiguous(), None
-    view.layer.settle(query, view)
+    view.layer.settle(query, view, kwargs.get("scaling"), kwargs.get("softcap"))
     if view.cache is not None:
         view.cache.after_attention(module.layer_idx)
     return out

@@ -34,7 +34,7 @@ class LayerMoments:
     queries: Moments | None = None
 
 
-class _Passing(KVLayer):
+class Passing(KVLayer):
     """A layer that keeps nothing: attention sees the rows of the call, or what bases make of them."""
 
     needs_model = True
@@ -86,11 +86,11 @@ class _Passing(KVLayer):
     def show(self, side: str, rows: torch.Tensor) -> None:
         """Called with the rows that attention will see."""
 
-    def settle(self, q, view):
+    def settle(self, q, view, scaling=None, softcap=None):
         self.tokens_seen = 0
 
 
-class _Watcher(_Passing):
+class _Watcher(Passing):
     """A layer that counts its rows and forgets them."""
 
     def __init__(self, layer_idx, basis_of, rope: str, group_sizes: dict[str, int | str], n_skip: int):
@@ -110,7 +110,7 @@ class _Watcher(_Passing):
         if rows.requires_grad:
             rows.register_hook(lambda gradient: self._count(self.seen.gradients, side, gradient))
 
-    def settle(self, q, view):
+    def settle(self, q, view, scaling=None, softcap=None):
         queries = self._before_rope(q.detach()).unflatten(1, (self.n_kv_heads, -1)).transpose(1, 2)  # [B, G, Hkv, S, D]
         if self.seen.queries is None:
             self.seen.queries = self._moments(self.n_kv_heads, self.head_dim)
@@ -136,10 +136,10 @@ class _Watcher(_Passing):
         return Moments(n_groups, width, self.device, dtype)
 
 
-class _Through(KVCache):
+class Through(KVCache):
     """A cache that lets a forward pass through layers of one kind."""
 
-    def __init__(self, kind: type[_Passing], *arguments):
+    def __init__(self, kind: type[Passing], *arguments):
         super().__init__()
         self._kind, self._arguments = kind, arguments
 
@@ -150,7 +150,7 @@ class _Through(KVCache):
 @torch.no_grad()
 def logits_behind(model: torch.nn.Module, ids: torch.Tensor, basis_of: BasisOf, rope: str) -> torch.Tensor:
     """Logits `[B, T, vocabulary]` of a model whose attention sees what bases make of every row."""
-    cache = _Through(_Passing, basis_of, rope)
+    cache = Through(Passing, basis_of, rope)
     return model(ids.to(model.device), past_key_values=cache, use_cache=True).logits
 
 
@@ -182,7 +182,7 @@ def observe(
     Returns:
         Moments by layer index.
     """
-    observer = _Through(_Watcher, basis_of, rope, group_sizes, n_skip)
+    observer = Through(_Watcher, basis_of, rope, group_sizes, n_skip)
     with _frozen(model, weights), torch.set_grad_enabled(with_gradients):
         for ids in batches:
             ids = ids.to(model.device)

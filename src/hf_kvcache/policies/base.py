@@ -22,8 +22,12 @@ class Policy:
             moves the kept rows once per `interval` tokens.
 
     Class attributes:
-        needs: what `score` reads beyond the rows: "queries", "projections".
-        state: per-row tensors that follow the rows through eviction and beams, name -> dtype.
+        needs: what it takes from the model: "model" (its `for_model` is called with the layer's `Host`).
+        n_queries: newest queries of the layer that `score` reads as `view.queries(n)`.
+        state: per-row tensors that follow the rows through eviction and beams, name -> dtype; zero for new rows.
+        observes: whether `observe` wants the queries of every call.
+        is_ragged: whether heads may keep different numbers of rows.
+        waits: whether a prompt is only evicted from when its next chunk, or the first decoding step, has come.
     """
 
     budget: int | None = None
@@ -34,7 +38,11 @@ class Policy:
     interval: int = 32
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    n_queries: ClassVar[int] = 0
     state: ClassVar[dict[str, torch.dtype]] = {}
+    observes: ClassVar[bool] = False
+    is_ragged: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     def __post_init__(self):
         name = type(self).__name__
@@ -50,57 +58,105 @@ class Policy:
         if min(self.n_sink, self.n_recent) < 0 or self.interval < 1:
             raise ValueError(f"{name}: n_sink and n_recent must not be negative, interval must be at least 1")
 
+    def for_model(self, host) -> Policy:
+        """This policy with what it takes from the model (a `host.Host`) filled in: one layer's own copy."""
+        return self
+
     def tokens_to_keep(self, tokens_seen: int) -> int:
         """The budget in tokens after `tokens_seen` tokens."""
         if self.budget is not None:
             return self.budget
         return max(int(self.ratio * tokens_seen), self.n_sink + self.n_recent)
 
-    def is_due(self, n_kept: int, tokens_seen: int, decoding: bool) -> bool:
-        """Whether this step has to evict."""
+    def is_due(self, n_kept: int, tokens_seen: int, decoding: bool, n_since: int) -> bool:
+        """Whether this step has to evict.
+
+        Args:
+            n_kept: rows kept per head (the largest where heads differ).
+            tokens_seen: tokens the layer has seen.
+            decoding: whether this call was a decoding step.
+            n_since: tokens since the last eviction.
+        """
         if decoding and not self.decode:
             return False
         return n_kept >= self.tokens_to_keep(tokens_seen) + (self.interval if decoding else 1)
 
-    def score(self, q: torch.Tensor | None, view) -> torch.Tensor:
-        """Worth of every kept row, `[B, Hkv, N]` in view order; higher stays.
+    def note(self, view) -> None:
+        """Take note of new rows while the call lasts: `view.module` is the attention module that made them."""
+
+    def observe(self, q: torch.Tensor, view) -> None:
+        """Take note of queries, before rows are scored: for policies that go by all queries (`observes`).
 
         Args:
-            q: queries of this call after RoPE, `[B, Hq, S, D]`.
-            view: the `KVView` of the layer.
+            q: queries of a call after RoPE, `[B, Hq, S, D]`: its last ones are the newest tokens. Rejected drafts are
+                not among them.
+            view: the `KVView` of the layer. `view.state(name)` and `view.set_state` reach the per-row state,
+                `view.memory` and `view.remember` what the layer remembers beside its rows.
         """
+
+    def score(self, view) -> torch.Tensor:
+        """Worth of every kept row, `[B, Hkv, N]` in view order; higher stays. Scores of padding do not matter."""
         raise NotImplementedError
 
-    def select(self, scores: torch.Tensor, positions: torch.Tensor, tokens_seen: int, n_fixed: int) -> torch.Tensor:
-        """Rows that stay, ascending in view order, `[B, Hkv, n]`.
+    def worth(self, scores: torch.Tensor, positions: torch.Tensor, tokens_seen: int) -> torch.Tensor:
+        """Scores in float32, `inf` for sinks and recent tokens, `-inf` for padding, `[B, Hkv, N]`."""
+        is_real = positions >= 0
+        worth = scores.float().nan_to_num(0.0).masked_fill(~is_real, float("-inf"))
+        return worth.masked_fill(self.is_protected(positions, tokens_seen), float("inf"))
+
+    def is_protected(self, positions: torch.Tensor, tokens_seen: int) -> torch.Tensor:
+        """The sinks of every row, which stand behind its padding, and the recent tokens; boolean `[B, Hkv, N]`."""
+        is_real = positions >= 0
+        first = torch.where(is_real, positions, tokens_seen).amin(-1, keepdim=True)
+        return is_real & ((positions < first + self.n_sink) | (positions >= tokens_seen - self.n_recent))
+
+    def select(
+        self, scores: torch.Tensor, positions: torch.Tensor, tokens_seen: int, n_fixed: int, is_final: bool = True
+    ) -> torch.Tensor:
+        """Rows that stay: ascending in view order, `[B, Hkv, n]`; for a ragged policy boolean `[B, Hkv, N]`.
 
         Args:
             scores: from `score`, `[B, Hkv, N]`.
             positions: logical positions, -1 for padding, `[B, Hkv, N]`.
             tokens_seen: tokens the layer has seen.
             n_fixed: rows at the end of the view that cannot go (the dense window over packed rows).
+            is_final: whether the prompt is complete, as far as is known.
         """
-        is_real = positions >= 0
-        first = torch.where(is_real, positions, tokens_seen).amin(-1, keepdim=True)
-        is_protected = is_real & ((positions < first + self.n_sink) | (positions >= tokens_seen - self.n_recent))
-        worth = scores.float().nan_to_num(0.0).masked_fill(~is_real, float("-inf"))
-        worth = worth.masked_fill(is_protected, float("inf"))
-        n_free = worth.shape[-1] - n_fixed
-        n_keep = max(self.tokens_to_keep(tokens_seen) - n_fixed, 0)
-        kept = worth[..., :n_free].topk(min(n_keep, n_free), dim=-1, sorted=False).indices.sort(-1).values
-        fixed = torch.arange(n_free, worth.shape[-1], device=kept.device).expand(*kept.shape[:2], n_fixed)
-        return torch.cat([kept, fixed], -1)
+        worth = self.worth(scores, positions, tokens_seen)
+        return best(worth, max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), n_fixed)
+
+    def fold(self, view, kept: torch.Tensor) -> None:
+        """Let rows that stay take over something of those that go, before they go; `kept` is what `select` chose."""
 
     def spec(self) -> dict:
         """JSON-able description, read back by `policy_from_spec`."""
-        return {"policy": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
+        knobs = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        nested = {name: value.spec() for name, value in knobs.items() if isinstance(value, Policy)}
+        return {"policy": type(self).__name__} | knobs | nested
+
+
+def best(worth: torch.Tensor, n_keep: int, n_fixed: int) -> torch.Tensor:
+    """The `n_keep` rows of largest worth before the last `n_fixed`, and those: ascending `[B, Hkv, n]`."""
+    n_free = worth.shape[-1] - n_fixed
+    kept = worth[..., :n_free].topk(min(n_keep, n_free), dim=-1, sorted=False).indices.sort(-1).values
+    fixed = torch.arange(n_free, worth.shape[-1], device=kept.device).expand(*kept.shape[:2], n_fixed)
+    return torch.cat([kept, fixed], -1)
 
 
 def policy_from_spec(spec: dict | None) -> Policy | None:
     """The policy that `spec()` described."""
     if spec is None:
         return None
-    kinds = {kind.__name__: kind for kind in Policy.__subclasses__()}
+    kinds = {kind.__name__: kind for kind in _subclasses(Policy)}
     if spec.get("policy") not in kinds:
         raise ValueError(f"no policy is called {spec.get('policy')!r}")
-    return kinds[spec["policy"]](**{k: v for k, v in spec.items() if k != "policy"})
+    knobs = {k: policy_from_spec(v) if _is_spec(v) else v for k, v in spec.items() if k != "policy"}
+    return kinds[spec["policy"]](**knobs)
+
+
+def _is_spec(value) -> bool:
+    return isinstance(value, dict) and "policy" in value
+
+
+def _subclasses(kind: type) -> set[type]:
+    return {kind}.union(*(_subclasses(sub) for sub in kind.__subclasses__()))

@@ -17,7 +17,7 @@ class KeyDiff(Policy):
     The score is minus the cosine between a key and the mean of the normalised keys of its head.
     """
 
-    def score(self, q, view):  # -> [B, Hkv, N]
+    def score(self, view):  # -> [B, Hkv, N]
         is_real = (view.positions >= 0).unsqueeze(-1)  # [B, Hkv, N, 1]
         keys = torch.cat([k for k, _ in view.blocks()], 2).float()
         anchor = (normalize(keys, dim=-1) * is_real).sum(2, keepdim=True)

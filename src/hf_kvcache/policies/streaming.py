@@ -14,5 +14,5 @@ class Streaming(Policy):
     Positions stay those of the text; the paper re-numbers them inside the window.
     """
 
-    def score(self, q, view):  # -> [B, Hkv, N]
+    def score(self, view):  # -> [B, Hkv, N]
         return view.positions.float()

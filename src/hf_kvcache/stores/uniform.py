@@ -9,7 +9,7 @@ from hf_kvcache.stores.base import Store
 from hf_kvcache.stores.buffer import RowBuffer
 
 PACK_STEP = 32  # rows are packed in steps, so that packing costs a launch per 32 tokens, not per token
-QUERIES = 32  # newest queries that codecs may ask for; as many more are held, so that `crop` leaves enough
+QUERIES = 32  # newest queries that codecs ask for; twice as many as wanted are held, so that `crop` leaves enough
 
 
 class UniformStore(Store):
@@ -23,7 +23,10 @@ class UniformStore(Store):
         min_length: rows below which nothing is packed.
         tracked: per-row state that follows the rows, name -> dtype.
         max_length: rows to make room for at once, instead of growing.
+        n_queries: newest queries that a policy asks for.
     """
+
+    is_ragged = False
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class UniformStore(Store):
         min_length: int = 0,
         tracked: dict[str, torch.dtype] | None = None,
         max_length: int | None = None,
+        n_queries: int = 0,
     ):
         self.keys, self.values = keys, values
         self.window, self.n_sink, self.min_length, self.max_length = window, n_sink, min_length, max_length
@@ -42,6 +46,7 @@ class UniformStore(Store):
         sides = [] if keys is None else [("k", keys), ("v", values)]
         needs = frozenset().union(*(codec.needs for _, codec in sides))
         self.needs_queries, self.needs_positions = "queries" in needs, "positions" in needs
+        self.n_queries = max(n_queries, QUERIES if self.needs_queries else 0)
         # positions in RoPE, the same for all heads, -1 for padding: a codec that is fitted to rows asks which are real
         self.has_rope = bool(needs & {"positions", "model"})
         state = dict.fromkeys(self.tracked, 1)
@@ -50,6 +55,7 @@ class UniformStore(Store):
         rope = {"rope": 1} if self.needs_positions else {}
         self.packed = RowBuffer({**fields, **state, **rope} if sides else {})
         self.queries = RowBuffer({"q": 1})
+        self.memory = RowBuffer({})
         self.step = max(PACK_STEP, self.packed.unit)
         self.dtype: torch.dtype | None = None
         self.owned = True
@@ -81,20 +87,43 @@ class UniformStore(Store):
             rows["rope"] = torch.zeros(k.shape[0], 1, n, dtype=torch.int32, device=k.device)
         self.dense.append(rows, n)
 
+    def set_state(self, name: str, values: torch.Tensor) -> None:
+        """Overwrite tracked per-row state, `[B, Hkv, N]` in view order."""
+        n = self.n_packed
+        if n:
+            self.packed[name].copy_(values[..., :n])
+        if self.dense.n_tokens:
+            self.dense[name].copy_(values[..., n:])
+
+    def remember(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Hold `[B, Hkv, 1, ...]` tensors that belong to the layer, not to its rows, instead of those held."""
+        self.memory.clear()
+        self.memory.tokens_per_row = dict.fromkeys(tensors, 1)
+        self.memory.append(tensors, 1)
+
     def note_queries(self, q: torch.Tensor) -> None:
-        """Remember the newest of the queries `[B, Hq, S, D]` for codecs that need them."""
-        if not self.needs_queries:
+        """Remember the newest of the queries `[B, Hq, S, D]` for codecs and policies that need them."""
+        if not self.n_queries:
             return
-        n_kv_heads = self.dense.tensors["k"].shape[1]
-        newest = q[:, :, -2 * QUERIES :].unflatten(1, (n_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
+        n_kv_heads, most = self.dense.tensors["k"].shape[1], 2 * self.n_queries
+        newest = q[:, :, -most:].unflatten(1, (n_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
         # a copy: an empty buffer adopts what it is given, and this may be a slice of the model's activations
         self.queries.append({"q": newest.clone(memory_format=torch.contiguous_format)}, newest.shape[2])
-        if self.queries.n_tokens > 2 * QUERIES:
-            self.queries.remove(0, self.queries.n_tokens - 2 * QUERIES)
+        if self.queries.n_tokens > most:
+            self.queries.remove(0, self.queries.n_tokens - most)
+
+    def newest_queries(self, n: int) -> torch.Tensor:
+        """The newest `n` queries `[B, Hkv, n, G, D]`, or as many as there are."""
+        return self.queries["q"][:, :, -n:]
+
+    @property
+    def n_fixed(self) -> int:
+        """Rows at the end of the view that `keep` must keep."""
+        # dense rows are fixed once others are packed: the same number of packed rows goes from every head
+        return self.dense.n_tokens if self.n_packed else 0
 
     def keep(self, indices: torch.Tensor) -> None:
         if self.n_packed:
-            # policies protect every dense row, so the same number of packed rows goes from every head
             n_packed = indices.shape[2] - self.dense.n_tokens
             self.packed.gather(indices[..., :n_packed])
         else:
@@ -113,19 +142,24 @@ class UniformStore(Store):
         self.fit()
         n = surplus // self.step * self.step
         start, stop = self.n_sink, self.n_sink + n
-        queries = self.queries["q"][:, :, -QUERIES:] if self.needs_queries else None
-        rows = {name: self.dense[name][:, :, start:stop].clone() for name in self.tracked}
-        rope = self.dense["rope"][:, :, start:stop].clamp(min=0) if self.needs_positions else None
-        rows |= {} if rope is None else {"rope": rope}
-        for side, codec in (("k", self.keys), ("v", self.values)):
-            encoded = self._encode(codec, side, start, stop, queries, rope)
-            rows |= {f"{side}.{name}": t for name, t in encoded.items()}
+        rows = self._encoded_rows(start, stop)
         is_first = not self.packed.tensors
         self.packed.append(rows, n)
         if is_first and self.max_length is not None:
             self.packed.reserve(self.max_length - self.n_sink - self.window)
         for store in self.sharers:
             store._drop(start, stop)
+
+    def _encoded_rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """What the packed buffer holds of the dense rows `[start, stop)`: codes, tracked state, positions."""
+        queries = self.newest_queries(QUERIES) if self.needs_queries else None
+        rows = {name: self.dense[name][:, :, start:stop].clone() for name in self.tracked}
+        rope = self.dense["rope"][:, :, start:stop].clamp(min=0) if self.needs_positions else None
+        rows |= {} if rope is None else {"rope": rope}
+        for side, codec in (("k", self.keys), ("v", self.values)):
+            encoded = self._encode(codec, side, start, stop, queries, rope)
+            rows |= {f"{side}.{name}": t for name, t in encoded.items()}
+        return rows
 
     @property
     def sharers(self) -> list[UniformStore]:
@@ -217,7 +251,7 @@ class UniformStore(Store):
         self.dense.append(after, n_after)
 
     def buffers(self) -> dict[str, RowBuffer]:
-        return {"packed": self.packed, "dense": self.dense, "queries": self.queries}
+        return {"packed": self.packed, "dense": self.dense, "queries": self.queries, "memory": self.memory}
 
     def encoded(self, side: str) -> dict[str, torch.Tensor]:
         """Packed tensors of one side, "k" or "v", under the codec's own names."""

@@ -1,0 +1,61 @@
+"""Attention weights as policies see them: how much of the softmax each kept row gets from some queries."""
+
+from __future__ import annotations
+
+import torch
+
+QUERIES = 256  # queries that are scored at a time
+
+
+def newest_mass(view, n_queries: int) -> torch.Tensor:
+    """`attention_mass` of the newest `n_queries` queries of the layer (fewer, if it has seen fewer)."""
+    queries = view.queries(n_queries)
+    return attention_mass(queries, view.tokens_seen - queries.shape[3], view)
+
+
+def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
+    """What each kept row gets of the attention of some queries, summed over them, meaned over the heads of a group.
+
+    Weights are those of the softmax over the rows that are kept now. Rows are read block by block, twice, so that no
+    tensor of all queries and all rows is ever made.
+
+    Args:
+        queries: after RoPE, `[B, Hkv, G, S, D]`.
+        first: logical position of the first of them; they stand one after another.
+        view: the `KVView` of the layer.
+
+    Returns:
+        float32 `[B, Hkv, N]` in view order. Queries that are padding, and rows that are, count nothing.
+    """
+    positions = view.positions  # [B, Hkv, N]
+    # pads stand in front: a query before the first real token of its row is one
+    start = torch.where(positions >= 0, positions, view.tokens_seen).amin(-1)  # [B, Hkv]
+    mass = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
+    for at in range(0, queries.shape[3], QUERIES):
+        part = queries[:, :, :, at : at + QUERIES].float() * view.scaling
+        where = torch.arange(first + at, first + at + part.shape[3], device=positions.device)
+        is_real = (where >= start.unsqueeze(-1)).unsqueeze(2).unsqueeze(-1)  # [B, Hkv, 1, S, 1]
+        total = None
+        for _, scores in _scores(part, where, view):
+            block = scores.logsumexp(-1, keepdim=True)  # [B, Hkv, G, S, 1]
+            total = block if total is None else torch.logaddexp(total, block)
+        # a query that sees nothing has no weights to give
+        total = total.masked_fill(total == float("-inf"), float("inf"))
+        for rows, scores in _scores(part, where, view):
+            weights = (scores - total).exp() * is_real
+            mass[:, :, rows] += weights.sum(3).mean(2)
+    return mass
+
+
+def _scores(queries, where, view):
+    """Masked scores `[B, Hkv, G, S, n]` of one block of rows after another."""
+    start = 0
+    for k, _ in view.blocks():
+        rows = slice(start, start + k.shape[2])
+        scores = torch.einsum("bhgsd,bhnd->bhgsn", queries, k.float())
+        if view.softcap is not None:
+            scores = torch.tanh(scores / view.softcap) * view.softcap
+        positions = view.positions[:, :, rows].unsqueeze(2)  # [B, Hkv, 1, n]
+        is_visible = (positions >= 0) & (positions <= where.view(-1, 1))  # [B, Hkv, S, n]
+        yield rows, scores.masked_fill(~is_visible.unsqueeze(2), float("-inf"))
+        start = rows.stop
