@@ -24,6 +24,7 @@ from transformers import (
 
 import hf_kvcache as kv
 from hf_kvcache.codecs.basis import Basis
+from hf_kvcache.stores import PagedBuffer
 
 # -- methods -------------------------------------------------------------------------------------------------------
 
@@ -121,11 +122,34 @@ CASES = [
     ),
     Case("lowrankk-densev-window8", lambda: kv.KVCache(codec=(kv.LowRank(bases=PRE), kv.Dense()), window=8)),
     Case("quant8k-lowrankv-window8", lambda: kv.KVCache(codec=(kv.Quantize(8), kv.LowRank(bases=PRE)), window=8)),
+    Case("snapkv-budget256", lambda: kv.EvictionCache("snapkv", budget=256), lossless=True),
+    Case("adakv-budget256-window4", lambda: kv.EvictionCache("adakv", budget=256, window=4), lossless=True),
+    Case("adakv-ratio1-compact", lambda: kv.EvictionCache("adakv", ratio=1.0, window=4, compact=True), lossless=True),
     # evicting
     Case("streaming-budget24", lambda: kv.EvictionCache("streaming", budget=24, **KNOBS), evicts=True),
     Case("keydiff-budget24", lambda: kv.EvictionCache("keydiff", budget=24, **KNOBS), evicts=True),
     Case("keydiff-ratio0.5", lambda: kv.EvictionCache("keydiff", ratio=0.5, **KNOBS), evicts=True),
     Case("keydiff-prompt-only", lambda: kv.EvictionCache("keydiff", budget=24, decode=False, **KNOBS), evicts=True),
+    Case("h2o-budget24", lambda: kv.EvictionCache("h2o", budget=24, **KNOBS), evicts=True),
+    Case("snapkv-budget24", lambda: kv.EvictionCache("snapkv", budget=24, window=8, **KNOBS), evicts=True),
+    Case("expected-budget24", lambda: kv.EvictionCache("expected_attention", budget=24, **KNOBS), evicts=True),
+    Case("pyramidkv-budget24", lambda: kv.EvictionCache("pyramidkv", budget=24, beta=2, **KNOBS), evicts=True),
+    Case("streaming-compact", lambda: kv.EvictionCache("streaming", budget=24, compact=True, **KNOBS), evicts=True),
+    Case("keydiff-merge", lambda: kv.EvictionCache("keydiff", budget=24, merge=True, **KNOBS), evicts=True),
+    # heads of different lengths
+    Case("adakv-budget42", lambda: kv.EvictionCache("adakv", budget=42, scorer="keydiff", **KNOBS), evicts=True),
+    Case("adakv-compact", lambda: kv.EvictionCache("adakv", ratio=0.5, compact=True, **KNOBS), evicts=True),
+    Case("duo", lambda: kv.EvictionCache("duo", gates=[[1, 0], [0, 1]], window=4, **KNOBS), evicts=True),
+    Case(
+        "adakv-quant8",
+        lambda: kv.QuantCache(8, window=4, policy=kv.AdaKV(budget=42, scorer="keydiff", **KNOBS)),
+        evicts=True,
+    ),
+    Case(
+        "threshold-sparse0.5",
+        lambda: kv.KVCache(kv.Threshold(scorer="h2o", share=0.7, **KNOBS), kv.Sparse(0.5), window=4),
+        evicts=True,
+    ),
     # both
     Case(
         "streaming-sparse0.5",
@@ -253,14 +277,21 @@ def splits(total, size):
 
 
 def state(cache):
-    """Every byte in use of a cache: `{(layer, buffer, name): tensor}`."""
+    """Every byte in use of a cache, batch first: `{(layer, buffer, name): tensor}`."""
     return {
         (i, which, name): tensor
         for i, layer in enumerate(cache.layers)
         if isinstance(layer, kv.KVLayer)
         for which, buffer in layer.store.buffers().items()
-        for name, tensor in buffer.views().items()
+        for name, tensor in _by_row(buffer).items()
     }
+
+
+def _by_row(buffer):
+    if not isinstance(buffer, PagedBuffer):
+        return buffer.views()
+    held = {name: buffer.read(name) for name in buffer.tensors}
+    return held | ({"counts": buffer.counts} if held else {})
 
 
 def assert_same_state(cache, other):

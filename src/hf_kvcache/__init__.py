@@ -11,13 +11,35 @@ from hf_kvcache.kernels import BackendUnavailable, use_backend
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.models import embedded_model
 from hf_kvcache.persist import CacheFileError
-from hf_kvcache.policies import KeyDiff, Policy, Streaming
-from hf_kvcache.presets import DenseCache, EvictionCache, LowRankCache, QuantCache, SparseCache
+from hf_kvcache.policies import (
+    AdaKV,
+    ExpectedAttention,
+    FastGen,
+    H2O,
+    HeadSplit,
+    KeyDiff,
+    L2Norm,
+    LagKV,
+    Locret,
+    Merge,
+    NACL,
+    Policy,
+    PyramidKV,
+    RKV,
+    Random,
+    SnapKV,
+    Streaming,
+    TOVA,
+    Threshold,
+)
+from hf_kvcache.prefill import prefill
+from hf_kvcache.presets import DenseCache, EvictionCache, LocretCache, LowRankCache, QuantCache, SparseCache
 from hf_kvcache.view import KVView
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaKV",
     "BackendUnavailable",
     "Bases",
     "CacheFileError",
@@ -26,19 +48,36 @@ __all__ = [
     "Dense",
     "DenseCache",
     "EvictionCache",
+    "ExpectedAttention",
+    "FastGen",
+    "H2O",
+    "HeadSplit",
     "KVCache",
     "KVLayer",
     "KVView",
     "KeyDiff",
+    "L2Norm",
+    "LagKV",
+    "Locret",
+    "LocretCache",
     "LowRank",
     "LowRankCache",
+    "Merge",
+    "NACL",
     "Policy",
+    "PyramidKV",
+    "QuantCache",
     "Quantize",
+    "RKV",
+    "Random",
+    "SnapKV",
     "Sparse",
     "SparseCache",
-    "QuantCache",
     "Streaming",
+    "TOVA",
+    "Threshold",
     "embedded_model",
+    "prefill",
     "use_backend",
 ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import Cache
 
-from hf_kvcache import compat, persist
+from hf_kvcache import compat, persist, registry
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.host import Host
@@ -37,6 +37,8 @@ class KVCache(Cache):
         min_length: tokens below which nothing is packed: a short cache is small, and dense rows are read faster.
         exact_prefill: attend to new tokens as they are and compress them afterwards. False attends to what the codec
             makes of them from the start, as published evaluations of low-rank caches do.
+        compact: give the rows that stay neighbouring positions, as if the evicted ones had never been there: their keys
+            are rotated again at every eviction. By default rows keep the positions of the text.
         max_length: tokens to make room for at the first call, instead of growing.
         config: the model's config. Only models with linear-attention layers need it; others are recognised when
             the cache is first used.
@@ -58,6 +60,7 @@ class KVCache(Cache):
         edge_codec: Codec | tuple[Codec, Codec] | None = None,
         min_length: int = 0,
         exact_prefill: bool = True,
+        compact: bool = False,
         max_length: int | None = None,
         config=None,
         offloading: bool = False,
@@ -65,6 +68,9 @@ class KVCache(Cache):
         register_pass_throughs()
         self.policy, self.window, self.n_sink = policy, window, n_sink
         self.min_length, self.exact_prefill, self.max_length = min_length, exact_prefill, max_length
+        self.compact = compact
+        # whether more of the prompt follows this call; None means that nobody has said (see `prefill`)
+        self.prompt_goes_on: bool | None = None
         if min(window, n_sink, edge_layers, min_length) < 0:
             raise ValueError(
                 f"window={window}, n_sink={n_sink}, edge_layers={edge_layers} and min_length={min_length} must not be "
@@ -77,6 +83,7 @@ class KVCache(Cache):
         self._check_use()
         for pair in (self.codec, self.edge_codec if edge_layers else None):
             self._check_pair(pair)
+        self._check_policy()
         self._check_sharing(offloading)
         self._model: weakref.ref | None = None
         self._expected: dict | None = None
@@ -141,6 +148,40 @@ class KVCache(Cache):
                 f"{self.policy.n_sink} sinks; raise budget or lower window"
             )
 
+    def _check_policy(self) -> None:
+        """Refuse what this policy cannot go with."""
+        name, codecs = (
+            type(self.policy).__name__,
+            [side for pair in (self.codec, self.edge_codec) for side in pair or ()],
+        )
+        if self.compact and self.policy is None:
+            raise ValueError("compact=True closes the gaps that eviction leaves, and without a policy there are none")
+        if self.compact and codecs:
+            raise ValueError(f"compact=True rotates keys again at every eviction, which {codecs[0]} cannot")
+        if self.policy is None:
+            return
+        if self.policy.folds and codecs:
+            raise ValueError(f"{name} changes rows that stay, which {codecs[0]} has packed; use it without a codec")
+        if not self.policy.is_ragged:
+            return
+        for side in codecs:
+            if side.format not in registry.ROWS:
+                raise ValueError(
+                    f"{name} lets heads keep different numbers of rows, in pages that serve any head, which rows of "
+                    f"{side} do not"
+                )
+        for what, n in (("n_sink", self.n_sink), ("min_length", self.min_length)):
+            if n:
+                raise ValueError(
+                    f"{name}: {what}={n} of the cache does not go with pages; the policy has its own n_sink"
+                )
+        n_dense = self.window + PACK_STEP
+        if self.policy.budget is not None and self.policy.budget < n_dense + self.policy.n_sink:
+            raise ValueError(
+                f"{name}: budget={self.policy.budget} leaves nothing to choose beside up to {n_dense} dense rows "
+                f"(window={self.window} + {PACK_STEP} waiting) and {self.policy.n_sink} sinks; raise it or lower window"
+            )
+
     def _check_sharing(self, offloading: bool) -> None:
         """Refuse what layers that share their packed rows cannot do."""
         if any(side.share_layers > 1 for side in self.edge_codec or ()):
@@ -182,6 +223,7 @@ class KVCache(Cache):
             min_length=self.min_length,
             max_length=self.max_length,
             exact_prefill=self.exact_prefill,
+            compact=self.compact,
         )
         if self._records_past:
             layer.activate_past_recording()

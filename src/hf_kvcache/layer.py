@@ -10,6 +10,7 @@ from hf_kvcache.compat import CacheLayerMixin
 from hf_kvcache.host import Host
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.rope import Rope
+from hf_kvcache.stores.ragged import RaggedStore
 from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import UniformStore
 from hf_kvcache.view import KVView
@@ -23,7 +24,7 @@ class KVLayer(CacheLayerMixin):
         keys, values: codecs, or None to stay dense.
         policy: which tokens stay, or None for all.
         window, n_sink, min_length, max_length: see `UniformStore`.
-        exact_prefill: see `KVCache`.
+        exact_prefill, compact: see `KVCache`.
     """
 
     is_sliding = False
@@ -41,14 +42,18 @@ class KVLayer(CacheLayerMixin):
         min_length: int = 0,
         max_length: int | None = None,
         exact_prefill: bool = True,
+        compact: bool = False,
     ):
         super().__init__()
         self.layer_idx, self.policy = layer_idx, policy
         tracked = {} if policy is None else {"position": torch.int32, **policy.state}
+        # where in RoPE a key is, as far as it is not where the token is in the text
+        tracked |= {"angle": torch.int32} if compact else {}
         sizes = dict(window=window, n_sink=n_sink, min_length=min_length, max_length=max_length)
         kind = SharedStore if keys is not None and keys.share_layers > 1 else UniformStore
+        kind = RaggedStore if policy is not None and policy.is_ragged else kind
         self.store = kind(keys, values, tracked=tracked, n_queries=policy.n_queries if policy else 0, **sizes)
-        self.exact_prefill = exact_prefill
+        self.exact_prefill, self.compact = exact_prefill, compact
         self._codecs, self._policy = (keys, values), policy
         self.record_past = False
         self._forget()
@@ -102,7 +107,8 @@ class KVLayer(CacheLayerMixin):
         self.store.append(k, v)
         if self.policy is not None:
             fresh = torch.arange(self.tokens_seen, self.tokens_seen + n, dtype=torch.int32, device=k.device)
-            self.store.dense["position"][:, :, -n:] = fresh
+            for name in ("position", "angle") if self.compact else ("position",):
+                self.store.dense[name][:, :, -n:] = fresh
         self.tokens_seen += n
         if is_prefill:
             # the rows are copied out of the model's projection sooner or later: attention reads adjacent rows faster
@@ -113,7 +119,9 @@ class KVLayer(CacheLayerMixin):
     @property
     def needs_model(self) -> bool:
         """Whether a codec or the policy takes something from the model, which `bind` gives it."""
-        return not self._is_bound and any(part is not None and "model" in part.needs for part in self._parts)
+        if self._is_bound:
+            return False
+        return self.compact or any(part is not None and "model" in part.needs for part in self._parts)
 
     @property
     def _parts(self):
@@ -137,7 +145,8 @@ class KVLayer(CacheLayerMixin):
                     f"the {side} is shared by {codec.heads_per_row} heads; use one with group_size=1"
                 )
             setattr(self.store, side, codec)
-        self._is_bound, self.rope = True, host.rope() if self.store.needs_positions else None
+        needs_rope = self.store.needs_positions or self.compact
+        self._is_bound, self.rope = True, host.rope() if needs_rope else None
         # a loaded cache holds rows already
         held = [buffer["rope"] for buffer in (self.store.packed, self.store.dense) if "rope" in buffer.tensors]
         self._rope_limit = max((int(rows.max()) + 1 for rows in held if rows.numel()), default=0)
@@ -233,9 +242,10 @@ class KVLayer(CacheLayerMixin):
             self.policy.note(view)
             self._queries = q if self.policy.observes else None
         self._is_due, self._is_unsettled = self._asks_to_evict(), True
-        waits = self.policy is not None and self.policy.waits and not self._is_decoding
+        goes_on = None if view.cache is None else view.cache.prompt_goes_on
+        waits = self.policy is not None and self.policy.waits and not self._is_decoding and goes_on is None
         if not self.record_past and not waits:
-            self._commit()
+            self._commit(is_final=not goes_on)
 
     def finish(self, is_final: bool = True) -> None:
         """Compress what is still waiting: for a `crop`, or for the next tokens to say whether the prompt goes on."""
@@ -254,16 +264,29 @@ class KVLayer(CacheLayerMixin):
         if self._queries is not None:
             self.policy.observe(self._queries, view)
         if self._is_due:
-            if store.n_packed:
+            if store.n_packed and not store.is_ragged:
                 # dense rows are fixed once others are packed, so let go of those that have left the window first
                 store.pack()
             scores = self.policy.score(view)
             kept = self.policy.select(scores, store.positions, self.tokens_seen, store.n_fixed, is_final)
             self.policy.fold(view, kept)
             store.keep(kept)
+            if self.rope is not None and self.compact:
+                self._close_gaps()
             self.evicted_at = self.tokens_seen
         store.pack()
         self._queries, self._is_due, self._is_unsettled = None, False, False
+
+    def _close_gaps(self) -> None:
+        """Rotate kept keys so that they stand side by side, the newest one where it was."""
+        store = self.store
+        is_real = store.positions >= 0
+        n_after = is_real.flip(-1).cumsum(-1).flip(-1) - 1  # real rows behind a row, of its head
+        target = torch.where(is_real, self.tokens_seen - 1 - n_after, 0).int()
+        moved = torch.where(is_real, target - store.state("angle"), 0)
+        self.rope.cover(self.tokens_seen, self.device)
+        store.rotate_keys(lambda k, by: self.rope.turn(k, by), moved)
+        store.set_state("angle", target)
 
     # -- what transformers asks of a layer ---------------------------------------------------------------------------
 
@@ -324,18 +347,24 @@ class KVLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Move every payload to CPU memory."""
-        self._map_batch(lambda t: t.to("cpu", non_blocking=True))
+        self._move(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move every payload back to the device of the layer."""
         if self.is_initialized:
-            self._map_batch(lambda t: t.to(self.device, non_blocking=True))
+            self._move(lambda t: t.to(self.device, non_blocking=True))
+
+    def _move(self, change) -> None:
+        for buffer in self.store.buffers().values():
+            buffer.move(change)
+        if self._queries is not None:
+            self._queries = change(self._queries)
 
     def _map_batch(self, change) -> None:
         for buffer in self.store.buffers().values():
             buffer.map_batch(change)
-            if buffer.tensors:
-                self.batch_size = next(iter(buffer.tensors.values())).shape[0]
+        if self.store.dense.tensors:
+            self.batch_size = self.store.dense.tensors["k"].shape[0]
         if self._queries is not None:
             self._queries = change(self._queries)
 

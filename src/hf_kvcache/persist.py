@@ -62,6 +62,7 @@ def save(cache, directory: str | os.PathLike) -> Path:
             "n_sink": cache.n_sink,
             "min_length": cache.min_length,
             "exact_prefill": cache.exact_prefill,
+            "compact": cache.compact,
             "max_length": cache.max_length,
             "nbytes_dense": cache.nbytes_dense,
             "tensors": name,
@@ -96,6 +97,7 @@ def load(cls, directory: str | os.PathLike, model=None, device: torch.device | s
         policy=policy_from_spec(manifest["policy"]),
         window=manifest["window"],
         n_sink=manifest["n_sink"],
+        compact=manifest.get("compact", False),
         max_length=manifest["max_length"],
         config=None if model is None else model.config,
     )
@@ -180,11 +182,12 @@ def _restore(i: int, entry: dict, tensors: dict, cache) -> KVLayer:
         min_length=cache.min_length,
         max_length=cache.max_length,
         exact_prefill=cache.exact_prefill,
+        compact=cache.compact,
     )
     for buffer_name, buffer in layer.store.buffers().items():
         own = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.split(".", 1)[0] == buffer_name}
-        if own:
-            buffer.append(own, entry["n_tokens"][buffer_name])
+        # files of earlier releases know fewer buffers
+        buffer.restore(own, entry["n_tokens"].get(buffer_name, 0))
     if "dtype" in entry:
         layer.batch_size, layer.n_kv_heads, layer.head_dim = (
             entry[name] for name in ("batch_size", "n_kv_heads", "head_dim")

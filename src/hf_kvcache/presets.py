@@ -7,6 +7,8 @@ from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import Dense, LowRank, Quantize, Sparse
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.policies.locret import Locret
+from hf_kvcache.policies.merge import Merge
 
 
 class DenseCache(KVCache):
@@ -183,12 +185,28 @@ class EvictionCache(KVCache):
     Args:
         policy: name of an eviction method (`hf-kvcache methods`), or a `Policy`.
         codec: also encode what stays, with a row-granular codec.
-        window, max_length, config, offloading: see `KVCache`.
+        merge: let evicted rows leave their values to the kept rows most like them (see `Merge`).
+        compact: close the gaps in the positions (see `KVCache`).
+        window: newest rows that stay dense under a codec, or out of the pages of a policy with a length per head;
+            None means 64 under a codec, `n_recent` of the policy otherwise.
+        edge_layers, edge_codec, max_length, config, offloading: see `KVCache`.
         **knobs: arguments of the policy: `budget=1024` or `ratio=0.25`, `n_sink`, `n_recent`, `decode`, ...
     """
 
     def __init__(
-        self, policy: str | Policy, *, codec=None, window=64, max_length=None, config=None, offloading=False, **knobs
+        self,
+        policy: str | Policy,
+        *,
+        codec=None,
+        merge: bool = False,
+        compact: bool = False,
+        window: int | None = None,
+        edge_layers: int = 0,
+        edge_codec=None,
+        max_length: int | None = None,
+        config=None,
+        offloading: bool = False,
+        **knobs,
     ):
         if isinstance(policy, str):
             kind = registry.load(registry.method(policy).factory)
@@ -197,4 +215,62 @@ class EvictionCache(KVCache):
             policy = kind(**knobs)
         elif knobs:
             raise TypeError(f"{', '.join(knobs)}: give the arguments of a policy to the policy itself")
-        super().__init__(policy, codec, window=window, max_length=max_length, config=config, offloading=offloading)
+        if merge:
+            policy = Merge.over(policy)
+        super().__init__(
+            policy,
+            codec,
+            window=_window(window, codec, policy),
+            compact=compact,
+            edge_layers=edge_layers,
+            edge_codec=edge_codec,
+            max_length=max_length,
+            config=config,
+            offloading=offloading,
+        )
+
+
+def _window(window: int | None, codec, policy: Policy) -> int:
+    if window is not None:
+        return window
+    return 64 if codec is not None else min(policy.n_recent, 64)
+
+
+class LocretCache(KVCache):
+    """Keep what the retaining heads of the model's adapter score highest (Locret, Huang et al. 2024).
+
+    Prompts are evicted from chunk by chunk: `hf_kvcache.prefill(model, ids, cache)` feeds them in chunks of `chunk`, as
+    `generate(prefill_chunk_size=...)` does. Memory is then bounded by budget and chunk, whatever the prompt.
+
+    Args:
+        budget, ratio: rows to keep per head, as a count or as a share of the tokens seen.
+        chunk: tokens of a prompt that `prefill` feeds at a time.
+        stabilizers: newest rows that stay between chunks; None picks 2,500 or a quarter of the budget, what is less.
+        local: newest rows that stay when the prompt is complete.
+        n_sink: oldest rows that always stay (0 in the paper).
+        decode: whether to evict while decoding, too.
+        interval: tokens by which a decoding layer may overshoot its budget.
+        codec, window, compact, edge_layers, edge_codec, max_length, config, offloading: see `KVCache`.
+    """
+
+    def __init__(
+        self,
+        budget: int | None = None,
+        *,
+        ratio: float | None = None,
+        chunk: int = 1024,
+        stabilizers: int | None = None,
+        local: int = 100,
+        n_sink: int = 4,
+        decode: bool = False,
+        interval: int = 32,
+        codec=None,
+        window: int = 64,
+        **kwargs,
+    ):
+        if chunk < 1:
+            raise ValueError(f"LocretCache: chunk={chunk} must be at least 1")
+        self.chunk = chunk
+        sizes = dict(budget=budget, ratio=ratio, n_sink=n_sink, n_recent=local)
+        policy = Locret(**sizes, stabilizers=stabilizers, decode=decode, interval=interval)
+        super().__init__(policy, codec, window=window, **kwargs)

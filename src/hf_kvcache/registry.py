@@ -62,12 +62,132 @@ METHODS = (
         "budget or ratio, n_sink=4",
     ),
     Method(
+        "h2o",
+        "hf_kvcache.policies.h2o:H2O",
+        "tokens",
+        "Tokens that have got the most attention from all queries so far",
+        "H2O, Zhang et al. 2023",
+        "budget or ratio, recent_share=0.5",
+    ),
+    Method(
+        "tova",
+        "hf_kvcache.policies.tova:TOVA",
+        "tokens",
+        "Tokens that the newest query attends to, the same for all heads",
+        "TOVA, Oren et al. 2024",
+        "budget or ratio",
+    ),
+    Method(
+        "snapkv",
+        "hf_kvcache.policies.snapkv:SnapKV",
+        "tokens",
+        "Tokens that the newest queries attend to, and their neighbours",
+        "SnapKV, Li et al. 2024",
+        "budget or ratio, window=32, kernel=7",
+    ),
+    Method(
+        "pyramidkv",
+        "hf_kvcache.policies.pyramidkv:PyramidKV",
+        "tokens",
+        "SnapKV with larger budgets for lower layers",
+        "PyramidKV, Cai et al. 2024",
+        "budget or ratio, beta=20",
+    ),
+    Method(
+        "adakv",
+        "hf_kvcache.policies.adakv:AdaKV",
+        "tokens",
+        "Any scorer's best tokens of a layer, whosever head they are: ragged",
+        "Ada-KV, Feng et al. 2024",
+        "budget or ratio, scorer='snapkv', floor=0.2",
+    ),
+    Method(
         "keydiff",
         "hf_kvcache.policies.keydiff:KeyDiff",
         "tokens",
         "Keys that differ most from the mean key",
         "KeyDiff, Park et al. 2025",
         "budget or ratio, n_sink=4, n_recent=32",
+    ),
+    Method(
+        "l2norm",
+        "hf_kvcache.policies.l2norm:L2Norm",
+        "tokens",
+        "Keys of small norm",
+        "Devoto et al. 2024",
+        "budget or ratio",
+    ),
+    Method(
+        "expected_attention",
+        "hf_kvcache.policies.expected_attention:ExpectedAttention",
+        "tokens",
+        "Tokens that future queries are expected to attend to, by the moments of past ones",
+        "Expected Attention, Devoto et al. 2025",
+        "budget or ratio, n_future=512",
+    ),
+    Method(
+        "lagkv",
+        "hf_kvcache.policies.lagkv:LagKV",
+        "tokens",
+        "Tokens that stand out against the partition after theirs; no queries needed",
+        "LagKV, Liang et al. 2025",
+        "budget or ratio, lag=128",
+    ),
+    Method(
+        "rkv",
+        "hf_kvcache.policies.rkv:RKV",
+        "tokens",
+        "Tokens that are attended to and not redundant",
+        "R-KV, Cai et al. 2025",
+        "budget or ratio, window=8, mix=0.1",
+    ),
+    Method(
+        "nacl",
+        "hf_kvcache.policies.nacl:NACL",
+        "tokens",
+        "Tokens that the newest queries attend to, and a random share",
+        "NACL, Chen et al. 2024",
+        "budget or ratio, random_share=2/3",
+    ),
+    Method(
+        "random",
+        "hf_kvcache.policies.at_random:Random",
+        "tokens",
+        "Tokens at random: the baseline",
+        "",
+        "budget or ratio, seed=0",
+    ),
+    Method(
+        "duo",
+        "hf_kvcache.policies.head_split:HeadSplit",
+        "tokens",
+        "Retrieval heads keep all tokens, the others sinks and recent ones: ragged",
+        "DuoAttention, Xiao et al. 2024",
+        "gates, threshold=0.5, n_recent=256",
+    ),
+    Method(
+        "fastgen",
+        "hf_kvcache.policies.fastgen:FastGen",
+        "tokens",
+        "Each head keeps the cheapest set that recovers its attention: ragged",
+        "FastGen, Ge et al. 2023",
+        "recovery=0.95, local=0.3, heavy=0.3",
+    ),
+    Method(
+        "threshold",
+        "hf_kvcache.policies.threshold:Threshold",
+        "tokens",
+        "Any scorer's tokens above a score, or holding a share of the scores: ragged",
+        "KVzap",
+        "threshold or share, scorer='snapkv'",
+    ),
+    Method(
+        "locret",
+        "hf_kvcache.policies.locret:Locret",
+        "tokens",
+        "Tokens that trained retaining heads score highest; prompts in chunks",
+        "Locret, Huang et al. 2024",
+        "budget or ratio, stabilizers=None, n_recent=100",
     ),
 )
 
@@ -76,12 +196,12 @@ FUSED = {
     ("int/channel", "int"): "hf_kvcache.attention.fused:integers",
     ("int", "int"): "hf_kvcache.attention.fused:integers",
 }
-# every other pair of row-granular formats: a row is a list of values, quantised or not, and the places they belong to
-_ROWS = ("sparse", "sparse>int", "dense", "int")
+# every other pair of formats whose rows serve any head: a row is a list of values, quantised or not, and their places
+ROWS = ("sparse", "sparse>int", "dense", "int")
 FUSED |= {
     (keys, values): "hf_kvcache.attention.fused:sparse"
-    for keys in _ROWS
-    for values in _ROWS
+    for keys in ROWS
+    for values in ROWS
     if (keys, values) not in (("dense", "dense"), ("int", "int"))
 }
 # latents on one side at least; a side without is of full rank

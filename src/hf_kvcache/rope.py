@@ -101,6 +101,11 @@ class Rope:
         cos, sin = self.tables(x.device).cos_sin(positions)
         return rotate(x.float(), cos / self.scaling, -sin / self.scaling)
 
+    def turn(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """Keys `x` `[B, H, n, D]` as they would be `by` `[B, 1 | H, n]` positions further on, in float32."""
+        cos, sin = self.tables(x.device).cos_sin(by)
+        return rotate(x.float(), cos, sin)
+
     def __deepcopy__(self, memo) -> Rope:
         # copies of a cache belong to the same model
         return self

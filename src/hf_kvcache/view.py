@@ -30,6 +30,11 @@ class KVView:
         self.module: torch.nn.Module | None = None
 
     @property
+    def n_new(self) -> int:
+        """Rows of this call: `S`."""
+        return self.new_k.shape[2]
+
+    @property
     def n_kept(self) -> int:
         """Rows kept per head, the new ones included: `N`."""
         return self.layer.store.n_kept

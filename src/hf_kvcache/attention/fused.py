@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.attention import blockwise
+from hf_kvcache.attention.mask import visible
 from hf_kvcache.codecs.base import Chain, Codec
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
 from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.kernels.quant_attention import quant_attention
+from hf_kvcache.kernels.ragged_attention import ragged_attention
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.registry import FUSED, load
 
@@ -19,8 +21,14 @@ MAX_QUERIES = 32
 
 
 def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
-    """Attend over what `view`'s layer keeps; arguments and result as in `blockwise.attend`."""
+    """Attend over what `view`'s layer keeps; arguments and result as in `blockwise.attend`.
+
+    `mask` may also be a function that makes it: over pages it is not needed.
+    """
     store = view.layer.store
+    if store.is_ragged and store.n_packed and q.shape[2] <= MAX_QUERIES:
+        return _attend_pages(q, view, scaling, softcap)
+    mask = mask() if callable(mask) else mask
     if q.shape[2] > MAX_QUERIES:
         return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if not store.n_packed:
@@ -35,6 +43,20 @@ def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
     if store.keys.projects or store.values.projects:
         return _attend_projected(op, q, store, scaling, mask, softcap)
     return op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)[0]
+
+
+def _attend_pages(q, view, scaling, softcap):
+    """Pages hold real tokens that all queries see; the dense window, where padding and order matter, has a mask."""
+    store, n_new = view.layer.store, q.shape[2]
+    keys, values = (as_sparse_rows(codec, store.encoded(s)) for s, codec in (("k", store.keys), ("v", store.values)))
+    in_basis = store.keys.project_query(q)
+    pages = store.packed.table, store.packed.lengths
+    out, lse = ragged_attention(in_basis, keys, values, *pages, scaling=scaling, softcap=softcap)
+    mask = None
+    if n_new > 1 or view.layer.has_padding:
+        mask = visible(store.dense["position"], view.tokens_seen, n_new)
+    tail = dense_attention(q, store.dense["k"], store.dense["v"], scaling=scaling, mask=mask, softcap=softcap)
+    return merge_states([(store.values.project_output(out).to(q.dtype), lse), tail])[0]
 
 
 def _attend_projected(op, q, store, scaling, mask, softcap):

@@ -91,7 +91,7 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
             query,
             view,
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            mask=resolve(view, mask, n_new),
+            mask=functools.partial(resolve, view, mask, n_new),
             softcap=kwargs.get("softcap"),
         )
         out = attended.transpose(1, 2).contiguous(), None
@@ -103,7 +103,8 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
 
 def _attend_dense(stock, module, query, view, mask, **kwargs):
     """Hand dense tensors to a function that can only read those; one layer is dense at a time."""
-    if view.n_kept < view.tokens_seen and (mask is not None or query.shape[2] > 1):
+    has_evicted = view.layer.evicted_at is not None
+    if has_evicted and (mask is not None or query.shape[2] > 1 or view.layer.store.is_ragged):
         raise ValueError(
             f"layer {module.layer_idx} has evicted rows, which the mask of this attention implementation cannot "
             'express; load the model with attn_implementation="hf_kvcache"'

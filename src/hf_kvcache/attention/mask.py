@@ -62,8 +62,9 @@ def resolve(view, mask, n_new: int) -> torch.Tensor | None:
         ValueError: a tensor mask that does not fit the rows of this layer.
     """
     layer = view.layer
-    if view.n_kept < view.tokens_seen:
-        if n_new == 1 and not layer.has_padding:
+    is_ragged = layer.store.is_ragged and layer.store.n_packed
+    if is_ragged or view.n_kept < view.tokens_seen:
+        if n_new == 1 and not layer.has_padding and not is_ragged:
             return None
         return visible(view.positions, view.tokens_seen, n_new)
     if isinstance(mask, KVMask):

@@ -1,7 +1,43 @@
 """Policies: which tokens stay."""
 
+from hf_kvcache.policies.adakv import AdaKV
+from hf_kvcache.policies.at_random import Random
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.policies.expected_attention import ExpectedAttention
+from hf_kvcache.policies.fastgen import FastGen
+from hf_kvcache.policies.h2o import H2O
+from hf_kvcache.policies.head_split import HeadSplit
 from hf_kvcache.policies.keydiff import KeyDiff
+from hf_kvcache.policies.l2norm import L2Norm
+from hf_kvcache.policies.lagkv import LagKV
+from hf_kvcache.policies.locret import Locret
+from hf_kvcache.policies.merge import Merge
+from hf_kvcache.policies.nacl import NACL
+from hf_kvcache.policies.pyramidkv import PyramidKV
+from hf_kvcache.policies.rkv import RKV
+from hf_kvcache.policies.snapkv import SnapKV
 from hf_kvcache.policies.streaming import Streaming
+from hf_kvcache.policies.threshold import Threshold
+from hf_kvcache.policies.tova import TOVA
 
-__all__ = ["KeyDiff", "Policy", "Streaming"]
+__all__ = [
+    "AdaKV",
+    "ExpectedAttention",
+    "FastGen",
+    "H2O",
+    "HeadSplit",
+    "KeyDiff",
+    "L2Norm",
+    "LagKV",
+    "Locret",
+    "Merge",
+    "NACL",
+    "Policy",
+    "PyramidKV",
+    "RKV",
+    "Random",
+    "SnapKV",
+    "Streaming",
+    "TOVA",
+    "Threshold",
+]

@@ -27,6 +27,8 @@ class Policy:
         state: per-row tensors that follow the rows through eviction and beams, name -> dtype; zero for new rows.
         observes: whether `observe` wants the queries of every call.
         is_ragged: whether heads may keep different numbers of rows.
+        takes_budget: "yes", "no", or "maybe" where a budget is only an upper bound.
+        folds: whether `fold` changes rows, which have to be dense for that.
         waits: whether a prompt is only evicted from when its next chunk, or the first decoding step, has come.
     """
 
@@ -42,11 +44,16 @@ class Policy:
     state: ClassVar[dict[str, torch.dtype]] = {}
     observes: ClassVar[bool] = False
     is_ragged: ClassVar[bool] = False
+    takes_budget: ClassVar[str] = "yes"
+    folds: ClassVar[bool] = False
     waits: ClassVar[bool] = False
 
     def __post_init__(self):
         name = type(self).__name__
-        if (self.budget is None) == (self.ratio is None):
+        n_given = (self.budget is not None) + (self.ratio is not None)
+        if self.takes_budget == "no" and n_given:
+            raise ValueError(f"{name} finds out for itself how much to keep: it takes neither budget= nor ratio=")
+        if n_given > 1 or (self.takes_budget == "yes" and not n_given):
             raise ValueError(f"{name}: give either budget= (tokens) or ratio= (share of the tokens seen)")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"{name}: ratio={self.ratio} is not in (0, 1]")
@@ -63,9 +70,11 @@ class Policy:
         return self
 
     def tokens_to_keep(self, tokens_seen: int) -> int:
-        """The budget in tokens after `tokens_seen` tokens."""
+        """The budget in tokens after `tokens_seen` tokens; all of them where there is none."""
         if self.budget is not None:
             return self.budget
+        if self.ratio is None:
+            return tokens_seen
         return max(int(self.ratio * tokens_seen), self.n_sink + self.n_recent)
 
     def is_due(self, n_kept: int, tokens_seen: int, decoding: bool, n_since: int) -> bool:

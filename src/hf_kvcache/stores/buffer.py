@@ -108,6 +108,15 @@ class RowBuffer:
         """Replace every tensor by `change(tensor)`, which works along the batch axis or moves it to a device."""
         self.tensors = {name: change(t) for name, t in self.tensors.items()}
 
+    # moving to a device needs nothing beyond it
+    move = map_batch
+
+    def restore(self, views: dict[str, torch.Tensor], n_tokens: int) -> None:
+        """Take over what `views` returned."""
+        if views:
+            self.tokens_per_row = dict.fromkeys(views, 1) | self.tokens_per_row
+            self.append(views, n_tokens)
+
     def clear(self) -> None:
         """Forget everything and free the storages."""
         self.tensors, self.n_tokens = {}, 0

@@ -130,6 +130,11 @@ class UniformStore(Store):
             self.dense.gather(indices)
             self.owned = True
 
+    def rotate_keys(self, rotate, by: torch.Tensor) -> None:
+        """Replace dense keys by `rotate(keys, by)`, `by` being `[B, Hkv, N]` in view order."""
+        keys = self.dense["k"]
+        keys.copy_(rotate(keys, by[:, :, self.n_packed :]))
+
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.n_sink - self.window
         is_short = not self.n_packed and self.n_kept < max(self.min_length, self.rows_to_fit)

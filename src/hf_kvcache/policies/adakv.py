@@ -1,0 +1,44 @@
+"""Ada-KV: heads of a layer share one budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_kvcache.policies.ragged import Ragged
+from hf_kvcache.policies.wrapper import Wrapper
+
+
+@dataclass
+class AdaKV(Wrapper, Ragged):
+    """Share a layer's budget among its heads: its best-scored rows stay, whosever they are (Ada-KV, Feng et al. 2024).
+
+    A head whose attention is spread out keeps more, one that looks at few tokens keeps fewer; together they keep
+    `Hkv * budget`.
+
+    Attributes:
+        floor: share of `budget` that every head keeps in any case, of its own best rows.
+    """
+
+    floor: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"AdaKV: floor={self.floor} is not in [0, 1]")
+
+    def is_protected(self, positions, tokens_seen):
+        return self.scorer.is_protected(positions, tokens_seen)
+
+    def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
+        worth = self.worth(scores, positions, tokens_seen)
+        n_free = worth.shape[-1] - n_fixed
+        free = worth[..., :n_free]
+        n_keep = min(max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), n_free)
+        safe = free.topk(min(round(self.floor * self.tokens_to_keep(tokens_seen)), n_keep), -1).indices
+        free = free.scatter(-1, safe, float("inf"))
+        best = free.flatten(1).topk(free.shape[1] * n_keep, -1, sorted=False).indices
+        is_wanted = torch.zeros_like(free.flatten(1), dtype=torch.bool).scatter_(1, best, True).view_as(free)
+        is_wanted = torch.nn.functional.pad(is_wanted, (0, n_fixed), value=True)
+        return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

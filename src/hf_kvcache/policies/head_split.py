@@ -1,0 +1,50 @@
+"""DuoAttention: some heads keep everything, the others sinks and recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from hf_kvcache.policies.ragged import Ragged
+
+
+@dataclass
+class HeadSplit(Ragged):
+    """Retrieval heads keep every token, streaming heads sinks and recent tokens (DuoAttention, Xiao et al. 2024).
+
+    The gates, one per KV head, are learned elsewhere: this policy serves them.
+
+    Attributes:
+        gates: `[L, Hkv]` for the full-attention layers in their order, as nested lists (or a tensor).
+        threshold: heads with this gate or a larger one are retrieval heads.
+    """
+
+    n_recent: int = 256
+    gates: list | None = None
+    threshold: float = 0.5
+
+    needs = frozenset({"model"})
+    takes_budget = "no"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gates is None:
+            raise ValueError("HeadSplit: gates= says which heads keep everything, [L, Hkv]")
+        self.gates = self.gates.tolist() if isinstance(self.gates, torch.Tensor) else [list(g) for g in self.gates]
+
+    def for_model(self, host):
+        place, n_places = host.depth
+        if len(self.gates) != n_places or any(len(own) != host.n_kv_heads for own in self.gates):
+            raise ValueError(f"HeadSplit: gates must be [{n_places}, {host.n_kv_heads}] for this model")
+        bound = replace(self)
+        bound.own = self.gates[place]
+        return bound
+
+    def score(self, view):
+        return torch.zeros(view.positions.shape, device=view.device)
+
+    def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
+        keeps_all = torch.tensor([gate >= self.threshold for gate in self.own], device=positions.device)
+        is_wanted = keeps_all.view(1, -1, 1).expand(positions.shape)
+        return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

@@ -1,0 +1,51 @@
+"""A threshold instead of a budget: every head keeps what is worth keeping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hf_kvcache.policies.ragged import Ragged
+from hf_kvcache.policies.wrapper import Wrapper
+
+
+@dataclass
+class Threshold(Wrapper, Ragged):
+    """Keep rows scored `threshold` or more, or the fewest that hold a `share` of their head's scores.
+
+    How much stays depends on the text, so `budget` and `ratio` are upper bounds here, and optional. An absolute
+    threshold suits trained scores (KVzap); a share suits attention weights.
+
+    Attributes:
+        threshold: on the scale of the scorer's scores.
+        share: of the sum of a head's scores, which must not be negative, `0 < share <= 1`.
+    """
+
+    threshold: float | None = None
+    share: float | None = None
+
+    takes_budget = "maybe"
+
+    def __post_init__(self):
+        if (self.threshold is None) == (self.share is None):
+            raise ValueError("Threshold: give either threshold= (a score) or share= (of the scores of a head)")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"Threshold: share={self.share} is not in (0, 1]")
+        super().__post_init__()
+
+    def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
+        scores = scores.float().nan_to_num(0.0).masked_fill(positions < 0, float("-inf"))
+        n_most = min(max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), scores.shape[-1])
+        ranked, order = self.worth(scores, positions, tokens_seen).sort(-1, descending=True)
+        if self.threshold is not None:
+            is_wanted = ranked >= self.threshold
+        else:
+            own = scores.gather(-1, order).masked_fill(positions.gather(-1, order) < 0, 0)
+            if (own < 0).any():
+                raise ValueError(f"Threshold: scores of {type(self.scorer).__name__} are negative; use threshold=")
+            before = own.cumsum(-1) - own
+            is_wanted = before < self.share * own.sum(-1, keepdim=True)
+        is_wanted[..., n_most:] = False
+        is_wanted = torch.zeros_like(is_wanted).scatter(-1, order, is_wanted)
+        return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

@@ -1,0 +1,70 @@
+"""A policy around another one, which scores the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hf_kvcache import registry
+from hf_kvcache.policies.base import Policy
+
+
+@dataclass
+class Wrapper(Policy):
+    """What scores are made of comes from `scorer`; what is done with them is the subclass's.
+
+    Attributes:
+        scorer: name of an eviction method, which then gets this policy's budget, or a `Policy`.
+    """
+
+    scorer: str | Policy = "snapkv"
+
+    def __post_init__(self):
+        if isinstance(self.scorer, str):
+            self.scorer = self._named(self.scorer)
+        if not isinstance(self.scorer, Policy):
+            raise TypeError(f"{type(self).__name__}: scorer must be a Policy or the name of one, not {self.scorer!r}")
+        if self.scorer.is_ragged:
+            raise ValueError(f"{type(self).__name__}: {type(self.scorer).__name__} chooses by itself and has no scores")
+        super().__post_init__()
+
+    def _named(self, name: str) -> Policy:
+        kind = registry.load(registry.method(name).factory)
+        if not (isinstance(kind, type) and issubclass(kind, Policy)):
+            raise ValueError(f"{type(self).__name__}: {name!r} is not an eviction method")
+        shared = ("budget", "ratio", "n_sink", "n_recent", "decode", "interval")
+        knobs = {knob: getattr(self, knob) for knob in shared}
+        if self.budget is None and self.ratio is None and self.takes_budget == "maybe":
+            knobs["ratio"] = 1.0
+        return kind(**knobs)
+
+    @property
+    def needs(self):
+        return self.scorer.needs
+
+    @property
+    def n_queries(self):
+        return self.scorer.n_queries
+
+    @property
+    def state(self):
+        return self.scorer.state
+
+    @property
+    def observes(self):
+        return self.scorer.observes
+
+    @property
+    def waits(self):
+        return self.scorer.waits
+
+    def for_model(self, host):
+        return replace(self, scorer=self.scorer.for_model(host))
+
+    def note(self, view):
+        self.scorer.note(view)
+
+    def observe(self, q, view):
+        self.scorer.observe(q, view)
+
+    def score(self, view):
+        return self.scorer.score(view)

@@ -1,0 +1,63 @@
+"""Prompts longer than memory: fed to the model chunk by chunk, evicted from in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+CHUNK = 1024
+
+
+@torch.no_grad()
+def prefill(
+    model,
+    input_ids: torch.Tensor,
+    cache,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    chunk: int | None = None,
+    advance: Callable[[int], None] = lambda n_tokens: None,
+) -> None:
+    """Fill a cache with a prompt, all but its last token; `model.generate(input_ids, past_key_values=cache)` goes on.
+
+    Attention reads at most what the cache keeps and one chunk, and no logits are computed, so peak memory depends on
+    budget and chunk, not on the length of the prompt. What the cache holds already is not fed again: a second turn
+    passes the whole conversation.
+
+    Args:
+        model: causal language model, or its decoder.
+        input_ids: `[B, T]`.
+        cache: any cache; a `LocretCache` evicts as the paper does: all but its `local` last tokens in chunks.
+        attention_mask: `[B, T]`, zeros for left padding.
+        chunk: tokens fed at a time; None means that of the cache, or 1,024.
+        advance: called with the number of tokens after each chunk.
+
+    Raises:
+        ValueError: the cache holds as many tokens as the prompt already, or a chunk is smaller than one token.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(model, "base_model", model)
+    chunk = getattr(cache, "chunk", CHUNK) if chunk is None else chunk
+    start, stop = cache.get_seq_length(), input_ids.shape[1] - 1
+    if start > stop:
+        raise ValueError(
+            f"the cache holds {start} tokens already, the prompt has {input_ids.shape[1]}"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least one token")
+    policy = getattr(cache, "policy", None)
+    # the tail is fed once the rest is final: see `Locret`
+    tail = max(stop - policy.n_recent, start) if policy is not None and policy.waits else stop
+    cuts = [*range(start, tail, chunk), *range(tail, stop, chunk), stop]
+    try:
+        for first, last in zip(cuts, cuts[1:]):
+            cache.prompt_goes_on = last < tail
+            options = {}
+            if attention_mask is not None:
+                positions = (attention_mask[:, :last].cumsum(-1) - 1).clamp(min=0)
+                options = {"attention_mask": attention_mask[:, :last], "position_ids": positions[:, first:]}
+            decoder(input_ids[:, first:last], past_key_values=cache, use_cache=True, **options)
+            advance(last - first)
+    finally:
+        cache.prompt_goes_on = None

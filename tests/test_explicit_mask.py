@@ -1,0 +1,189 @@
+"""Eviction against its definition: dense attention over everything, under a mask that hides what was evicted."""
+
+import copy
+
+import pytest
+import torch
+from cases import assert_close, padded, prompt, splits, tiny_model
+from transformers import AttentionInterface
+
+import hf_kvcache as kv
+from hf_kvcache.rope import rotate
+
+KNOBS = dict(n_sink=2, n_recent=6, interval=5)
+GATES = [[1, 0], [0, 1]]
+
+POLICIES = {
+    "streaming": lambda: kv.Streaming(budget=24, **KNOBS),
+    "h2o": lambda: kv.H2O(budget=24, **KNOBS),
+    "tova": lambda: kv.TOVA(budget=24, **KNOBS),
+    "snapkv": lambda: kv.SnapKV(budget=24, window=6, **KNOBS),
+    "pyramidkv": lambda: kv.PyramidKV(budget=24, window=4, beta=2, **KNOBS),
+    "keydiff": lambda: kv.KeyDiff(ratio=0.4, **KNOBS),
+    "expected": lambda: kv.ExpectedAttention(budget=24, **KNOBS),
+    "adakv": lambda: kv.AdaKV(budget=40, scorer=kv.SnapKV(budget=40, window=6, **KNOBS), **KNOBS),
+    "adakv-keydiff": lambda: kv.AdaKV(ratio=0.5, scorer="keydiff", **KNOBS),
+    "threshold": lambda: kv.Threshold(scorer="h2o", share=0.8, **KNOBS),
+    "head_split": lambda: kv.HeadSplit(gates=GATES, **KNOBS),
+    "fastgen": lambda: kv.FastGen(recovery=0.6, window=6, **KNOBS),
+}
+
+
+class Recorder:
+    """Attention that hides from every query what its layer's cache had evicted, head by head.
+
+    `visible[layer]` is a list of boolean masks `[B, Hkv, S, T]`, one per call, filled while the cache runs.
+    """
+
+    def __init__(self, n_layers):
+        self.visible = [[] for _ in range(n_layers)]
+        self.angles = [[] for _ in range(n_layers)]
+
+    def before(self, layer, n_new, total):
+        """What the new tokens will see of this layer: what it holds, and themselves in order."""
+        seen = layer.tokens_seen
+        shape = layer.batch_size, layer.n_kv_heads
+        is_held = torch.zeros(*shape, total + 1, dtype=torch.bool)
+        angle = torch.arange(total + 1).expand(*shape, -1).clone()
+        if seen:
+            positions = layer.store.positions.long()
+            # what is no token goes to a place behind all tokens
+            where = torch.where(positions < 0, total, positions)
+            is_held.scatter_(2, where, True)
+            if layer.compact:
+                angle.scatter_(2, where, layer.store.state("angle").long())
+        fresh = torch.zeros(n_new, total, dtype=torch.bool)
+        fresh[:, seen : seen + n_new] = torch.ones(n_new, n_new, dtype=torch.bool).tril()
+        return is_held[:, :, None, :total] | fresh, angle[..., :total]
+
+
+def record(model, cache, ids, sizes, mask=None):
+    """Logits under the cache, and what every layer saw at every call."""
+    recorder, logits, start = Recorder(model.config.num_hidden_layers), [], 0
+    for size in sizes:
+        # policies that wait for the next chunk act now
+        for layer in cache.layers:
+            layer.finish(is_final=size == 1)
+        for i, (visible, angles) in enumerate(zip(recorder.visible, recorder.angles)):
+            layer = cache.layers[i] if i < len(cache.layers) else None
+            if layer is None:
+                layer = kv.KVLayer(i)
+                layer.batch_size, layer.n_kv_heads = ids.shape[0], model.config.num_key_value_heads
+            seen, angle = recorder.before(layer, size, ids.shape[1])
+            visible.append(seen)
+            angles.append(angle)
+        part = ids[:, start : start + size]
+        whole = None if mask is None else mask[:, : start + size]
+        options = {}
+        if whole is not None:
+            positions = (whole.cumsum(-1) - 1).clamp(min=0)[:, start:]
+            options = dict(attention_mask=whole, position_ids=positions)
+        logits.append(model(part, past_key_values=cache, use_cache=True, **options).logits)
+        start += size
+    return torch.cat(logits, 1), recorder
+
+
+class Explicit:
+    """Dense attention over all rows so far under the masks of a recorder, and with keys rotated as it says."""
+
+    current = None
+
+    def __init__(self, recorder, mask=None, inv_freq=None):
+        self.recorder, self.mask, self.inv_freq = recorder, mask, inv_freq
+        self.step, self.held = 0, {}
+
+    def attend(self, module, query, key, value, scaling):
+        i = module.layer_idx
+        past = self.held.get(i)
+        k, v = (key, value) if past is None else (torch.cat([p, x], 2) for p, x in zip(past, (key, value)))
+        self.held[i], n = (k, v), k.shape[2]
+        visible = self.recorder.visible[i][self.step][..., :n]
+        if self.mask is not None:
+            visible = visible & self.mask.bool()[:, None, None, :n]
+        if self.inv_freq is not None:
+            angles = (self.recorder.angles[i][self.step][..., :n] - torch.arange(n)).unsqueeze(-1) * self.inv_freq
+            k = rotate(k, angles.cos(), angles.sin())
+        visible = visible.expand(*k.shape[:2], -1, -1)
+        k, v, visible = (x.repeat_interleave(query.shape[1] // k.shape[1], 1) for x in (k, v, visible))
+        scores = (query @ k.mT * scaling).masked_fill(~visible, float("-inf"))
+        out = torch.softmax(scores, -1).nan_to_num(0.0) @ v
+        return out.transpose(1, 2).contiguous(), None
+
+
+def explicit_mask(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    return Explicit.current.attend(module, query, key, value, scaling)
+
+
+AttentionInterface.register("explicit-mask", explicit_mask)
+
+
+def explicit(model, recorder, ids, sizes, mask=None, inv_freq=None):
+    """Logits of the same calls with everything kept, the recorded masks and the recorded angles."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("explicit-mask")
+    Explicit.current, logits, start = Explicit(recorder, mask, inv_freq), [], 0
+    for size in sizes:
+        where = torch.arange(start, start + size).unsqueeze(0)
+        if mask is not None:
+            where = (mask[:, : start + size].cumsum(-1) - 1).clamp(min=0)[:, start:]
+        logits.append(twin(ids[:, start : start + size], position_ids=where, use_cache=False).logits)
+        Explicit.current.step += 1
+        start += size
+    return torch.cat(logits, 1)
+
+
+def n_evictions(recorder):
+    """Evictions of the layer that had the fewest: calls before which some row that was seen earlier had gone."""
+    fewest = []
+    for calls in recorder.visible:
+        last = [seen[:, :, -1] for seen in calls]
+        fewest.append(sum(bool((before & ~after).any()) for before, after in zip(last, last[1:])))
+    return min(fewest)
+
+
+SPLITS = {
+    "1": splits(90, 1),
+    "7": splits(90, 7),
+    "16": splits(90, 16),
+    "whole": [60] + [1] * 22 + [8],
+}
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_equals_the_explicit_mask(name, sizes):
+    model, ids = tiny_model(), prompt(2, 90)
+    cache = kv.KVCache(POLICIES[name](), window=4)
+    ours, recorder = record(model, cache, ids, sizes)
+    assert_close("logits", ours, explicit(model, recorder, ids, sizes), 2e-5)
+    assert n_evictions(recorder) >= 3
+
+
+@pytest.mark.parametrize("name", ["streaming", "snapkv", "adakv", "expected", "head_split"])
+def test_equals_the_explicit_mask_left_padded(name):
+    model, (ids, mask, _) = tiny_model(), padded([90, 61])
+    sizes = [40, 7, 16] + [1] * 19 + [8]
+    cache = kv.KVCache(POLICIES[name](), window=4)
+    ours, recorder = record(model, cache, ids, sizes, mask)
+    expected = explicit(model, recorder, ids, sizes, mask)
+    real = mask.bool()
+    assert_close("logits", ours[real], expected[real], 2e-5)
+
+
+@pytest.mark.parametrize("name", ["streaming", "keydiff", "snapkv", "adakv", "head_split"])
+@pytest.mark.parametrize("sizes", [SPLITS["7"], SPLITS["whole"]], ids=["7", "whole"])
+def test_compact_equals_rotated_keys(name, sizes):
+    model, ids = tiny_model(), prompt(2, 90)
+    cache = kv.KVCache(POLICIES[name](), window=4, compact=True)
+    ours, recorder = record(model, cache, ids, sizes)
+    inv_freq = model.model.rotary_emb.inv_freq
+    assert_close("logits", ours, explicit(model, recorder, ids, sizes, inv_freq=inv_freq), 2e-5)
+    # the kept rows stand side by side, up to the newest token
+    for layer in cache.layers:
+        layer.finish()
+        positions, angle = layer.store.positions, layer.store.state("angle")
+        for head, where in zip(positions.flatten(0, 1), angle.flatten(0, 1)):
+            n = int((head >= 0).sum())
+            since = 90 - layer.evicted_at
+            own = where[head >= 0]
+            assert own.tolist() == list(range(90 - n, 90)) and since < 90
