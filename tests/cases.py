@@ -131,14 +131,18 @@ CASES = [
     Case("keydiff-ratio0.5", lambda: kv.EvictionCache("keydiff", ratio=0.5, **KNOBS), evicts=True),
     Case("keydiff-prompt-only", lambda: kv.EvictionCache("keydiff", budget=24, decode=False, **KNOBS), evicts=True),
     Case("h2o-budget24", lambda: kv.EvictionCache("h2o", budget=24, **KNOBS), evicts=True),
-    Case("snapkv-budget24", lambda: kv.EvictionCache("snapkv", budget=24, window=8, **KNOBS), evicts=True),
+    Case("snapkv-budget24", lambda: kv.EvictionCache("snapkv", budget=24, n_queries=8, **KNOBS), evicts=True),
     Case("expected-budget24", lambda: kv.EvictionCache("expected_attention", budget=24, **KNOBS), evicts=True),
-    Case("pyramidkv-budget24", lambda: kv.EvictionCache("pyramidkv", budget=24, beta=2, **KNOBS), evicts=True),
+    Case(
+        "pyramidkv-budget24",
+        lambda: kv.EvictionCache("pyramidkv", budget=24, beta=2, n_queries=4, **KNOBS),
+        evicts=True,
+    ),
     Case("streaming-compact", lambda: kv.EvictionCache("streaming", budget=24, compact=True, **KNOBS), evicts=True),
     Case("keydiff-merge", lambda: kv.EvictionCache("keydiff", budget=24, merge=True, **KNOBS), evicts=True),
     # heads of different lengths
     Case("adakv-budget42", lambda: kv.EvictionCache("adakv", budget=42, scorer="keydiff", **KNOBS), evicts=True),
-    Case("adakv-compact", lambda: kv.EvictionCache("adakv", ratio=0.5, compact=True, **KNOBS), evicts=True),
+    Case("adakv-ratio0.5-compact", lambda: kv.EvictionCache("adakv", ratio=0.5, compact=True, **KNOBS), evicts=True),
     Case("duo", lambda: kv.EvictionCache("duo", gates=[[1, 0], [0, 1]], window=4, **KNOBS), evicts=True),
     Case(
         "adakv-quant8",
@@ -291,7 +295,7 @@ def _by_row(buffer):
     if not isinstance(buffer, PagedBuffer):
         return buffer.views()
     held = {name: buffer.read(name) for name in buffer.tensors}
-    return held | ({"counts": buffer.counts} if held else {})
+    return held | ({"lengths": buffer.lengths} if held else {})
 
 
 def assert_same_state(cache, other):

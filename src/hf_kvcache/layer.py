@@ -6,6 +6,7 @@ import torch
 
 from hf_kvcache.attention.mask import new_token_padding
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.dense import Dense
 from hf_kvcache.compat import CacheLayerMixin
 from hf_kvcache.host import Host
 from hf_kvcache.policies.base import Policy
@@ -51,7 +52,8 @@ class KVLayer(CacheLayerMixin):
         tracked |= {"angle": torch.int32} if compact else {}
         sizes = dict(window=window, n_sink=n_sink, min_length=min_length, max_length=max_length)
         kind = SharedStore if keys is not None and keys.share_layers > 1 else UniformStore
-        kind = RaggedStore if policy is not None and policy.is_ragged else kind
+        if policy is not None and policy.is_ragged:
+            kind, keys, values = RaggedStore, keys or Dense(), values or Dense()
         self.store = kind(keys, values, tracked=tracked, n_queries=policy.n_queries if policy else 0, **sizes)
         self.exact_prefill, self.compact = exact_prefill, compact
         self._codecs, self._policy = (keys, values), policy
@@ -62,6 +64,7 @@ class KVLayer(CacheLayerMixin):
         self.tokens_seen = 0
         self.has_padding = False
         self.evicted_at: int | None = None
+        self.judged_at = 0
         self._queries: torch.Tensor | None = None
         self._is_unsettled = self._is_decoding = self._is_due = False
         self._is_bound = False
@@ -255,13 +258,13 @@ class KVLayer(CacheLayerMixin):
     def _asks_to_evict(self) -> bool:
         if self.policy is None:
             return False
-        n_since = self.tokens_seen - (self.evicted_at or 0)
+        n_since = self.tokens_seen - max(self.judged_at, self.evicted_at or 0)
         return self.policy.is_due(self.store.n_kept, self.tokens_seen, self._is_decoding, n_since)
 
     def _commit(self, is_final: bool = True) -> None:
         store = self.store
         view = KVView(self, store.dense["k"], store.dense["v"], is_prefill=False)
-        if self._queries is not None:
+        if self._queries is not None and self._queries.shape[2]:
             self.policy.observe(self._queries, view)
         if self._is_due:
             if store.n_packed and not store.is_ragged:
@@ -269,13 +272,18 @@ class KVLayer(CacheLayerMixin):
                 store.pack()
             scores = self.policy.score(view)
             kept = self.policy.select(scores, store.positions, self.tokens_seen, store.n_fixed, is_final)
-            self.policy.fold(view, kept)
-            store.keep(kept)
-            if self.rope is not None and self.compact:
-                self._close_gaps()
-            self.evicted_at = self.tokens_seen
+            self.judged_at = self.tokens_seen
+            if not (store.is_ragged and (kept | (store.positions < 0)).all()):
+                self._evict(view, kept)
         store.pack()
         self._queries, self._is_due, self._is_unsettled = None, False, False
+
+    def _evict(self, view: KVView, kept: torch.Tensor) -> None:
+        self.policy.fold(view, kept)
+        self.store.keep(kept)
+        if self.rope is not None and self.compact:
+            self._close_gaps()
+        self.evicted_at = self.tokens_seen
 
     def _close_gaps(self) -> None:
         """Rotate kept keys so that they stand side by side, the newest one where it was."""

@@ -155,6 +155,7 @@ def _describe(layer: KVLayer) -> tuple[dict, dict]:
         "tokens_seen": layer.tokens_seen,
         "has_padding": layer.has_padding,
         "evicted_at": layer.evicted_at,
+        "judged_at": layer.judged_at,
         "keys": None if layer.store.keys is None else layer.store.keys.spec(),
         "values": None if layer.store.values is None else layer.store.values.spec(),
         "n_tokens": {name: buffer.n_tokens for name, buffer in layer.store.buffers().items()},
@@ -195,8 +196,8 @@ def _restore(i: int, entry: dict, tensors: dict, cache) -> KVLayer:
         layer.dtype = layer.store.dtype = getattr(torch, entry["dtype"])
         layer.device = next((t.device for t in tensors.values()), torch.device("cpu"))
         layer.is_initialized = True
-    for name in ("tokens_seen", "has_padding", "evicted_at"):
-        setattr(layer, name, entry[name])
+    for name in ("tokens_seen", "has_padding", "evicted_at", "judged_at"):
+        setattr(layer, name, entry.get(name, 0))
     return layer
 
 

@@ -41,9 +41,7 @@ def prefill(
     chunk = getattr(cache, "chunk", CHUNK) if chunk is None else chunk
     start, stop = cache.get_seq_length(), input_ids.shape[1] - 1
     if start > stop:
-        raise ValueError(
-            f"the cache holds {start} tokens already, the prompt has {input_ids.shape[1]}"
-        )
+        raise ValueError(f"the cache holds {start} tokens already, the prompt has {input_ids.shape[1]}")
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least one token")
     policy = getattr(cache, "policy", None)

@@ -83,7 +83,7 @@ METHODS = (
         "tokens",
         "Tokens that the newest queries attend to, and their neighbours",
         "SnapKV, Li et al. 2024",
-        "budget or ratio, window=32, kernel=7",
+        "budget or ratio, n_queries=32, kernel=7",
     ),
     Method(
         "pyramidkv",
@@ -139,7 +139,7 @@ METHODS = (
         "tokens",
         "Tokens that are attended to and not redundant",
         "R-KV, Cai et al. 2025",
-        "budget or ratio, window=8, mix=0.1",
+        "budget or ratio, n_queries=8, mix=0.1",
     ),
     Method(
         "nacl",

@@ -120,12 +120,12 @@ def test_saving_again_replaces_and_leaves_nothing_behind(bases, model, saved):
 
 
 def test_a_failed_save_keeps_the_old_adapter(bases, model, saved, monkeypatch):
-    from hf_kvcache.adapters import layout
+    from hf_kvcache.adapters import files
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(layout, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         bases.truncated(3).save(saved, model)
     assert_same_bases(bases, Bases.load(saved))

@@ -1,6 +1,6 @@
 """What a model carries for its caches: saved, loaded and shared as PEFT adapters.
 
-Only `lowrank` and `attach` need PEFT; everything else reads and writes the same files without it.
+Only `lowrank`, `retaining_peft` and `attach` need PEFT; everything else reads and writes the same files without it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ _HOME = {
     "LowRankKVConfig": "lowrank",
     "LowRankKVModel": "lowrank",
     "LowRankLinear": "decompose",
-    "attach": "lowrank",
+    "RetainingHeadConfig": "retaining_peft",
+    "RetainingHeadModel": "retaining_peft",
+    "RetainingHeads": "retaining",
+    "attach": "attaching",
     "attached_basis": "modules",
+    "attached_heads": "modules",
     "load_decomposed": "decompose",
 }
 

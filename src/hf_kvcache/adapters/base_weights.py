@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hf_kvcache.adapters.modules import CHILD
+from hf_kvcache.adapters.modules import CHILDREN
 
 
 def base_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -15,7 +15,7 @@ def base_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
     wrappers = [f"{name}." if name else "" for name, m in module.named_modules() if "base_layer" in m._modules]
     for name, parameter in module.named_parameters():
         inside = [name.removeprefix(wrapper) for wrapper in wrappers if name.startswith(wrapper)]
-        if CHILD in name or not all(rest.startswith("base_layer.") for rest in inside):
+        if any(child in name for child in CHILDREN) or not all(rest.startswith("base_layer.") for rest in inside):
             continue
         yield name.replace("base_layer.", ""), parameter
 

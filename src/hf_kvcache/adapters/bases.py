@@ -9,12 +9,10 @@ from pathlib import Path
 
 import torch
 
-from hf_kvcache import persist
-from hf_kvcache.adapters import layout
-from hf_kvcache.adapters.base_weights import is_readable, weights_digest
+from hf_kvcache.adapters import fit, layout
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.layout import SIDES
-from hf_kvcache.adapters.modules import Attention, attentions, full_attentions, is_attention
+from hf_kvcache.adapters.modules import attentions, full_attentions, is_attention
 from hf_kvcache.codecs.basis import Basis
 
 
@@ -141,9 +139,8 @@ class Bases:
     def made_for(self, model: torch.nn.Module, name: str | None = None) -> Bases:
         """The same bases, tied to a model by its name and its fingerprint."""
         first = attentions(model)[min(self.layers)].module
-        if name is None:
-            name = getattr(model, "name_or_path", None) or getattr(first.config, "_name_or_path", None) or None
-        return replace(self, base_model=name, fingerprint=_fingerprint(first) or None)
+        name = fit.model_name(model, first) if name is None else name
+        return replace(self, base_model=name, fingerprint=fit.fingerprint(first))
 
     def check_model(self, model: torch.nn.Module, weights: bool = True) -> None:
         """Raise unless these bases fit a model, or one attention module of it.
@@ -197,12 +194,9 @@ class Bases:
             AdapterError: they do not fit `model`, or hold NaN or infinity.
         """
         bases = self if model is None or self.fingerprint is not None else self.made_for(model)
-        paths = {i: layout.DEFAULT_PATH.format(i) for i in self.layers}
         if model is not None:
             bases.check_model(model)
-            # a model that PEFT has wrapped is saved under the names that it has bare
-            paths = {i: a.name.replace(layout.ROOT, "") for i, a in attentions(model).items()}
-        return layout.write(directory, bases.config(), bases.layers, paths)
+        return layout.write(directory, bases.config(), bases.layers, fit.module_paths(model, self.layers))
 
     @classmethod
     def load(cls, source: str | os.PathLike, **hub) -> Bases:
@@ -236,55 +230,17 @@ class Bases:
 
 def check_fit(config: Mapping, model: torch.nn.Module, weights: bool = True) -> None:
     """`Bases.check_model` for bases of which only the config is known."""
-    found = attentions(model)
-    if not found:
-        raise AdapterError(f"{type(model).__name__} has no attention modules that a low-rank adapter could belong to")
     every = {i for side in SIDES for i, rank in enumerate(config[f"ranks_{side}"]) if rank is not None}
-    problems = _layer_problems(config, model, found, every)
-    some = next(iter(found.values()))
-    for what, made, theirs in (
-        ("KV heads", config["n_kv_heads"], some.n_kv_heads),
-        ("head size", config["head_dim"], some.head_dim),
-    ):
-        if made != theirs:
-            problems.append(f"{what}: the adapter is for {made}, the model has {theirs}")
-    fingerprint = config.get("fingerprint")
-    if not problems and fingerprint is not None:
-        problems = _weight_problems(fingerprint, found.get(fingerprint.get("layer")), weights)
-    if problems:
-        name = config.get("base_model_name_or_path")
-        raise AdapterError(f"this adapter (of {name or 'an unnamed model'}) does not fit: " + "; ".join(problems))
 
+    def sizes(attention):
+        yield "KV heads", config["n_kv_heads"], attention.n_kv_heads
+        yield "head size", config["head_dim"], attention.head_dim
 
-def _layer_problems(config, model, found: dict[int, Attention], every: set[int]) -> list[str]:
+    def windowed(found):
+        if is_attention(model):
+            return []
+        layers = sorted(every - full_attentions(model).keys())
+        return [f"layers {layers} are not plain full attention, whose rows alone are compressed"] if layers else []
+
     n_layers = len(config["ranks_k"])
-    if is_attention(model):
-        i = model.layer_idx
-        return [] if i < n_layers else [f"layers: the adapter is for {n_layers}, this is layer {i}"]
-    known = (config.get("fingerprint") or {}).get("num_hidden_layers")
-    if known is not None and known != len(found):
-        return [f"layers: the adapter is for {known}, the model has {len(found)}"]
-    if not every <= found.keys():
-        missing = sorted(every - found.keys())
-        return [f"layers: the model has {len(found)}, the adapter has bases for {missing} beyond them"]
-    windowed = sorted(every - full_attentions(model).keys())
-    return [f"layers {windowed} are not plain full attention, whose rows alone are compressed"] if windowed else []
-
-
-def _weight_problems(fingerprint: Mapping, attention: Attention | None, weights: bool) -> list[str]:
-    """What differs in the layer that the fingerprint is of, if that one is among those looked at."""
-    if attention is None:
-        return []
-    theirs = _fingerprint(attention.module)
-    return [
-        f"{name}: the adapter is for {fingerprint[name]}, the model has {theirs[name]}"
-        for name in sorted(theirs.keys() & fingerprint.keys())
-        if fingerprint[name] != theirs[name] and (weights or name != "weights")
-    ]
-
-
-def _fingerprint(module: torch.nn.Module) -> dict:
-    # quantised weights have no sample that could be compared with the original ones
-    if not is_readable(module):
-        return {}
-    return persist.fingerprint(module) | {"layer": module.layer_idx, "weights": weights_digest(module)}
+    fit.check_fit(config, model, layers=every, n_layers=n_layers, sizes=sizes, further=windowed, weights=weights)

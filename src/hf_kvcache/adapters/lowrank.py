@@ -10,28 +10,25 @@ saves.
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from hf_kvcache.adapters import layout
+from hf_kvcache.adapters import layout, tuner
 from hf_kvcache.adapters.bases import Bases, check_fit
 from hf_kvcache.adapters.errors import AdapterError
-from hf_kvcache.adapters.layout import SIDES
+from hf_kvcache.adapters.layout import PARTS, SIDES
 from hf_kvcache.adapters.modules import CHILD, attentions, full_attentions
 from hf_kvcache.adapters.peft_types import peft_type, register
 from hf_kvcache.codecs.basis import Basis
 
 KV_LOWRANK = peft_type(layout.PEFT_TYPE)
-PARTS = ("down", "up", "mean")
 
 
 @dataclass
-class LowRankKVConfig(PeftConfig):
+class LowRankKVConfig(tuner.ChildConfig):
     """What `adapter_config.json` says of a low-rank adapter.
 
     Attributes:
@@ -64,24 +61,10 @@ class LowRankKVConfig(PeftConfig):
     hf_kvcache_version: str | None = field(default=None, metadata={"help": "release that wrote the adapter"})
     target_modules: list | None = field(default=None, metadata={"help": "not used"})
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.peft_type = KV_LOWRANK
-        if self.format_version != layout.FORMAT_VERSION:
-            raise AdapterError(
-                f"the adapter has format_version {self.format_version!r}, this release reads {layout.FORMAT_VERSION}"
-            )
-        if self.hf_kvcache_version is None:
-            from hf_kvcache import __version__
-
-            self.hf_kvcache_version = __version__
+    kind: ClassVar = KV_LOWRANK
+    format: ClassVar = layout.FORMAT
 
     def fill_in(self, model: nn.Module) -> None:
-        """Take from the model what was left open, and check that the rest fits it.
-
-        Raises:
-            AdapterError: names what differs, or what the config lacks.
-        """
         found, compressed = attentions(model), full_attentions(model)
         if compressed:
             some = next(iter(compressed.values()))
@@ -96,8 +79,12 @@ class LowRankKVConfig(PeftConfig):
         if not any(rank is not None for name in ("ranks_k", "ranks_v") for rank in getattr(self, name)):
             raise AdapterError("LowRankKVConfig has neither ranks_k nor ranks_v")
 
+    def layer_indices(self) -> list[int]:
+        ranks = enumerate(zip(self.ranks_k, self.ranks_v))
+        return [i for i, pair in ranks if pair != (None, None)]
 
-class LowRankKVLayer(nn.Module, BaseTunerLayer):
+
+class LowRankKVLayer(tuner.ChildLayer):
     """The bases of one attention module, one set of parameters per adapter. It wraps nothing and computes nothing.
 
     Attributes:
@@ -110,22 +97,14 @@ class LowRankKVLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self):
         super().__init__()
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
         self.ropes: dict[str, str] = {}
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self._device = torch.device("cpu")
-        self._current: str | None = None
         self._made: dict[str, tuple[tuple, Basis]] = {}
 
-    # -- what caches ask ---------------------------------------------------------------------------------------------
-
     @property
-    def current(self) -> str | None:
-        """The adapter that was activated last; that one of another method was activated since says nothing of ours."""
-        return self._current if self._current in self.ropes else None
+    def names(self) -> dict[str, str]:
+        return self.ropes
+
+    # -- what caches ask ---------------------------------------------------------------------------------------------
 
     @property
     def rope(self) -> str | None:
@@ -137,7 +116,7 @@ class LowRankKVLayer(nn.Module, BaseTunerLayer):
 
         The same object until the parameters change, so that caches share what they place on their device.
         """
-        if self.current is None or self.disable_adapters:
+        if not self.is_active:
             return None
         tensors = {part: self._parameters_of(side, part).get(self.current) for part in PARTS}
         if tensors["down"] is None:
@@ -157,11 +136,8 @@ class LowRankKVLayer(nn.Module, BaseTunerLayer):
 
     # -- what PEFT asks ----------------------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: LowRankKVConfig, attention: nn.Module) -> None:
-        """Add an adapter's parameters: the leading channels of every group, until others are loaded."""
-        device = next(attention.parameters()).device
-        # offloaded weights are on no device; these are small and stay
-        self._device = torch.device("cpu") if device.type == "meta" else device
+    def add(self, adapter_name: str, config: LowRankKVConfig, attention: nn.Module) -> None:
+        """The leading channels of every group, until others are loaded."""
         for side in SIDES:
             rank = getattr(config, f"ranks_{side}")[attention.layer_idx]
             if rank is None:
@@ -170,42 +146,10 @@ class LowRankKVLayer(nn.Module, BaseTunerLayer):
                 start = _leading(part, shape).to(self._device)
                 self._parameters_of(side, part)[adapter_name] = nn.Parameter(start, requires_grad=False)
         self.ropes[adapter_name] = config.rope
-        if not self._active_adapter:
-            self.set_adapter(adapter_name)
 
     def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
         # whatever PEFT asks for: parameters that no forward uses have no gradient
         super().set_adapter(adapter_names, inference_mode=True)
-        self._current = next((name for name in self.active_adapters if name in self.ropes), self._current)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        if self.current is None:
-            self._current = next(iter(self.ropes), None)
-
-    def get_base_layer(self) -> nn.Module:
-        return self
-
-    @property
-    def weight(self):
-        # the inherited one asks the base layer, which is this one again
-        raise AttributeError(f"{type(self).__name__} wraps no layer and has no weight")
-
-    @property
-    def bias(self):
-        raise AttributeError(f"{type(self).__name__} wraps no layer and has no bias")
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing: PEFT calls this on every layer when another method's adapter beside ours is merged."""
-
-    def unmerge(self) -> None:
-        """Nothing, as `merge`."""
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
-        for name in self.adapter_layer_names:
-            held = getattr(self, name)
-            if adapter_name in held and not held[adapter_name].is_meta:
-                held[adapter_name].data = held[adapter_name].data.to(device or self._device)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name!r}: rope={rope!r}" for name, rope in self.ropes.items())
@@ -229,77 +173,18 @@ def _leading(part: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.eye(rank, s * head_dim).unflatten(1, (s, head_dim)).transpose(0, 1).repeat(shape[0], 1, 1, 1)
 
 
-class LowRankKVModel(BaseTuner):
+class LowRankKVModel(tuner.ChildModel):
     """Hangs a `LowRankKVLayer` on every attention module that the config has ranks for."""
 
     prefix = f"{CHILD}_"
+    child = CHILD
     tuner_layer_cls = LowRankKVLayer
-    target_module_mapping: dict[str, list[str]] = {}
-
-    def __init__(self, model, peft_config, adapter_name: str, *args, **kwargs):
-        # wrapped models share their configs by name: a second method under one name would overwrite the first's
-        taken = getattr(model, "peft_config", {}).get(adapter_name)
-        if taken is not None and not isinstance(taken, LowRankKVConfig):
-            raise AdapterError(
-                f"the model has an adapter {adapter_name!r} of {taken.peft_type.value} already; give this one another "
-                "adapter_name"
-            )
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
-
-    def _check_new_adapter_config(self, config) -> None:
-        super()._check_new_adapter_config(config)
-        # layers are only touched once everything is known to fit
-        config.fill_in(self.model)
-        ranks = zip(config.ranks_k, config.ranks_v)
-        wanted = [i for i, pair in enumerate(ranks) if pair != (None, None)]
-        # not a field, so that it is not saved: names differ between a model and its wrappers
-        config._attention_names = frozenset(attentions(self.model)[i].name for i in wanted)
-
-    def _prepare_adapter_config(self, peft_config, model_config):
-        return peft_config
-
-    @staticmethod
-    def _check_target_module_exists(peft_config, key: str) -> bool:
-        return key in peft_config._attention_names
-
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if not hasattr(target, CHILD):
-            setattr(target, CHILD, LowRankKVLayer())
-        getattr(target, CHILD).update_layer(adapter_name, peft_config, target)
-
-    def _check_merge_allowed(self):
-        raise AdapterError(
-            "a low-rank KV adapter changes what a cache stores, not what the model computes, so there is nothing to "
-            "merge; hf_kvcache.adapters.decompose.decompose(model, bases) shrinks k_proj and v_proj, and unload() "
-            "takes the adapter off"
-        )
-
-    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs):
-        if merge:
-            self._check_merge_allowed()
-        for attention in attentions(self.model).values():
-            if hasattr(attention.module, CHILD):
-                delattr(attention.module, CHILD)
-        for name in [name for name, config in self.peft_config.items() if isinstance(config, LowRankKVConfig)]:
-            del self.peft_config[name]
-        if not self.peft_config and hasattr(self.model, "peft_config"):
-            del self.model.peft_config
-            self.model._hf_peft_config_loaded = False
-        return self.model
-
-    @classmethod
-    def _get_adapter_state_dict(cls, *args, **kwargs):
-        # the inherited one returns the weights of all methods on the model
-        found = super()._get_adapter_state_dict(*args, **kwargs)
-        return {name: t for name, t in found.items() if f".{CHILD}.{cls.prefix}" in name}
-
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # around another method's PeftModel names have the root twice; files have it once
-        key, root = super()._remove_adapter_name_from_key(key, adapter_name), layout.ROOT
-        while key.startswith(root + root):
-            key = key.removeprefix(root)
-        return key
+    config_cls = LowRankKVConfig
+    no_merge = (
+        "a low-rank KV adapter changes what a cache stores, not what the model computes, so there is nothing to merge; "
+        "hf_kvcache.adapters.decompose.decompose(model, bases) shrinks k_proj and v_proj, and unload() takes the "
+        "adapter off"
+    )
 
 
 register(KV_LOWRANK, LowRankKVConfig, LowRankKVModel)
@@ -320,25 +205,8 @@ def attach(model: nn.Module, bases: Bases | str | os.PathLike, name: str = "defa
     """
     if not isinstance(bases, Bases):
         bases = Bases.load(bases)
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    if name in getattr(model, "peft_config", {}):
-        raise AdapterError(f"the model has an adapter {name!r} already; give this one another name")
+    model = tuner.bare(model)
+    tuner.check_name(model, name)
     bases.check_model(model)
     fields = {key: value for key, value in bases.config().items() if key != "peft_type"}
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    with warnings.catch_warnings():
-        # PEFT wonders about a second method on the model, which is what this is for
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(LowRankKVConfig(**fields), model, name)
-    for parameter, requires_grad in trained:
-        parameter.requires_grad = requires_grad
-    for i, sides in bases.layers.items():
-        layer = getattr(attentions(model)[i].module, CHILD)
-        layer.set_adapter(name)
-        for side, basis in sides.items():
-            for part, t in basis.tensors.items():
-                held = layer._parameters_of(side, part)
-                held[name] = nn.Parameter(t.detach().to(layer._device, copy=True), requires_grad=False)
-    # transformers' own adapter methods (set_adapter, disable_adapters, save_pretrained) ask for this
-    model._hf_peft_config_loaded = True
+    tuner.put(model, LowRankKVConfig(**fields), layout.flat(bases.layers), name)

@@ -10,6 +10,8 @@ from hf_kvcache import compat
 from hf_kvcache.codecs.basis import Basis
 
 CHILD = "kv_lowrank"  # name under which the low-rank adapter hangs on an attention module
+RETAIN_CHILD = "kv_retain"  # and the retaining heads
+CHILDREN = (CHILD, RETAIN_CHILD)
 
 
 class Attention(NamedTuple):
@@ -30,6 +32,11 @@ class Attention(NamedTuple):
     @property
     def layer_idx(self) -> int:
         return self.module.layer_idx
+
+    @property
+    def n_heads(self) -> int:
+        """`Hq`."""
+        return self.n_kv_heads * self.module.num_key_value_groups
 
 
 def is_attention(module: torch.nn.Module) -> bool:
@@ -64,3 +71,14 @@ def attached_basis(module: torch.nn.Module, side: str) -> tuple[Basis, str] | No
     child = getattr(module, CHILD, None)
     basis = None if child is None else child.basis(side)
     return None if basis is None else (basis, child.rope)
+
+
+def attached_heads(module: torch.nn.Module):
+    """The retaining heads on an attention module, a `RetainingHeadLayer`; None without, and while they are disabled.
+
+    While the attention module runs, after its projections, `scores()` is float32 `[B, Hkv, S]` of the tokens of this
+    call and `features()` is `[B, S, F]`, what the scores are computed from. Asks by name, so that PEFT is not needed to
+    find that there is no adapter.
+    """
+    child = getattr(module, RETAIN_CHILD, None)
+    return child if child is not None and child.is_active else None

@@ -28,4 +28,5 @@ def peft_type(name: str) -> PeftType:
 def register(kind: PeftType, config_cls: type, model_cls: type) -> None:
     """Make a method known to `get_peft_model`, `PeftModel` and transformers; once is enough."""
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=kind.value.lower(), config_cls=config_cls, model_cls=model_cls)
+        name = kind.value.lower()
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)

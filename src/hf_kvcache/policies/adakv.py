@@ -28,6 +28,10 @@ class AdaKV(Wrapper, Ragged):
         if not 0 <= self.floor <= 1:
             raise ValueError(f"AdaKV: floor={self.floor} is not in [0, 1]")
 
+    def tokens_to_keep(self, tokens_seen):
+        # layers may have budgets of their own
+        return self.scorer.tokens_to_keep(tokens_seen)
+
     def is_protected(self, positions, tokens_seen):
         return self.scorer.is_protected(positions, tokens_seen)
 

@@ -51,16 +51,13 @@ class ExpectedAttention(Policy):
 
     def observe(self, q, view):
         n_new = q.shape[2]
-        if not n_new:
-            # every draft was rejected
-            return
         positions = view.positions
         is_real = positions[:, :, -n_new:] >= 0  # [B, Hkv, S]
         memory = view.memory
         n_pads = (~is_real).sum(-1, keepdim=True) + memory.get("n_pads", 0)  # [B, Hkv, 1]
-        # where the model's RoPE has them: positions count from the first real token
+        # where the model's RoPE has them: positions count from the first real token, pads are below 0
         where = torch.arange(view.tokens_seen - n_new, view.tokens_seen, device=q.device) - n_pads
-        counts = is_real & (where >= self.n_sink)
+        counts = where >= self.n_sink
         if self.rope is not None:
             self.rope.cover(view.tokens_seen + self.n_future, q.device)
         moments = tuple(memory[name] for name in ("n", "mean", "spread")) if memory else None

@@ -19,15 +19,15 @@ class FastGen(Ragged):
     special tokens and punctuation are not offered: a cache does not see which token a row is.
 
     Attributes:
-        recovery: share of the attention of the last `window` queries that must be recovered.
+        recovery: share of the attention of the last `n_queries` queries that must be recovered.
         local, heavy: shares of the tokens seen.
-        window: newest queries that are looked at, of the prompt and later.
+        n_queries: newest queries that are looked at, of the prompt and later.
     """
 
     recovery: float = 0.95
     local: float = 0.3
     heavy: float = 0.3
-    window: int = 32
+    n_queries: int = 32
 
     takes_budget = "no"
 
@@ -37,13 +37,9 @@ class FastGen(Ragged):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"FastGen: {name}={getattr(self, name)} is not in (0, 1]")
 
-    @property
-    def n_queries(self):
-        return self.window
-
     def score(self, view):
         """One for rows that the profile of their head keeps, else zero: `[B, Hkv, N]`."""
-        mass = newest_mass(view, self.window)
+        mass = newest_mass(view, self.n_queries)
         sets = self._sets(mass, view.positions, view.tokens_seen)  # [4, B, Hkv, N]
         if "profile" not in view.memory:
             recovered = (mass * sets).sum(-1) >= self.recovery * mass.sum(-1)

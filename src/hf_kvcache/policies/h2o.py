@@ -36,9 +36,6 @@ class H2O(Policy):
             raise ValueError(f"H2O: recent_share={self.recent_share} is not in [0, 1]")
 
     def observe(self, q, view):
-        if not q.shape[2]:
-            # every draft was rejected
-            return
         queries = q.unflatten(1, (view.positions.shape[1], -1))  # [B, Hkv, G, S, D]
         mass = attention_mass(queries, view.tokens_seen - q.shape[2], view)
         view.set_state("mass", view.state("mass") + mass)

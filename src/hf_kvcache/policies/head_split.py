@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,6 +24,7 @@ class HeadSplit(Ragged):
     n_recent: int = 256
     gates: list | None = None
     threshold: float = 0.5
+    place: int = field(default=0, init=False, repr=False, compare=False)
 
     needs = frozenset({"model"})
     takes_budget = "no"
@@ -37,14 +39,14 @@ class HeadSplit(Ragged):
         place, n_places = host.depth
         if len(self.gates) != n_places or any(len(own) != host.n_kv_heads for own in self.gates):
             raise ValueError(f"HeadSplit: gates must be [{n_places}, {host.n_kv_heads}] for this model")
-        bound = replace(self)
-        bound.own = self.gates[place]
+        bound = copy.copy(self)
+        bound.place = place
         return bound
 
     def score(self, view):
         return torch.zeros(view.positions.shape, device=view.device)
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
-        keeps_all = torch.tensor([gate >= self.threshold for gate in self.own], device=positions.device)
+        keeps_all = torch.tensor([gate >= self.threshold for gate in self.gates[self.place]], device=positions.device)
         is_wanted = keeps_all.view(1, -1, 1).expand(positions.shape)
         return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

@@ -16,7 +16,7 @@ KEYS = 64  # keys that are compared with all others at a time
 class RKV(WindowPolicy):
     """Trade importance against redundancy (R-KV, Cai et al. 2025), for reasoning models that repeat themselves.
 
-    The score is `mix * importance - (1 - mix) * redundancy`. Importance is the mean attention of the newest `window`
+    The score is `mix * importance - (1 - mix) * redundancy`. Importance is the mean attention of the newest `n_queries`
     queries, max-pooled over neighbouring rows. Redundancy is a softmax over the keys of their mean cosine with all
     keys of the head. A key does not count its resemblance to the newest key that is like it (a cosine above
     `threshold`), so that the last of several repetitions stays.
@@ -27,13 +27,13 @@ class RKV(WindowPolicy):
     does neither.
 
     Attributes:
-        window: the newest queries that are asked, and stay (the paper's observation tokens).
+        n_queries: the newest queries that are asked, and stay (the paper's observation tokens).
         mix: weight of importance (the paper's lambda).
         kernel: rows over which importance is pooled.
         threshold: cosine above which keys are alike; None for none.
     """
 
-    window: int = 8
+    n_queries: int = 8
     mix: float = 0.1
     kernel: int = 7
     threshold: float | None = 0.5
@@ -46,7 +46,7 @@ class RKV(WindowPolicy):
 
     def score(self, view):  # -> [B, Hkv, N]
         is_real = view.positions >= 0
-        importance = pool(self.votes(view) / self.window, view.positions, self.kernel)
+        importance = pool(self.votes(view) / self.n_queries, view.positions, self.kernel)
         keys = torch.cat([normalize(k.float(), dim=-1) for k, _ in view.blocks()], 2)
         keys = keys.masked_fill(~is_real.unsqueeze(-1), 0.0)
         total = (keys @ keys.sum(2).unsqueeze(-1)).squeeze(-1) - keys.square().sum(-1)

@@ -13,31 +13,27 @@ from hf_kvcache.policies.weights import newest_mass
 
 @dataclass
 class WindowPolicy(Policy):
-    """A policy that asks the newest tokens, which stay: `n_recent` is at least `window`.
+    """A policy that asks the newest tokens, which stay: `n_recent` is at least `n_queries`.
 
     Attributes:
-        window: newest queries that are asked.
+        n_queries: newest queries that are asked.
     """
 
-    window: int = 32
+    n_queries: int = 32
 
     def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"{type(self).__name__}: window={self.window} must be at least 1")
-        self.n_recent = max(self.n_recent, self.window)
+        if self.n_queries < 1:
+            raise ValueError(f"{type(self).__name__}: n_queries={self.n_queries} must be at least 1")
+        self.n_recent = max(self.n_recent, self.n_queries)
         super().__post_init__()
-
-    @property
-    def n_queries(self) -> int:
-        return self.window
 
     def votes(self, view) -> torch.Tensor:
         """Attention of the window's queries to the rows before it, summed over them; float32 `[B, Hkv, N]`.
 
         Weights are meaned over the heads of a group. The window itself and padding get nothing.
         """
-        is_window = view.positions >= view.tokens_seen - self.window
-        return newest_mass(view, self.window).masked_fill(is_window, 0.0)
+        is_window = view.positions >= view.tokens_seen - self.n_queries
+        return newest_mass(view, self.n_queries).masked_fill(is_window, 0.0)
 
 
 def check_kernel(policy: Policy, kernel: int) -> None:

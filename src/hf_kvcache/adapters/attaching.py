@@ -1,0 +1,40 @@
+"""One `attach` for every kind of adapter."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from hf_kvcache.adapters import files, layout, retaining_files
+from hf_kvcache.adapters.bases import Bases
+from hf_kvcache.adapters.errors import AdapterError
+from hf_kvcache.adapters.retaining import RetainingHeads
+
+
+def attach(model: torch.nn.Module, adapter: Bases | RetainingHeads | str | os.PathLike, name: str = "default", **more):
+    """Put an adapter on a model, for caches to find; what the model computes stays as it is.
+
+    Args:
+        model: a transformers model, or one that PEFT has wrapped.
+        adapter: bases or retaining heads, checked against the model; or the folder or Hub repository to load them from.
+        name: of the adapter; another than those of the adapters that are there.
+        more: of `lowrank.attach` or `retaining_peft.attach`.
+
+    Raises:
+        AdapterError: the adapter cannot be loaded, does not fit, or the name is taken.
+    """
+    if isinstance(adapter, Bases):
+        kind = layout.PEFT_TYPE
+    elif isinstance(adapter, RetainingHeads):
+        kind = retaining_files.PEFT_TYPE
+    else:
+        kind = files.peft_type_of(adapter)
+    if kind == layout.PEFT_TYPE:
+        from hf_kvcache.adapters.lowrank import attach as put
+    elif kind == retaining_files.PEFT_TYPE:
+        from hf_kvcache.adapters.retaining_peft import attach as put
+    else:
+        ours = f"{layout.PEFT_TYPE!r} or {retaining_files.PEFT_TYPE!r}"
+        raise AdapterError(f"{adapter} is of peft_type {kind!r}; what caches look for is {ours}")
+    put(model, adapter, name, **more)

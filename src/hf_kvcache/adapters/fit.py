@@ -1,0 +1,101 @@
+"""Whether an adapter and a model belong together, and what an adapter records of the model that it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+
+import torch
+
+from hf_kvcache import persist
+from hf_kvcache.adapters import files
+from hf_kvcache.adapters.base_weights import is_readable, weights_digest
+from hf_kvcache.adapters.errors import AdapterError
+from hf_kvcache.adapters.modules import Attention, attentions, is_attention
+
+Size = tuple[str, object, object]  # what it is of, the adapter's, the model's
+
+
+def fingerprint(module: torch.nn.Module) -> dict | None:
+    """What tells the model of an attention module from others: `persist.fingerprint`, and of which layer it is.
+
+    None where the weights cannot be read: quantised ones have no sample that could be compared with the original ones.
+    """
+    if not is_readable(module):
+        return None
+    return persist.fingerprint(module) | {"layer": module.layer_idx, "weights": weights_digest(module)}
+
+
+def model_name(model: torch.nn.Module, module: torch.nn.Module) -> str | None:
+    """Name or path of the model that an attention module belongs to."""
+    return getattr(model, "name_or_path", None) or getattr(module.config, "_name_or_path", None) or None
+
+
+def module_paths(model: torch.nn.Module | None, layers: Iterable[int]) -> dict[int, str]:
+    """Names of the attention modules by layer, those that a model has bare; of the usual decoder without a model."""
+    if model is None:
+        return {i: files.DEFAULT_PATH.format(i) for i in layers}
+    return {i: a.name.replace(files.ROOT, "") for i, a in attentions(model).items()}
+
+
+def check_fit(
+    config: Mapping,
+    model: torch.nn.Module,
+    *,
+    layers: Collection[int],
+    n_layers: int,
+    sizes: Callable[[Attention], Iterable[Size]],
+    further: Callable[[dict[int, Attention]], list[str]] = lambda found: [],
+    weights: bool = True,
+) -> None:
+    """Raise unless an adapter of which the config is known fits a model, or one attention module of it.
+
+    Args:
+        config: with `fingerprint` and `base_model_name_or_path`.
+        model: the model, bare or wrapped by PEFT, or one attention module.
+        layers: those that the adapter has something for.
+        n_layers: of the model that it is for, as far as is known.
+        sizes: that must be equal.
+        further: what else differs, in words, once the model has all layers.
+        weights: also compare a sample of the base weights, where they are there to be compared.
+
+    Raises:
+        AdapterError: names all that differs.
+    """
+    found = attentions(model)
+    if not found:
+        raise AdapterError(f"{type(model).__name__} has no attention modules that this adapter could belong to")
+    made = config.get("fingerprint") or {}
+    problems = _layer_problems(made, model, found, set(layers), n_layers) or further(found)
+    some = next(iter(found.values()))
+    problems += [
+        f"{what}: the adapter is for {own}, the model has {its}" for what, own, its in sizes(some) if own != its
+    ]
+    if not problems and made:
+        problems = _weight_problems(made, found.get(made.get("layer")), weights)
+    if problems:
+        name = config.get("base_model_name_or_path")
+        raise AdapterError(f"this adapter (of {name or 'an unnamed model'}) does not fit: " + "; ".join(problems))
+
+
+def _layer_problems(made: Mapping, model, found: dict[int, Attention], layers: set[int], n_layers: int) -> list[str]:
+    if is_attention(model):
+        i = model.layer_idx
+        return [] if i < n_layers else [f"layers: the adapter is for {n_layers}, this is layer {i}"]
+    known = made.get("num_hidden_layers")
+    if known is not None and known != len(found):
+        return [f"layers: the adapter is for {known}, the model has {len(found)}"]
+    if not layers <= found.keys():
+        return [f"layers: the model has {len(found)}, the adapter is for {sorted(layers - found.keys())} beyond them"]
+    return []
+
+
+def _weight_problems(made: Mapping, attention: Attention | None, weights: bool) -> list[str]:
+    """What differs in the layer that the fingerprint is of, if that one is among those looked at."""
+    theirs = None if attention is None else fingerprint(attention.module)
+    if theirs is None:
+        return []
+    return [
+        f"{name}: the adapter is for {made[name]}, the model has {theirs[name]}"
+        for name in sorted(theirs.keys() & made.keys())
+        if made[name] != theirs[name] and (weights or name != "weights")
+    ]

@@ -1,0 +1,265 @@
+"""What our PEFT adapters share: a child of attention modules, which wraps nothing, and the model that hangs it there.
+
+PEFT calls a `BaseTunerLayer` a layer and a `BaseTuner` a model; both are found, saved, switched and freed by it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import ClassVar
+
+import torch
+from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from hf_kvcache.adapters import files
+from hf_kvcache.adapters.errors import AdapterError
+from hf_kvcache.adapters.modules import attentions
+
+
+class ChildConfig(PeftConfig):
+    """A config that is filled in from the model, and knows on which layers its adapter belongs.
+
+    Subclasses are dataclasses with the fields `format_version` and `hf_kvcache_version`.
+    """
+
+    kind: ClassVar  # member of PeftType
+    format: ClassVar[files.Format]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = self.kind
+        self.format.check_version(self.format_version, "the adapter has")
+        if self.hf_kvcache_version is None:
+            from hf_kvcache import __version__
+
+            self.hf_kvcache_version = __version__
+
+    def fill_in(self, model: nn.Module) -> None:
+        """Take from the model what was left open, and check that the rest fits it.
+
+        Raises:
+            AdapterError: names what differs, or what the config lacks.
+        """
+        raise NotImplementedError
+
+    def layer_indices(self) -> Collection[int]:
+        """Of the attention modules that get a child."""
+        raise NotImplementedError
+
+
+class ChildLayer(nn.Module, BaseTunerLayer):
+    """Parameters by adapter name on an attention module. It wraps nothing; caches ask it.
+
+    Subclasses name their parameters in `adapter_layer_names`, each a `ParameterDict`.
+    """
+
+    def __init__(self):
+        super().__init__()
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self._device = torch.device("cpu")
+        self._current: str | None = None
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the adapters that are here, be there parameters or not."""
+        raise NotImplementedError
+
+    def add(self, adapter_name: str, config: PeftConfig, attention: nn.Module) -> None:
+        """Add an adapter's parameters, on `self._device`."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """The child leaves its attention module, or has no adapter any more."""
+
+    @property
+    def current(self) -> str | None:
+        """The adapter that was activated last; that one of another method was activated since says nothing of ours."""
+        return self._current if self._current in self.names else None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is an adapter, and adapters are not disabled."""
+        return self.current is not None and not self.disable_adapters
+
+    # -- what PEFT asks ----------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: PeftConfig, attention: nn.Module) -> None:
+        """Add an adapter, on the device of the attention module."""
+        device = next(attention.parameters()).device
+        # offloaded weights are on no device; these are small and stay
+        self._device = torch.device("cpu") if device.type == "meta" else device
+        self.add(adapter_name, config, attention)
+        if not self._active_adapter:
+            self.set_adapter(adapter_name)
+
+    def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._current = next((name for name in self.active_adapters if name in self.names), self._current)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if self.current is None:
+            self._current = next(iter(self.names), None)
+        if not self.names:
+            self.remove()
+
+    def get_base_layer(self) -> nn.Module:
+        return self
+
+    @property
+    def weight(self):
+        # the inherited one asks the base layer, which is this one again
+        raise AttributeError(f"{type(self).__name__} wraps no layer and has no weight")
+
+    @property
+    def bias(self):
+        raise AttributeError(f"{type(self).__name__} wraps no layer and has no bias")
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing: PEFT calls this on every layer when another method's adapter beside ours is merged."""
+
+    def unmerge(self) -> None:
+        """Nothing, as `merge`."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            if adapter_name in held and not held[adapter_name].is_meta:
+                held[adapter_name].data = held[adapter_name].data.to(device or self._device)
+
+
+class ChildModel(BaseTuner):
+    """Hangs a child on every attention module that the config names.
+
+    Subclasses set `prefix` and `tuner_layer_cls` as PEFT has it, and the following.
+
+    Attributes:
+        child: name of the child.
+        config_cls: the config it goes with.
+        no_merge: why there is nothing to merge, and what to do instead.
+    """
+
+    child: ClassVar[str]
+    config_cls: ClassVar[type[ChildConfig]]
+    no_merge: ClassVar[str]
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model, peft_config, adapter_name: str, *args, **kwargs):
+        # wrapped models share their configs by name: a second method under one name would overwrite the first's
+        taken = getattr(model, "peft_config", {}).get(adapter_name)
+        if taken is not None and not isinstance(taken, self.config_cls):
+            raise AdapterError(
+                f"the model has an adapter {adapter_name!r} of {taken.peft_type.value} already; give this one another "
+                "adapter_name"
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def _check_new_adapter_config(self, config) -> None:
+        super()._check_new_adapter_config(config)
+        # layers are only touched once everything is known to fit
+        config.fill_in(self.model)
+        found = attentions(self.model)
+        # not a field, so that it is not saved: names differ between a model and its wrappers
+        config._attention_names = frozenset(found[i].name for i in config.layer_indices())
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config, key: str) -> bool:
+        return key in peft_config._attention_names
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if not hasattr(target, self.child):
+            setattr(target, self.child, self.tuner_layer_cls())
+        getattr(target, self.child).update_layer(adapter_name, peft_config, target)
+
+    def _check_merge_allowed(self):
+        raise AdapterError(self.no_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs):
+        if merge:
+            self._check_merge_allowed()
+        for attention in attentions(self.model).values():
+            if hasattr(attention.module, self.child):
+                getattr(attention.module, self.child).remove()
+                delattr(attention.module, self.child)
+        for name in [name for name, config in self.peft_config.items() if isinstance(config, self.config_cls)]:
+            del self.peft_config[name]
+        if not self.peft_config and hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+            self.model._hf_peft_config_loaded = False
+        return self.model
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args, **kwargs):
+        # the inherited one returns the weights of all methods on the model
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        return {name: t for name, t in found.items() if f".{cls.child}.{cls.prefix}" in name}
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # around another method's PeftModel names have the root twice; files have it once
+        key, root = super()._remove_adapter_name_from_key(key, adapter_name), files.ROOT
+        while key.startswith(root + root):
+            key = key.removeprefix(root)
+        return key
+
+
+def put(
+    model: nn.Module,
+    config: ChildConfig,
+    tensors: Mapping[files.Place, torch.Tensor],
+    name: str,
+    trainable: bool = False,
+) -> None:
+    """Put an adapter on a model without going through files, and activate it.
+
+    Which other parameters of the model are trained stays as it is.
+
+    Args:
+        model: a transformers model, or one that PEFT has wrapped.
+        config: already known to fit.
+        tensors: by layer and part, copied.
+        name: of the adapter.
+        trainable: whether its parameters are.
+
+    Raises:
+        AdapterError: the name is taken.
+    """
+    model = bare(model)
+    check_name(model, name)
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    with warnings.catch_warnings():
+        # PEFT wonders about a second method on the model, which is what this is for
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, name)
+    for parameter, requires_grad in trained:
+        parameter.requires_grad = requires_grad
+    found, child = attentions(model), config.format.child
+    layers = {i: getattr(found[i].module, child) for i in config.layer_indices()}
+    for layer in layers.values():
+        layer.set_adapter(name, inference_mode=not trainable)
+    for (i, part), t in tensors.items():
+        held = getattr(layers[i], f"{child}_{part}")
+        held[name] = nn.Parameter(t.detach().to(layers[i]._device, copy=True), requires_grad=trainable)
+    # transformers' own adapter methods (set_adapter, disable_adapters, save_pretrained) ask for this
+    model._hf_peft_config_loaded = True
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The transformers model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise `AdapterError` if a model has an adapter of this name."""
+    if name in getattr(model, "peft_config", {}):
+        raise AdapterError(f"the model has an adapter {name!r} already; give this one another name")
