@@ -91,6 +91,17 @@ def quantized_cache(backend: str, bits: int, config):
         return None
 
 
+def ours(cache, module) -> SimpleNamespace:
+    """One of our caches and its decode step."""
+    return SimpleNamespace(cache=cache, step=our_step(cache, module))
+
+
+def stock(module) -> SimpleNamespace:
+    """transformers' own cache and its decode step."""
+    cache = DynamicCache()
+    return SimpleNamespace(cache=cache, step=stock_step(cache, module))
+
+
 def contestants(module) -> dict[str, SimpleNamespace]:
     """Name -> a fresh cache and its decode step."""
     caches = {

@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 
 import attention
+import eviction
 import generation
+import long_prompt
 import memory
 import projection
 import pruning
+import ragged
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,12 +35,15 @@ SUITES = {
     "prefill": generation.prefill,
     "generate": generation.decode,
     "equal-memory": generation.equal_memory,
+    "heads": ragged.heads,
     "memory": memory.process_memory,
+    "long-prompt": long_prompt.long_prompt,
     "pruning": pruning.pruning,
     "projection": projection.projection,
+    "eviction": eviction.eviction,
 }
 # these measure what a model says, not how fast, and take --model, --text and --context
-QUALITY = ("pruning", "projection")
+QUALITY = ("pruning", "projection", "eviction")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,10 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls per contestant (default 15)")
-    quality = parser.add_argument_group("quality suites (pruning, projection)")
+    quality = parser.add_argument_group("quality suites (pruning, projection, eviction)")
     quality.add_argument("--model", help="Hub id or local folder (default: the embedded model)")
     quality.add_argument("--text", help="text file to predict (default: the package's own prose)")
     quality.add_argument("--context", type=int, default=2048, help="tokens of a window (default 2048)")
+    quality.add_argument("--adapter", help="folder of retaining heads for eviction (default: the embedded model's)")
     options = parser.parse_args(arguments)
     unknown = set(options.suites) - set(SUITES)
     if unknown:

@@ -17,15 +17,15 @@ POLICIES = {
     "streaming": lambda: kv.Streaming(budget=24, **KNOBS),
     "h2o": lambda: kv.H2O(budget=24, **KNOBS),
     "tova": lambda: kv.TOVA(budget=24, **KNOBS),
-    "snapkv": lambda: kv.SnapKV(budget=24, window=6, **KNOBS),
-    "pyramidkv": lambda: kv.PyramidKV(budget=24, window=4, beta=2, **KNOBS),
+    "snapkv": lambda: kv.SnapKV(budget=24, n_queries=6, **KNOBS),
+    "pyramidkv": lambda: kv.PyramidKV(budget=24, n_queries=4, beta=2, **KNOBS),
     "keydiff": lambda: kv.KeyDiff(ratio=0.4, **KNOBS),
     "expected": lambda: kv.ExpectedAttention(budget=24, **KNOBS),
-    "adakv": lambda: kv.AdaKV(budget=40, scorer=kv.SnapKV(budget=40, window=6, **KNOBS), **KNOBS),
+    "adakv": lambda: kv.AdaKV(budget=40, scorer=kv.SnapKV(budget=40, n_queries=6, **KNOBS), **KNOBS),
     "adakv-keydiff": lambda: kv.AdaKV(ratio=0.5, scorer="keydiff", **KNOBS),
     "threshold": lambda: kv.Threshold(scorer="h2o", share=0.8, **KNOBS),
     "head_split": lambda: kv.HeadSplit(gates=GATES, **KNOBS),
-    "fastgen": lambda: kv.FastGen(recovery=0.6, window=6, **KNOBS),
+    "fastgen": lambda: kv.FastGen(recovery=0.6, n_queries=6, **KNOBS),
 }
 
 

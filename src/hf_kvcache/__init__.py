@@ -9,27 +9,27 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import Chain, Codec, Dense, LowRank, Quantize, Sparse
 from hf_kvcache.kernels import BackendUnavailable, use_backend
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.models import embedded_model
+from hf_kvcache.models import embedded_heads, embedded_model
 from hf_kvcache.persist import CacheFileError
 from hf_kvcache.policies import (
+    H2O,
+    NACL,
+    RKV,
+    TOVA,
     AdaKV,
     ExpectedAttention,
     FastGen,
-    H2O,
     HeadSplit,
     KeyDiff,
     L2Norm,
     LagKV,
     Locret,
     Merge,
-    NACL,
     Policy,
     PyramidKV,
-    RKV,
     Random,
     SnapKV,
     Streaming,
-    TOVA,
     Threshold,
 )
 from hf_kvcache.prefill import prefill
@@ -76,6 +76,7 @@ __all__ = [
     "Streaming",
     "TOVA",
     "Threshold",
+    "embedded_heads",
     "embedded_model",
     "prefill",
     "use_backend",

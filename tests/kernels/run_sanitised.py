@@ -8,6 +8,7 @@ from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.quant_pack import quant_pack
+from hf_kvcache.kernels.ragged_attention import ragged_attention
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.kernels.sparse_pack import sparse_pack
 from hf_kvcache.rope import Rope
@@ -89,6 +90,32 @@ def sparse():
             sparse_pack(x, keep=keep, layout="bitmap", group_size=group_size, importance=exact(1, 2, 65, D))
 
 
+def ragged():
+    def sides(P, page, D, dtype):
+        yield SparseRows(exact(P, 1, page, D).to(dtype), None)
+        codes = {bits: quant_pack(exact(P, 1, page, D), bits=bits, axis="token", group_size=D) for bits in (8, 4, 2)}
+        for bits, (values, scale, zero) in codes.items():
+            yield SparseRows(values, None, "bitmap", scale, zero, bits)
+        for layout in ("bitmap", "index"):
+            values, places = sparse_pack(exact(P, 1, page, D).to(dtype), keep=D // 2, layout=layout)
+            yield SparseRows(values, places, layout)
+            codes, scale, zero = quant_pack(values, bits=8, axis="token", group_size=D // 2)
+            yield SparseRows(codes, places, layout, scale, zero, 8)
+
+    for page, D, lengths in ((16, 64, (0, 1, 15, 17)), (32, 128, (31, 33, 300, 0)), (64, 20, (130, 64, 63, 65))):
+        lengths = torch.tensor([lengths], dtype=torch.int32)
+        counts = (lengths + page - 1) // page
+        P = int(counts.sum())
+        # entries behind the end of a head lead out of the pool
+        table = torch.full((1, 4, int(counts.max())), 2**30, dtype=torch.int32)
+        table[torch.arange(table.shape[2]) < counts.unsqueeze(-1)] = torch.randperm(P).int()
+        for G, S, dtype in ((4, 1, torch.bfloat16), (7, 1, torch.float32), (3, 5, torch.float16)):
+            q, formats = exact(1, 4 * G, S, D).to(dtype), list(sides(P, page, D, dtype))
+            for keys, values in zip(formats, (*formats[1:], formats[0]), strict=True):
+                ragged_attention(q, keys, values, table, lengths, scaling=0.1)
+                ragged_attention(q, keys, keys, table, lengths, scaling=0.1, softcap=5.0)
+
+
 def lowrank():
     def sides(G, n, rank, dtype):
         yield Latents(exact(1, G, n, rank).to(dtype))
@@ -121,5 +148,6 @@ if __name__ == "__main__":
         pack()
         quant()
         sparse()
+        ragged()
         lowrank()
     print("clean")

@@ -32,6 +32,11 @@ VARIANTS = [
     "lowrank-absorbed-k64x4bit-v64x4bit-m4",
     "lowrank-values512-m32",
     "lowrank-values512x4bit",
+    "ragged-d128-dense-page16",
+    "ragged-d128-4bit-g64-page16",
+    "ragged-d128-4bit-g64-dense",
+    "ragged-d128-bitmap40-page16",
+    "merge-ragged-d128",
 ]
 # where Triton has scatter in shared memory
 GLUON = [
@@ -53,6 +58,8 @@ LIMITS = {
     "lowrank-d128-k64x4bit-weights-m12-fp16-mask-softcap": 40,
     "lowrank-absorbed-k64-v64-m4-bf16": 3.4,
     "lowrank-values512-m32-bf16": 8.5,
+    "ragged-d128-dense-page16-bf16": 3.0,
+    "ragged-d128-4bit-g64-page16-bf16": 4.0,
 }
 
 

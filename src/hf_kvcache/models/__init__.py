@@ -8,6 +8,11 @@ def embedded_model() -> Path:
     return Path(__file__).parent / "small"
 
 
+def embedded_heads() -> Path:
+    """Local folder of retaining heads for the embedded model: `adapters.attach(model, embedded_heads())`."""
+    return Path(__file__).parent / "small-heads"
+
+
 def embedded_prose() -> Path:
     """Text file of English prose written for this project: default text of `compare`, filler of retrieval."""
     return Path(__file__).parent / "prose.txt"

@@ -16,8 +16,8 @@ from hf_kvcache.policies.window import WindowPolicy
 class NACL(WindowPolicy):
     """Keep the proxy tokens' choice, and draw the rest (NACL, Chen et al. 2024).
 
-    The score is the summed attention of the newest `n_queries` queries, the proxies, which stay: a question at the end of
-    the prompt. Of the rows that are left to choose, a part are the best-scored ones; the others are drawn without
+    The score is the summed attention of the newest `n_queries` queries, the proxies, which stay: a question at the end
+    of the prompt. Of the rows that are left to choose, a part are the best-scored ones; the others are drawn without
     replacement with probabilities softmax(score), head by head, which is to take the largest of score + Gumbel noise.
     Draws depend on `seed`, layer, head and tokens seen, and are the same for all rows of a batch and on any device.
     The paper evicts after the prompt only, which is `decode=False`.

@@ -9,7 +9,7 @@ from hf_kvcache.codecs.dense import Dense
 from hf_kvcache.stores.paged import PagedBuffer
 from hf_kvcache.stores.uniform import UniformStore
 
-PAGE = 64
+PAGE = 32  # rows: half of one is lost per head, and small pages cost the kernels little
 
 
 class RaggedStore(UniformStore):

@@ -9,7 +9,8 @@ from hf_kvcache.stores.base import Store
 from hf_kvcache.stores.buffer import RowBuffer
 
 PACK_STEP = 32  # rows are packed in steps, so that packing costs a launch per 32 tokens, not per token
-QUERIES = 32  # newest queries that codecs ask for; twice as many as wanted are held, so that `crop` leaves enough
+QUERIES = 32  # newest queries that codecs ask for
+SPARE_QUERIES = 8  # more than wanted are held, so that a `crop` of drafts leaves enough and few steps move them
 
 
 class UniformStore(Store):
@@ -105,12 +106,12 @@ class UniformStore(Store):
         """Remember the newest of the queries `[B, Hq, S, D]` for codecs and policies that need them."""
         if not self.n_queries:
             return
-        n_kv_heads, most = self.dense.tensors["k"].shape[1], 2 * self.n_queries
-        newest = q[:, :, -most:].unflatten(1, (n_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
+        n_kv_heads, least = self.dense.tensors["k"].shape[1], self.n_queries + SPARE_QUERIES
+        newest = q[:, :, -least:].unflatten(1, (n_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
         # a copy: an empty buffer adopts what it is given, and this may be a slice of the model's activations
         self.queries.append({"q": newest.clone(memory_format=torch.contiguous_format)}, newest.shape[2])
-        if self.queries.n_tokens > most:
-            self.queries.remove(0, self.queries.n_tokens - most)
+        if self.queries.n_tokens > least + SPARE_QUERIES:
+            self.queries.remove(0, self.queries.n_tokens - least)
 
     def newest_queries(self, n: int) -> torch.Tensor:
         """The newest `n` queries `[B, Hkv, n, G, D]`, or as many as there are."""
