@@ -1,0 +1,327 @@
+r"""Train retaining heads, which say of every token of a prompt how much it will be needed (Locret, Huang et al. 2024).
+
+The embedded model, in a few minutes on one CPU core:
+
+    python -m hf_kvcache.trainers.train_retaining_heads --prompt-tokens 1024 --answer-tokens 256 \
+        --max-steps 600 --warmup-steps 50 --learning-rate 5e-3 --out heads
+
+With `--target reconstruction`, whose steps take more than twice as long, `--max-steps 300` is enough.
+
+A model of your own, with the settings of the paper:
+
+    accelerate launch -m hf_kvcache.trainers.train_retaining_heads --model ID_OR_PATH --data long_alpaca.json \
+        --d-r 1024 --bf16 --out heads
+
+The model is frozen. Every step runs one prompt and what follows it through the model's own attention, and the heads of
+all layers learn from the queries, keys and values of the prompt what the queries after it made of its keys. The output
+is a PEFT adapter with the heads; `training.json` beside it says how good they are on text that was held out.
+Stop at any time and go on with `--resume`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_kvcache.adapters import RetainingHeads, attach
+from hf_kvcache.adapters.scoring import score
+from hf_kvcache.calibration.agreement import agreement, overlap
+from hf_kvcache.calibration.conversations import Conversations, read_rows
+from hf_kvcache.calibration.judging import TARGETS, Text, judge
+from hf_kvcache.calibration.prompts import Arrange, request_to_repeat
+from hf_kvcache.calibration.synthetic import Synthetic
+from hf_kvcache.models import embedded_model, embedded_prose
+
+JUDGED_BY = {"answer_max": "answer", "causal": "prompt", "reconstruction": "repeat"}
+
+
+@dataclass
+class Prompts:
+    """What to train on."""
+
+    _argument_group_name: ClassVar[str] = "model and prompts"
+    out: Path = field(metadata={"help": "folder for the adapter and the checkpoints"})
+    model: str = field(
+        default=str(embedded_model()), metadata={"help": "name or path; the embedded model unless given"}
+    )
+    attn: str = field(default="sdpa", metadata={"help": "attention implementation of the model"})
+    data: Path = field(
+        default=embedded_prose(),
+        metadata={
+            "help": "conversations as .json or .jsonl, {'instruction', 'output'} or {'conversations': [{'from', "
+            "'value'}]}; or a plain text, in which facts are hidden and asked for; the embedded prose unless given"
+        },
+    )
+    rows: int = field(default=5000, metadata={"help": "conversations to use, drawn at random"})
+    prompt_tokens: int = field(default=10240, metadata={"help": "tokens of a prompt; longer ones lose their middle"})
+    answer_tokens: int = field(default=512, metadata={"help": "most tokens of an answer"})
+    prose_share: float = field(default=0.5, metadata={"help": "of prompts made of text, the share without facts"})
+    valid_share: float = field(default=0.2, metadata={"help": "share of a text, at its end, that is held out"})
+    valid_prompts: int = field(default=16, metadata={"help": "held-out prompts to evaluate on"})
+    budget: int = field(default=0, metadata={"help": "tokens to keep at evaluation; 0 is an eighth of the prompt"})
+    n_recent: int = field(default=100, metadata={"help": "last tokens of a prompt that are kept beside them"})
+
+
+@dataclass
+class Heads:
+    """Which heads, and what they learn."""
+
+    _argument_group_name: ClassVar[str] = "heads"
+    target: Literal["answer_max", "causal", "reconstruction"] = field(
+        default="answer_max",
+        metadata={
+            "help": "the largest score that the answer gives a token (Locret); that later tokens of the same prompt "
+            "give it (ours, for text without answers); the log of the largest attention weight that repeating the "
+            "prompt gives it (KVzip, KVzap)"
+        },
+    )
+    d_r: int = field(default=256, metadata={"help": "width of the hidden layer; the paper has 1024, to little effect"})
+    query_aware: bool = field(default=False, metadata={"help": "put the question before the prompt, too (Locret-Q)"})
+    n_query: int = field(default=64, metadata={"help": "last tokens of the question to put there"})
+
+
+@dataclass
+class Optimisation:
+    """How to train; the defaults are the paper's."""
+
+    _argument_group_name: ClassVar[str] = "optimisation"
+    max_steps: int = field(default=3000, metadata={"help": "optimiser steps"})
+    warmup_steps: int | None = field(default=None, metadata={"help": "of them warm-up; two thirds unless given"})
+    batch_size: int = field(default=1, metadata={"help": "prompts per device and step"})
+    accumulation: int = field(default=1, metadata={"help": "batches whose gradients are added"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "at its peak; falls to zero linearly"})
+    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
+    clip_value: float = field(
+        default=0.5, metadata={"help": "gradients are cut to this, entry by entry; 0 leaves them"}
+    )
+    alpha: float = field(default=0.0025, metadata={"help": "weight of the difference between neighbours' scores"})
+    bf16: bool = field(default=False, metadata={"help": "the model in bfloat16, the heads in float32 under autocast"})
+    logging_steps: int = field(default=10, metadata={"help": "steps between log lines"})
+    save_steps: int = field(default=250, metadata={"help": "steps between checkpoints"})
+    seed: int = field(default=42, metadata={"help": "of weights, prompts and their order"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --out"})
+
+    @property
+    def n_warmup(self) -> int:
+        """Warm-up steps: the paper's 2000 of 3000, unless given."""
+        return round(self.max_steps * 2 / 3) if self.warmup_steps is None else self.warmup_steps
+
+
+def retaining_loss(
+    predicted: dict[int, torch.Tensor], target: dict[int, torch.Tensor], alpha: float
+) -> dict[str, torch.Tensor]:
+    """SmoothL1 between scores and targets, and `alpha` times how much scores of neighbours differ.
+
+    The first is a mean over layers, heads and tokens, the second a mean within layers that is added up over them, as
+    in the paper's code. Tokens whose target is not finite do not count.
+
+    Args:
+        predicted, target (dict[int, torch.Tensor]):
+            by layer, float32 `[B, Hkv, T]`.
+
+    Returns:
+        `loss`, and its parts `regression` and `smoothness`.
+    """
+    regression, smoothness = [], []
+    for i, scores in predicted.items():
+        is_real = target[i].isfinite()
+        regression.append(F.smooth_l1_loss(scores[is_real], target[i][is_real]))
+        pairs = is_real[..., 1:] & is_real[..., :-1]
+        smoothness.append((scores[..., 1:] - scores[..., :-1])[pairs].square().mean())
+    parts = {"regression": torch.stack(regression).mean(), "smoothness": torch.stack(smoothness).sum()}
+    return {"loss": parts["regression"] + alpha * parts["smoothness"], **parts}
+
+
+class HeadsInTraining(nn.Module):
+    """The retaining heads of all layers, and the frozen model that they are trained for.
+
+    Args:
+        model: has `heads` attached, which shows what heads are fed with.
+        heads: to start from.
+        target: key of `TARGETS`.
+        alpha: see `retaining_loss`.
+    """
+
+    def __init__(self, model: nn.Module, heads: RetainingHeads, target: str, alpha: float):
+        super().__init__()
+        self.fc1 = nn.ParameterDict({str(i): nn.Parameter(fc1.float().clone()) for i, (fc1, _) in heads.layers.items()})
+        self.fc2 = nn.ParameterDict({str(i): nn.Parameter(fc2.float().clone()) for i, (_, fc2) in heads.layers.items()})
+        # not a submodule: neither trained, nor synchronised, nor saved with the checkpoints
+        self.__dict__["model"] = model.requires_grad_(False).eval()
+        self.activation, self.target, self.alpha = heads.activation, target, alpha
+
+    @property
+    def layers(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Weights by layer, as `RetainingHeads` holds them."""
+        return {int(i): (fc1.detach().cpu(), self.fc2[i].detach().cpu()) for i, fc1 in self.fc1.items()}
+
+    def scores(self, features: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """By layer, float32 `[B, Hkv, T]` from `[B, T, F]`."""
+        return {i: score(x, self.fc1[str(i)], self.fc2[str(i)], self.activation) for i, x in features.items()}
+
+    def forward(self, **text) -> dict[str, torch.Tensor]:
+        """Losses of a `Text`, given by its fields, and how well the best tenth of the tokens was found."""
+        said, features = judge(self.model, Text(**text), {"target": TARGETS[self.target]})
+        scores, target = self.scores(features), said["target"]
+        with torch.no_grad():
+            found = torch.stack([overlap(scores[i], target[i]).mean() for i in scores]).mean()
+        return retaining_loss(scores, target, self.alpha) | {"overlap": found}
+
+
+class ClipValue(TrainerCallback):
+    """Clip gradients entry by entry."""
+
+    def __init__(self, parameters, value: float):
+        self.parameters, self.value = list(parameters), value
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.value > 0:
+            nn.utils.clip_grad_value_(self.parameters, self.value)
+
+
+class RetainingTrainer(Trainer):
+    """Trainer that logs the parts of the loss, and the overlap."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = defaultdict(list)
+        # the loss is a mean per batch, not a sum over tokens
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        for name in ("regression", "smoothness", "overlap"):
+            self.parts[name].append(outputs[name].detach())
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs |= {name: round(torch.stack(values).mean().item(), 4) for name, values in self.parts.items()}
+            self.parts.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def load_prompts(options: Prompts, heads: Heads, seed: int, tokenizer, n_items: int) -> tuple:
+    """Prompts to train on, and held-out ones.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    rows = read_rows(options.data)
+    sizes = options.prompt_tokens, options.answer_tokens
+    if rows is not None:
+        order = np.random.default_rng(seed).permutation(len(rows))[: options.rows + options.valid_prompts]
+        rows = [rows[i] for i in order]
+        n_valid = min(options.valid_prompts, len(rows) // 2)
+        if not n_valid:
+            raise ValueError(f"{options.data}: {len(rows)} conversations are too few, some are held out")
+        return Conversations(rows[n_valid:], tokenizer, *sizes), Conversations(rows[:n_valid], tokenizer, *sizes)
+    text = options.data.read_text(encoding="utf-8")
+    stream = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    n_train = int(len(stream) * (1 - options.valid_share))
+    more = options.prose_share, heads.n_query if heads.query_aware else 0
+    windows = Synthetic(tokenizer, stream[:n_train], *sizes, *more, n_items, seed)
+    return windows, Synthetic(tokenizer, stream[n_train:], *sizes, *more, options.valid_prompts, seed + 1)
+
+
+def training_arguments(out: Path, optimisation: Optimisation) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        max_steps=optimisation.max_steps,
+        per_device_train_batch_size=optimisation.batch_size,
+        gradient_accumulation_steps=optimisation.accumulation,
+        train_sampling_strategy="sequential",
+        learning_rate=optimisation.learning_rate,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        weight_decay=optimisation.weight_decay,
+        lr_scheduler_type="linear",
+        warmup_steps=optimisation.n_warmup,
+        # entries are clipped instead: `ClipValue`
+        max_grad_norm=0.0,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=optimisation.bf16,
+        save_steps=optimisation.save_steps,
+        save_total_limit=2,
+        logging_steps=optimisation.logging_steps,
+        report_to="none",
+        remove_unused_columns=False,
+        seed=optimisation.seed,
+    )
+    # the frozen model is on one device: several of them are for `accelerate launch`
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Commands stay as they are written."""
+
+
+def main(args: list[str] | None = None) -> dict[str, float]:
+    """Train and save; returns what `agreement` does on held-out prompts, and the seconds that training took."""
+    parser = HfArgumentParser((Prompts, Heads, Optimisation), description=__doc__, formatter_class=_Help)
+    options, chosen, optimisation = parser.parse_args_into_dataclasses(args)
+    arguments = training_arguments(options.out, optimisation)
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    dtype = torch.bfloat16 if optimisation.bf16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=options.attn)
+    model.to(arguments.device)
+    n_items = optimisation.max_steps * optimisation.batch_size * optimisation.accumulation * arguments.world_size
+    prompts, held_out = load_prompts(options, chosen, optimisation.seed, tokenizer, n_items)
+    layout = {
+        "request": request_to_repeat(tokenizer),
+        "bos": tokenizer.bos_token_id,
+        "n_query": chosen.n_query if chosen.query_aware else 0,
+    }
+    arrange = Arrange(JUDGED_BY[chosen.target], **layout)
+
+    aware = {"query_aware": True, "n_query": chosen.n_query} if chosen.query_aware else {}
+    made_for = {"local": options.n_recent} | ({"budget": options.budget} if options.budget else {})
+    heads = RetainingHeads.new(model, chosen.d_r, optimisation.seed, target=chosen.target, defaults=made_for, **aware)
+    attach(model, heads)
+    trained = HeadsInTraining(model, heads, chosen.target, optimisation.alpha)
+    trainer = RetainingTrainer(
+        model=trained,
+        args=arguments,
+        train_dataset=prompts,
+        data_collator=lambda batch: dict(vars(arrange(batch))),
+        callbacks=[ClipValue(trained.parameters(), optimisation.clip_value)],
+    )
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=optimisation.resume)
+    seconds = round(time.monotonic() - start, 1)
+    trainer.save_state()
+
+    to_answer, kept = Arrange("answer", **layout), (options.budget, options.n_recent)
+    scores = agreement(model, trained.scores, TARGETS[chosen.target], held_out, arrange, to_answer, *kept)
+    scores["seconds"] = seconds
+    if trainer.is_world_process_zero():
+        replace(heads, layers=trained.layers).save(options.out, model)
+        settings = asdict(options) | asdict(chosen) | asdict(optimisation)
+        report = {"held out": scores, "settings": settings, "log": trainer.state.log_history}
+        (options.out / "training.json").write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+        print(json.dumps(scores))
+    return scores
+
+
+if __name__ == "__main__":
+    main()
