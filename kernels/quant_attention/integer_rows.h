@@ -38,12 +38,14 @@ inline bool formats_suit(const packed_rows::Plane& p, int64_t D) {
     return p.bits != 3 && D <= MAX_D && D * p.bits % 128 == 0 && p.row == D * p.bits / 16;
 }
 
-inline bool suits(const Rows& k, const Rows& v) {
-    const bool keys = k.plane->per_channel ? k.per_scale == BLOCK : k.plane->n_groups == 1;
+inline bool keys_suit(const Rows& k) {
+    return (k.plane->per_channel ? k.per_scale == BLOCK : k.plane->n_groups == 1) && formats_suit(*k.plane, k.D);
+}
+
+inline bool values_suit(const Rows& v) {
     // a field of a word must belong to one group
     const int64_t groups = v.plane->n_groups, W = v.D * v.plane->bits / 16;
-    const bool values = groups == 1 || (v.D / groups) % W == 0;
-    return keys && values && formats_suit(*k.plane, k.D) && formats_suit(*v.plane, v.D);
+    return (groups == 1 || (v.D / groups) % W == 0) && formats_suit(*v.plane, v.D);
 }
 
 // ---- fixed-point numbers ----
@@ -341,13 +343,13 @@ inline void score_tile(const uint8_t* rows, int64_t row_bytes, const Queries& qu
     for (int g = 0; g < Q; g++) std::memcpy(scores + g * CHUNK, flat + g * T, T * sizeof(float));
 }
 
-// One block of rows for `n_q` queries, 4, 2 or 1 at a time.
+// `n` rows, a multiple of 16, for `n_q` queries, 4, 2 or 1 at a time.
 template <int BITS, int LIMBS>
 inline void score_block(const uint8_t* rows, int64_t row_bytes, const Queries& queries, int n_q, const float* scale,
-                        const float* zero, float* scores) {
+                        const float* zero, int n, float* scores) {
     const auto run = [&](auto q, auto shared, int first) {
         constexpr int Q = decltype(q)::value, SHARED = decltype(shared)::value;
-        for (int t = 0; t < BLOCK; t += 16 / Q)
+        for (int t = 0; t < n; t += 16 / Q)
             score_tile<Q, SHARED, BITS, LIMBS>(rows + t * row_bytes, row_bytes, queries, first, scale ? scale + t : nullptr,
                                                zero + t, scores + first * CHUNK + t);
     };
@@ -371,32 +373,48 @@ inline const uint8_t* whole_block(const uint8_t* rows, int64_t row_bytes, int n,
     return copy;
 }
 
+// All queries of an item, for keys with scales per token.
+struct Prepared {
+    Queries blocks[attention::QUERY_BLOCK / HEADS];
+};
+
 template <int BITS, int LIMBS>
-void score(const State& state, const Rows& k, int64_t start, int n, const attention::Ahead& ahead) {
+void prepare_all(const State& state, int64_t D, Prepared& prepared) {
+    for (int first = 0; first < state.n_q; first += HEADS)
+        prepare<BITS, LIMBS>(state.q + first * state.width, state.width, std::min(HEADS, state.n_q - first), nullptr, nullptr, D,
+                             prepared.blocks[first / HEADS]);
+}
+
+// Without `prepared` the scales are per channel. `ahead` as in attention.h.
+template <int BITS, int LIMBS, class Ahead>
+void score(const State& state, const Rows& k, int64_t start, int n, const Prepared* prepared, Ahead& ahead) {
     const int64_t row_bytes = k.D * BITS / 8;
-    const bool per_channel = k.plane->per_channel;
     alignas(64) float scale[MAX_D], zero[MAX_D];
     alignas(64) uint8_t copy[BLOCK * MAX_D];
     Queries queries;
     for (int t = 0; t < n; t += BLOCK) {
+        const int n_block = int(std::min<int64_t>(BLOCK, attention::padded(n - t)));
         const auto* rows = reinterpret_cast<const uint8_t*>(k.codes + (start + t) * k.plane->row);
-        const uint8_t* block = whole_block(rows, row_bytes, n - t, BLOCK, copy);
-        ahead.fetch(t, BLOCK);
-        if (per_channel) {
+        const uint8_t* block = whole_block(rows, row_bytes, n - t, n_block, copy);
+        ahead.fetch(t, n_block);
+        if (!prepared) {
             attention::widen(k.scale + (start + t) / BLOCK * k.plane->scale_row, 0, 1, k.D, scale);
             attention::widen(k.zero + (start + t) / BLOCK * k.plane->zero_row, 0, 1, k.D, zero);
         } else {
-            for (int i = 0; i < BLOCK; i++) {
+            for (int i = 0; i < n_block; i++) {
                 scale[i] = i < n - t ? simd::to_float(k.scale[(start + t + i) * k.plane->scale_row]) : 0.0f;
                 zero[i] = i < n - t ? simd::to_float(k.zero[(start + t + i) * k.plane->zero_row]) : 0.0f;
             }
         }
         for (int first = 0; first < state.n_q; first += HEADS) {
             const int count = std::min(HEADS, state.n_q - first);
-            prepare<BITS, LIMBS>(state.q + first * state.width, state.width, count, per_channel ? scale : nullptr, zero, k.D, queries);
-            const float* row_scale = per_channel ? nullptr : scale;
             float* scores = state.scores + first * CHUNK + t;
-            score_block<BITS, LIMBS>(block, row_bytes, queries, count, row_scale, zero, scores);
+            if (prepared) {
+                score_block<BITS, LIMBS>(block, row_bytes, prepared->blocks[first / HEADS], count, scale, zero, n_block, scores);
+                continue;
+            }
+            prepare<BITS, LIMBS>(state.q + first * state.width, state.width, count, scale, zero, k.D, queries);
+            score_block<BITS, LIMBS>(block, row_bytes, queries, count, nullptr, zero, n_block, scores);
         }
     }
 }
@@ -441,7 +459,7 @@ inline void zip(const int8_t* even, const int8_t* odd, int n, int8_t* out) {
     }
 }
 
-// Numbers of `n` rows, `row` apart, as float32 `[groups, CHUNK]`; zeros up to a whole register.
+// Numbers of `n` rows, `row` apart, as float32, groups CHUNK apart; zeros up to a whole register.
 inline void widen_groups(const simd::f16* from, int64_t row, int64_t n_groups, int n, float* to) {
     if (row != n_groups) {
         for (int64_t g = 0; g < n_groups; g++)
@@ -548,71 +566,99 @@ inline void add_units(const uint8_t* packed, int64_t n_units, int n_quads, const
     }
 }
 
-template <int BITS, int LIMBS>
-void add_values(const State& state, const Rows& v, int64_t start, int n, const attention::Ahead& ahead) {
-    const int64_t row_bytes = v.D * BITS / 8, n_units = row_bytes / 16, n_groups = v.plane->n_groups;
+// Values of a chunk of `n` rows as `add_units` wants them. They may come in parts that begin at multiples of 16.
+struct Values {
     // weights and scales past the end are zero
-    const int n_quads = (n + 3) / 4, whole = n / 4;
-    uint8_t* packed = reinterpret_cast<uint8_t*>(state.scratch);
+    int n, n_quads;
+    uint8_t* packed;
     alignas(64) float scale[16 * CHUNK], zero[16 * CHUNK];
-    alignas(64) uint8_t copy[CHUNK * MAX_D];
-    const auto* rows = reinterpret_cast<const uint8_t*>(v.codes + start * v.plane->row);
-    ahead.fetch(0, CHUNK);
-    if (whole < n_quads) rows = whole_block(rows, row_bytes, n, n_quads * 4, copy);
-    widen_groups(v.scale + start * v.plane->scale_row, v.plane->scale_row, n_groups, n, scale);
-    widen_groups(v.zero + start * v.plane->zero_row, v.plane->zero_row, n_groups, n, zero);
-    interleave(rows, row_bytes, n_quads, [&](int64_t unit, int quad, __m512i x) {
-        _mm512_store_si512(packed + (unit * n_quads + quad) * 64, x);
-    });
-    Weights weights;
-    for (int first = 0; first < state.n_q; first += HEADS) {
-        const int count = std::min(HEADS, state.n_q - first);
-        for (int g = 0; g < count; g++)
-            weigh<BITS, LIMBS>(state.scores + (first + g) * CHUNK, scale, zero, n_groups, n, g, weights);
-        add_units<BITS, LIMBS>(packed, n_units, n_quads, weights, count, n_groups == 1, state.out + first * state.v_width, state.v_width);
+
+    Values(const State& state, int n) : n(n), n_quads((n + 3) / 4), packed(reinterpret_cast<uint8_t*>(state.scratch)) {}
+
+    // Rows `[start, start + count)` become those from `at` on.
+    template <int BITS>
+    void read(const Rows& v, int64_t start, int count, int at) {
+        alignas(64) uint8_t copy[CHUNK * MAX_D];
+        const packed_rows::Plane& p = *v.plane;
+        const int64_t row_bytes = v.D * BITS / 8;
+        const int quads = (count + 3) / 4;
+        const auto* rows = reinterpret_cast<const uint8_t*>(v.codes + start * p.row);
+        if (count % 4) rows = whole_block(rows, row_bytes, count, quads * 4, copy);
+        widen_groups(v.scale + start * p.scale_row, p.scale_row, p.n_groups, count, scale + at);
+        widen_groups(v.zero + start * p.zero_row, p.zero_row, p.n_groups, count, zero + at);
+        interleave(rows, row_bytes, quads, [&](int64_t unit, int quad, __m512i x) {
+            _mm512_store_si512(packed + (unit * n_quads + at / 4 + quad) * 64, x);
+        });
     }
-}
+
+    template <int BITS, int LIMBS>
+    void add(const State& state, const Rows& v) const {
+        const int64_t n_units = v.D * BITS / 128, n_groups = v.plane->n_groups;
+        Weights weights;
+        for (int first = 0; first < state.n_q; first += HEADS) {
+            const int count = std::min(HEADS, state.n_q - first);
+            for (int g = 0; g < count; g++)
+                weigh<BITS, LIMBS>(state.scores + (first + g) * CHUNK, scale, zero, n_groups, n, g, weights);
+            add_units<BITS, LIMBS>(packed, n_units, n_quads, weights, count, n_groups == 1, state.out + first * state.v_width, state.v_width);
+        }
+    }
+};
 
 // ---- both ----
 
-template <int LIMBS>
-void score_bits(const State& state, const Rows& k, int64_t start, int n, const attention::Ahead& ahead) {
-    switch (k.plane->bits) {
-        case 8: return score<8, LIMBS>(state, k, start, n, ahead);
-        case 4: return score<4, LIMBS>(state, k, start, n, ahead);
-        default: return score<2, LIMBS>(state, k, start, n, ahead);
-    }
+// Calls f(bits, limbs) with what the codes and the type of the queries need, as constants.
+template <class F>
+void with_format(const packed_rows::Plane& p, const attention::Queries& queries, F f) {
+    const auto pick = [&](auto limbs) {
+        switch (p.bits) {
+            case 8: return f(std::integral_constant<int, 8>(), limbs);
+            case 4: return f(std::integral_constant<int, 4>(), limbs);
+            default: return f(std::integral_constant<int, 2>(), limbs);
+        }
+    };
+    if (queries.dtype == attention::FLOAT32) return pick(std::integral_constant<int, 3>());
+    pick(std::integral_constant<int, 2>());
 }
 
-template <int LIMBS>
-void add_values_bits(const State& state, const Rows& v, int64_t start, int n, const attention::Ahead& ahead) {
-    switch (v.plane->bits) {
-        case 8: return add_values<8, LIMBS>(state, v, start, n, ahead);
-        case 4: return add_values<4, LIMBS>(state, v, start, n, ahead);
-        default: return add_values<2, LIMBS>(state, v, start, n, ahead);
+inline void prepare_all(const State& state, const attention::Queries& queries, const packed_rows::Plane& p, Prepared& prepared) {
+    with_format(p, queries, [&](auto bits, auto limbs) {
+        prepare_all<decltype(bits)::value, decltype(limbs)::value>(state, queries.D, prepared);
+    });
+}
+
+inline void restore_channels(const State& state, const packed_rows::Plane& p, int64_t D) {
+    switch (p.bits) {
+        case 8: return restore_channels<8>(state, D);
+        case 4: return restore_channels<4>(state, D);
+        default: return restore_channels<2>(state, D);
     }
 }
 
 // Packed rows `[start, stop)`. They come first: `state.out` is still zero, so its channel order is free.
 inline void add(State& state, const attention::Queries& queries, const Rows& k, const Rows& v, const uint8_t* mask,
                 int64_t start, int64_t stop) {
-    const bool exact = queries.dtype == attention::FLOAT32;
+    Prepared prepared;
+    const Prepared* once = k.plane->per_channel ? nullptr : &prepared;
+    if (once) prepare_all(state, queries, *k.plane, prepared);
     const auto rows_ahead = [&](const Rows& rows, int64_t first) {
         return attention::Ahead::rows(rows.codes + first * rows.plane->row, rows.plane->row, rows.plane->row,
                                       std::clamp<int64_t>(stop - first, 0, CHUNK));
     };
     for (int64_t first = start; first < stop; first += CHUNK) {
         const int n = int(std::min<int64_t>(CHUNK, stop - first));
-        exact ? score_bits<3>(state, k, first, n, rows_ahead(v, first)) : score_bits<2>(state, k, first, n, rows_ahead(v, first));
+        const auto values_ahead = rows_ahead(v, first), keys_ahead = rows_ahead(k, first + CHUNK);
+        with_format(*k.plane, queries, [&](auto bits, auto limbs) {
+            score<decltype(bits)::value, decltype(limbs)::value>(state, k, first, n, once, values_ahead);
+        });
         attention::weigh(state, queries, mask ? mask + first : nullptr, n);
-        const auto next = rows_ahead(k, first + CHUNK);
-        exact ? add_values_bits<3>(state, v, first, n, next) : add_values_bits<2>(state, v, first, n, next);
+        keys_ahead.fetch(0, CHUNK);
+        Values values(state, n);
+        with_format(*v.plane, queries, [&](auto bits, auto limbs) {
+            values.read<decltype(bits)::value>(v, first, n, 0);
+            values.add<decltype(bits)::value, decltype(limbs)::value>(state, v);
+        });
     }
-    switch (v.plane->bits) {
-        case 8: return restore_channels<8>(state, v.D);
-        case 4: return restore_channels<4>(state, v.D);
-        default: return restore_channels<2>(state, v.D);
-    }
+    restore_channels(state, *v.plane, v.D);
 }
 
 }  // namespace integer_rows

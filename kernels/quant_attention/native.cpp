@@ -40,7 +40,7 @@ void add_packed(State& state, const Call& call, int64_t b, int64_t h, int64_t st
     const Rows k(call.k, b, h, queries.D, call.tail.n_packed), v(call.v, b, h, queries.Dv, call.tail.n_packed);
     const uint8_t* mask = attention::mask_of(queries, b, h, 0);
 #if defined(__AVX512VNNI__)
-    if (integer_rows::suits(k, v)) return integer_rows::add(state, queries, k, v, mask, start, stop);
+    if (integer_rows::keys_suit(k) && integer_rows::values_suit(v)) return integer_rows::add(state, queries, k, v, mask, start, stop);
 #endif
     add_decoded(state, queries, k, v, mask, start, stop);
 }

@@ -180,6 +180,58 @@ def split_fields(b_x, F: tl.constexpr):
         return split_fields(b_first, F // 2) + split_fields(b_second, F // 2)
 
 
+@triton.jit
+def query_fields(p_q, o_w, m_m, W: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, DTYPE: tl.constexpr):
+    """The query as one tile `[WP, BM]` per field, divided by a power of two so that it fits float16 in every model.
+
+    Returns the tiles, their sums `[BM]` over each group of channels, and the power of two `[BM]`.
+    """
+    F: tl.constexpr = 16 // BITS
+    m_q = (o_w < W)[:, None] & m_m[None, :]
+    b_top = tl.zeros((p_q.shape[0],), tl.float32)
+    for f in tl.static_range(F):
+        b_x = tl.load(p_q[None, :] + (f * W + o_w)[:, None], mask=m_q, other=0.0).to(tl.float32)
+        b_top = tl.maximum(b_top, tl.max(tl.abs(b_x), 0))
+    # the power of two above b_top and its inverse, from the exponent bits: exp2 and log2 are approximate on a GPU
+    b_bits = (tl.where(b_top > 1e-30, b_top, 0.5).to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
+    b_unit, b_inverse = b_bits.to(tl.float32, bitcast=True), (0x7F000000 - b_bits).to(tl.float32, bitcast=True)
+    b_q = ()
+    for f in tl.static_range(F):
+        b_x = tl.load(p_q[None, :] + (f * W + o_w)[:, None], mask=m_q, other=0.0).to(tl.float32)
+        b_q = b_q + ((b_x * b_inverse[None, :]).to(DTYPE),)
+    b_q_sum = ()
+    for g in tl.static_range(GROUPS):
+        b_sum = tl.zeros((p_q.shape[0],), tl.float32)
+        for f in tl.static_range(g * F // GROUPS, (g + 1) * F // GROUPS):
+            b_sum += tl.sum(b_q[f].to(tl.float32), 0)
+        b_q_sum = b_q_sum + (b_sum,)
+    return b_q, b_q_sum, b_unit
+
+
+@triton.jit
+def add_codes(
+    b_o, b_shift, b_p, b_carry, b_words, scale, zero, o_t, m_t,
+    BITS: tl.constexpr, GROUPS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One step of the sums over values: of codes per field `[NB, WP, BM]`, of what zero points add per group."""
+    F: tl.constexpr = 16 // BITS
+    CENTRE: tl.constexpr = (2**BITS - 1) / 2
+    DTYPE: tl.constexpr = tl.float32 if EXACT else tl.float16
+    b_weights, b_shift_new, b_o_new = (), (), ()
+    for g in tl.static_range(GROUPS):
+        b_scale = tl.load(scale + (o_t * GROUPS + g), mask=m_t, other=0.0).to(tl.float32)
+        b_zero = tl.load(zero + (o_t * GROUPS + g), mask=m_t, other=0.0).to(tl.float32)
+        b_weights = b_weights + ((b_p * b_scale[:, :, None]).to(DTYPE),)
+        b_low = fold_rows(b_p * (b_zero - CENTRE * b_scale)[:, :, None])
+        b_shift_new = b_shift_new + (b_shift[g] * b_carry[:, None, :] + b_low,)
+    b_v = field_tiles(b_words, BITS, EXACT, ASM)
+    for f in tl.static_range(F):
+        b_acc = b_o[f] * b_carry[:, None, :]
+        b_acc = tl.dot(b_v[f], b_weights[f * GROUPS // F], b_acc, input_precision="ieee")
+        b_o_new = b_o_new + (b_acc,)
+    return b_o_new, b_shift_new
+
+
 @triton.jit(do_not_specialize=["N", "rows_per_split", "S", "n_rows", "Hkv", "sq_b", "sq_h", "sq_s",
                                "sk_b", "sk_h", "sks_b", "sks_h", "sv_b", "sv_h", "svs_b", "svs_h",
                                "sm_b", "sm_h", "sm_s", "sm_n"])  # fmt: skip
@@ -193,10 +245,8 @@ def quant_attention_fwd_kernel(
     BM: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
     EXACT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    K_FIELDS: tl.constexpr = 16 // K_BITS
     V_FIELDS: tl.constexpr = 16 // V_BITS
     K_CENTRE: tl.constexpr = (2**K_BITS - 1) / 2
-    V_CENTRE: tl.constexpr = (2**V_BITS - 1) / 2
     DTYPE: tl.constexpr = tl.float32 if EXACT else tl.float16
 
     i_m, i_v = tl.program_id(0) // V_TILES, tl.program_id(0) % V_TILES
@@ -218,27 +268,9 @@ def quant_attention_fwd_kernel(
     v_zero += (i_b * svs_b + i_h * svs_h) * UNIT
     mask += i_b * sm_b + i_h * sm_h
 
-    # one tile [KWP, BM] of the query per field, divided by a power of two so that it fits float16 in every model
     p_q = q + i_b * sq_b + (i_h * (n_rows // S) + o_m // S) * sq_h + o_s.to(tl.int64) * sq_s
-    m_q = m_kw[:, None] & m_m[None, :]
-    b_top = tl.zeros((BM,), tl.float32)
-    for f in tl.static_range(K_FIELDS):
-        b_x = tl.load(p_q[None, :] + (f * KW + o_kw)[:, None], mask=m_q, other=0.0).to(tl.float32)
-        b_top = tl.maximum(b_top, tl.max(tl.abs(b_x), 0))
-    # the power of two above b_top and its inverse, from the exponent bits: exp2 and log2 are approximate on a GPU
-    b_bits = (tl.where(b_top > 1e-30, b_top, 0.5).to(tl.int32, bitcast=True) & 0x7F800000) + 0x00800000
-    b_unit, b_inverse = b_bits.to(tl.float32, bitcast=True), (0x7F000000 - b_bits).to(tl.float32, bitcast=True)
-    b_q = ()
-    for f in tl.static_range(K_FIELDS):
-        b_x = tl.load(p_q[None, :] + (f * KW + o_kw)[:, None], mask=m_q, other=0.0).to(tl.float32)
-        b_q = b_q + ((b_x * b_inverse[None, :]).to(DTYPE),)
+    b_q, b_q_sum, b_unit = query_fields(p_q, o_kw, m_m, KW, K_BITS, K_GROUPS, DTYPE)
     b_scaling = scaling * b_unit  # [BM]
-    b_q_sum = ()
-    for g in tl.static_range(K_GROUPS):
-        b_sum = tl.zeros((BM,), tl.float32)
-        for f in tl.static_range(g * K_FIELDS // K_GROUPS, (g + 1) * K_FIELDS // K_GROUPS):
-            b_sum += tl.sum(b_q[f].to(tl.float32), 0)
-        b_q_sum = b_q_sum + (b_sum,)
 
     b_m = tl.full((NB, BM), NEG_INF, tl.float32)
     b_l = tl.zeros((NB, 8, BM), tl.float32)
@@ -274,19 +306,10 @@ def quant_attention_fwd_kernel(
         b_s = tl.where(visible_rows(mask, i_n, o_t, o_s, b_left, sm_s, sm_n, MASK), b_s, NEG_INF)
         b_p, b_m, b_l, b_carry = softmax_step(b_s, b_m, b_l)
 
-        b_weights, b_shift_new, b_o_new = (), (), ()
-        for g in tl.static_range(V_GROUPS):
-            b_scale = tl.load(v_scale + i_n * V_GROUPS + (o_t * V_GROUPS + g), mask=m_t, other=0.0).to(tl.float32)
-            b_zero = tl.load(v_zero + i_n * V_GROUPS + (o_t * V_GROUPS + g), mask=m_t, other=0.0).to(tl.float32)
-            b_weights = b_weights + ((b_p * b_scale[:, :, None]).to(DTYPE),)
-            b_low = fold_rows(b_p * (b_zero - V_CENTRE * b_scale)[:, :, None])
-            b_shift_new = b_shift_new + (b_shift[g] * b_carry[:, None, :] + b_low,)
-        b_v = field_tiles(b_v_words, V_BITS, EXACT, ASM)
-        for f in tl.static_range(V_FIELDS):
-            b_acc = b_o[f] * b_carry[:, None, :]
-            b_acc = tl.dot(b_v[f], b_weights[f * V_GROUPS // V_FIELDS], b_acc, input_precision="ieee")
-            b_o_new = b_o_new + (b_acc,)
-        b_o, b_shift = b_o_new, b_shift_new
+        p_scale, p_zero = v_scale + i_n * V_GROUPS, v_zero + i_n * V_GROUPS
+        b_o, b_shift = add_codes(
+            b_o, b_shift, b_p, b_carry, b_v_words, p_scale, p_zero, o_t, m_t, V_BITS, V_GROUPS, EXACT, ASM
+        )
 
     b_share, b_lse = lane_shares(b_m, b_l)
     o_row = (i_split * tl.num_programs(2) + i_bh) * n_rows + o_m

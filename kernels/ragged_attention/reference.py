@@ -34,5 +34,9 @@ def _rows(side, held, is_row, head_dim):
     """The rows of the pages `held` `[B, Hkv, m]`, dense: `[B, Hkv, m * page, D]`, zeros behind the end of a head."""
     fields = {name: getattr(side, name) for name in ("values", "places", "scale", "zero")}
     picked = {name: None if t is None else t[held.flatten()] for name, t in fields.items()}
+    if side.places is not None:
+        # numbers of channels that do not exist cannot be expanded
+        behind = ~is_row.reshape(-1, 1, side.places.shape[2], 1)
+        picked["places"] = picked["places"].masked_fill(behind, 0)
     rows = expand(side._replace(**picked), slice(None), head_dim)  # [B * Hkv * m, 1, page, D]
     return rows.view(*is_row.shape, head_dim).masked_fill(~is_row.unsqueeze(-1), 0)

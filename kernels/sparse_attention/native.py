@@ -9,8 +9,9 @@ import torch
 from hf_kvcache.kernels import native
 from hf_kvcache.kernels.dense_attention.native import QUERIES, queries, rows, rows_contiguous
 
-# struct Queries of attention.h, then two times struct Side of sparse_rows.h and the tail of native.cpp
-_CALL = struct.Struct(QUERIES + "44q" + "10q")
+SIDE = "22q"  # struct Side of sparse_rows.h
+# struct Queries of attention.h, then two sides and the tail of native.cpp
+_CALL = struct.Struct(QUERIES + 2 * SIDE + "10q")
 LAYOUTS = {"bitmap": 1, "index": 2}
 _NO_GRID = (0,) * 12
 _NO_PLACES = (0,) * 5  # all channels in order
@@ -22,9 +23,10 @@ def unavailable(device) -> str | None:
 
 def obstacle(q, keys, values) -> str | None:
     """Why these operands need the reference, or None."""
-    if q.shape[-1] > 256:
-        return f"the head size {q.shape[-1]} is larger than 256"
+    D = q.shape[-1]
     for side in (keys, values):
+        if D > 256 and (side.places is not None or side.bits is not None):
+            return f"the head size {D} is larger than 256"
         if side.bits is None:
             continue
         if side.bits not in (8, 4, 3, 2):
@@ -40,14 +42,14 @@ def sparse_attention(q, keys, values, tail_k=None, tail_v=None, *, scaling, mask
         tail_k, tail_v = rows_contiguous(tail_k), rows_contiguous(tail_v)
         tail, n_tail = (*rows(tail_k), *rows(tail_v)), tail_k.shape[2]
     q, mask, out, lse, fields = queries(q, keys.values.shape[1], q.shape[3], mask, scaling, softcap)
-    k_fields, k_alive = _side(keys)
-    v_fields, v_alive = _side(values)
+    k_fields, k_alive = side_fields(keys)
+    v_fields, v_alive = side_fields(values)
     native.function("sparse_attention")(_CALL.pack(*fields, *k_fields, *v_fields, *tail, n_packed, n_tail))
     del k_alive, v_alive
     return out, lse
 
 
-def _side(side):
+def side_fields(side):
     """The fields of `struct Side` and the tensors they point to."""
     values, places, scale, zero = side.values, side.places, side.scale, side.zero
     n, grid, where = values.shape[2], _NO_GRID, _NO_PLACES

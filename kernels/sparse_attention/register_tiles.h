@@ -76,7 +76,7 @@ template <int Q, class T, class Soon>
 void score_block(const State& state, int first, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, [[maybe_unused]] float scaling, Soon& soon) {
     constexpr int R = LANES / Q;
     for (int t = 0; t < n; t += R) {
-        soon.fetch(R);
+        soon.fetch(t, R);
         const T* at[R];
         const uint64_t* mask[R];
         // past the end the last row is scored again; `soften` overwrites those scores
@@ -95,29 +95,27 @@ void score_block(const State& state, int first, const Kept<T>& kept, const uint6
 
 template <class T, class Soon>
 void score(const State& state, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, [[maybe_unused]] float scaling, Soon& soon) {
-    for (int i = 0; i < state.n_q;) {
-        const int left = state.n_q - i;
-        if (left >= 4) {
-            score_block<4>(state, i, kept, masks, words, n, scaling, soon), i += 4;
-        } else if (left >= 2) {
-            score_block<2>(state, i, kept, masks, words, n, scaling, soon), i += 2;
-        } else {
-            score_block<1>(state, i, kept, masks, words, n, scaling, soon), i += 1;
-        }
-    }
+    const auto block = [&](int i, int left, auto& once) {
+        if (left >= 4) return score_block<4>(state, i, kept, masks, words, n, scaling, once), 4;
+        if (left >= 2) return score_block<2>(state, i, kept, masks, words, n, scaling, once), 2;
+        return score_block<1>(state, i, kept, masks, words, n, scaling, once), 1;
+    };
+    const attention::Nothing nothing;
+    for (int i = block(0, state.n_q, soon); i < state.n_q;) i += block(i, state.n_q - i, nothing);
 }
 
 // ---- values ----
 
 // Blocks of channels of `n` rows from `at` on, which moves on to the next block.
-template <int Q, int BLOCKS, class T>
+template <int Q, int BLOCKS, class T, class Soon>
 inline void add_tile(float* out, int64_t width, const float* p, const T** at, const uint64_t* masks, int64_t words,
-                     int64_t first, int n) {
+                     int64_t first, int n, Soon& soon) {
     constexpr int C = 2 * BLOCKS;
     vfloat sums[Q][C];
     for (int i = 0; i < Q; i++)
         for (int c = 0; c < C; c++) sums[i][c] = simd::load(out + i * width + c * LANES);
     for (int t = 0; t < n; t++) {
+        if (t % attention::PACE == 0) soon.fetch(t, attention::PACE);
         const T* from = at[t];
         vfloat x[C];
 #pragma GCC unroll 4
@@ -136,8 +134,8 @@ inline void add_tile(float* out, int64_t width, const float* p, const T** at, co
         for (int c = 0; c < C; c++) simd::store(out + i * width + c * LANES, sums[i][c]);
 }
 
-template <int Q, class T>
-void add_block(const State& state, int first, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n) {
+template <int Q, class T, class Soon>
+void add_block(const State& state, int first, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, Soon& soon) {
     // accumulators, values and a weight stay below the number of registers: 32 with AVX-512, else 16
     constexpr int BLOCKS = (LANES == 16 ? 2 : 1) * (Q == 4 ? 1 : 2);
     const int64_t width = state.v_width, n_blocks = width / BLOCK;
@@ -145,17 +143,28 @@ void add_block(const State& state, int first, const Kept<T>& kept, const uint64_
     const float* p = state.scores + first * attention::CHUNK;
     const T* at[sparse_rows::STEP];
     for (int t = 0; t < n; t++) at[t] = kept.first + t * kept.stride;
+    const attention::Nothing nothing;
+    const auto tile = [&](auto blocks, int64_t b, auto& once) {
+        add_tile<Q, decltype(blocks)::value>(out + b * BLOCK, width, p, at, masks, words, b, n, once);
+    };
+    const auto tiles = [&](auto blocks, int64_t b) {
+        b ? tile(blocks, b, nothing) : tile(blocks, b, soon);
+        return decltype(blocks)::value;
+    };
     int64_t b = 0;
-    for (; b + BLOCKS <= n_blocks; b += BLOCKS) add_tile<Q, BLOCKS>(out + b * BLOCK, width, p, at, masks, words, b, n);
-    for (; b < n_blocks; b++) add_tile<Q, 1>(out + b * BLOCK, width, p, at, masks, words, b, n);
+    while (b + BLOCKS <= n_blocks) b += tiles(std::integral_constant<int, BLOCKS>(), b);
+    while (b < n_blocks) b += tiles(std::integral_constant<int, 1>(), b);
 }
 
-template <class T>
-void add_values(const State& state, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n) {
-    int i = 0;
-    for (; i + 4 <= state.n_q; i += 4) add_block<4>(state, i, kept, masks, words, n);
-    if (state.n_q - i >= 2) add_block<2>(state, i, kept, masks, words, n), i += 2;
-    if (state.n_q - i == 1) add_block<1>(state, i, kept, masks, words, n);
+template <class T, class Soon>
+void add_values(const State& state, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, Soon& soon) {
+    const auto block = [&](int i, int left, auto& once) {
+        if (left >= 4) return add_block<4>(state, i, kept, masks, words, n, once), 4;
+        if (left >= 2) return add_block<2>(state, i, kept, masks, words, n, once), 2;
+        return add_block<1>(state, i, kept, masks, words, n, once), 1;
+    };
+    const attention::Nothing nothing;
+    for (int i = block(0, state.n_q, soon); i < state.n_q;) i += block(i, state.n_q - i, nothing);
 }
 
 }  // namespace register_tiles

@@ -102,7 +102,7 @@ def ragged():
             codes, scale, zero = quant_pack(values, bits=8, axis="token", group_size=D // 2)
             yield SparseRows(codes, places, layout, scale, zero, 8)
 
-    for page, D, lengths in ((16, 64, (0, 1, 15, 17)), (32, 128, (31, 33, 300, 0)), (64, 20, (130, 64, 63, 65))):
+    for page, D, lengths in ((16, 64, (0, 1, 15, 17)), (32, 128, (31, 33, 300, 0)), (64, 40, (130, 64, 63, 65))):
         lengths = torch.tensor([lengths], dtype=torch.int32)
         counts = (lengths + page - 1) // page
         P = int(counts.sum())

@@ -123,7 +123,9 @@ MANY_HEADS = (16, 16, 1, 1, [[int(h % 20 == 13) for h in range(65)]] * 2, {}, {}
 
 # rows of channel numbers, which only Gluon reads
 BY_PAGE = {
-    "index": (16, 128, 4, 1, [[0, 17, 32]], {"keep": 40, "layout": "index"}, {"keep": 20, "layout": "index"}, None),
+    "index": (
+        16, 128, 4, 1, [[0, 17], [32, 1]], {"keep": 40, "layout": "index"}, {"keep": 20, "layout": "index"}, None,
+    ),
     "index-keys-bitmap-values-s3-softcap": (
         32, 64, 4, 3, [[33], [1]], {"keep": 20, "layout": "index"}, {"keep": 32}, 20.0,
     ),

@@ -134,7 +134,7 @@ def _cuobjdump(flag, path):
 def specs() -> list[Spec]:
     """Every kernel variant that the launchers can ask for, up to what changes nothing in the machine code."""
     makers = (_dense_specs, _quant_specs, _pack_specs, _sparse_specs, _gluon_specs, _sparse_pack_specs)
-    makers += (_lowrank_specs, _merge_specs)
+    makers += (_lowrank_specs, _ragged_specs, _merge_specs)
     return [spec for maker in makers for spec in maker()]
 
 
@@ -384,6 +384,71 @@ def _latent_name(side):
     return f"{side[0]}" + f"x{side[1]}bit" * bool(side[1])
 
 
+def _ragged_specs():
+    from hf_kvcache.kernels.ragged_attention import triton_kernel as ragged
+
+    def dense(D):
+        return "plain", D, 0, 0
+
+    def codes(D, bits, groups):
+        return "plain", D, bits, groups
+
+    pairs = "pairs", 64, 0, 0
+    # head size, form of keys and of values, rows of a page
+    for D, keys, values, page, dtype, cap in [
+        (64, dense(64), dense(64), 16, "bf16", False),
+        (80, dense(80), dense(80), 32, "bf16", False),
+        (128, dense(128), dense(128), 16, "bf16", False),
+        (128, dense(128), dense(128), 32, "fp16", True),
+        (128, dense(128), dense(128), 64, "bf16", False),
+        (256, dense(256), dense(256), 16, "bf16", False),
+        (256, dense(256), dense(256), 64, "bf16", True),
+        (64, codes(64, 4, 1), codes(64, 4, 1), 32, "bf16", False),
+        (80, codes(80, 4, 1), codes(80, 4, 1), 32, "bf16", False),
+        (128, codes(128, 8, 2), codes(128, 8, 2), 32, "bf16", False),
+        (128, codes(128, 4, 2), codes(128, 4, 2), 16, "bf16", False),
+        (128, codes(128, 4, 2), codes(128, 4, 2), 32, "fp16", True),
+        (128, codes(128, 4, 1), codes(128, 4, 1), 64, "bf16", False),
+        (128, codes(128, 2, 4), codes(128, 2, 4), 32, "bf16", False),
+        (128, codes(128, 8, 2), codes(128, 4, 2), 32, "bf16", False),
+        (128, codes(128, 4, 2), dense(128), 32, "bf16", False),
+        (128, dense(128), codes(128, 4, 2), 32, "bf16", False),
+        (256, codes(256, 8, 2), codes(256, 8, 2), 32, "bf16", False),
+        (256, codes(256, 4, 4), codes(256, 4, 4), 16, "bf16", False),
+        (256, codes(256, 2, 8), codes(256, 2, 8), 32, "bf16", False),
+        (256, codes(256, 4, 2), dense(256), 32, "bf16", False),
+        (256, dense(256), codes(256, 4, 2), 32, "bf16", False),
+        (64, _bitmap(40), _bitmap(40), 32, "bf16", False),
+        (80, _bitmap(40), _bitmap(40), 16, "bf16", False),
+        (128, _bitmap(40), _bitmap(40), 16, "bf16", False),
+        (128, _bitmap(64), _bitmap(40), 32, "fp16", True),
+        (128, _bitmap(40), dense(128), 32, "bf16", False),
+        (128, _bitmap(40), codes(128, 4, 2), 32, "bf16", False),
+        (128, _bitmap(40, 4, 1), _bitmap(40, 4, 1), 32, "bf16", False),
+        (128, pairs, pairs, 32, "bf16", False),
+        (256, _bitmap(64), _bitmap(64), 32, "bf16", False),
+        (256, _bitmap(64), dense(256), 32, "bf16", False),
+        (256, _bitmap(64, 4, 1), codes(256, 4, 2), 32, "bf16", False),
+    ]:
+        config = ragged.ragged_config(D, keys, values, page, 2)
+        pointers = {"q": dtype, "table": "i32", "lengths": "i32", "out": "fp32", "lse": "fp32"}
+        for side, (form, _, bits, _) in (("k", keys), ("v", values)):
+            pointers[f"{side}_rows"] = "i16" if bits else dtype
+            pointers[f"{side}_places"] = pointers[f"{side}_rows"] if form == "plain" else "u8"
+            pointers |= dict.fromkeys((f"{side}_scale", f"{side}_zero"), "fp16" if bits else dtype)
+        constants = {**config, "CAP": cap, "EXACT": False, "ASM": True}
+        names = dict.fromkeys(_ragged_name(*side) for side in (keys, values))
+        name = f"ragged-d{D}-{'-'.join(names)}-page{page}-{dtype}" + "-softcap" * cap
+        elements = config["NB"] * config["NR"] * D * 2 // config["V_TILES"]
+        yield _spec(name, ragged.ragged_attention_fwd_kernel, pointers, constants, elements)
+
+
+def _ragged_name(form, keep, bits, groups):
+    if form == "plain":
+        return f"{bits}bit-g{keep // groups}" if bits else "dense"
+    return _side_name((form, keep, bits, groups))
+
+
 def _merge_specs():
     from hf_kvcache.kernels.merge_states import triton_kernel as merge
 
@@ -391,6 +456,11 @@ def _merge_specs():
         pointers = {"partial_out": "fp32", "partial_lse": "fp32", "out": dtype, "lse": "fp32"}
         constants = {"D": D, "DP": D, "BP": 16, "num_warps": 4, "enable_fp_fusion": True}
         yield _spec(f"merge-d{D}-{dtype}", merge.merge_states_fwd_kernel, pointers, constants)
+    for D, dtype, ordered in ((64, "bf16", True), (128, "bf16", False), (256, "fp16", False)):
+        pointers = {"partial_out": "fp32", "partial_lse": "fp32", "order": "i32", "lengths": "i32"}
+        constants = {"D": D, "DP": D, "BP": 16, "ORDERED": ordered, "num_warps": 4, "enable_fp_fusion": True}
+        name = f"merge-ragged-d{D}-{dtype}" + "-ordered" * ordered
+        yield _spec(name, merge.merge_ragged_states_fwd_kernel, pointers | {"out": dtype, "lse": "fp32"}, constants)
 
 
 def _spec(name, kernel, pointers, constants, elements=0):

@@ -5,8 +5,9 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
-#include <memory>
+#include <vector>
 
 #include "simd.h"
 
@@ -18,6 +19,7 @@ using simd::vfloat;
 
 constexpr int CHUNK = 128;       // rows scored before their values are added
 constexpr int SUB_CHUNK = 32;    // value rows that stay in L1 while the channel tiles pass over them
+constexpr int PACE = 4;          // rows that are requested at a time: a burst would wait for its own answers
 constexpr int QUERY_BLOCK = 64;  // queries of one item
 constexpr int64_t MIN_RANGE = 512;
 constexpr int64_t TARGET_ITEMS = 128;
@@ -67,8 +69,11 @@ struct Queries {
     double scaling, softcap;  // softcap 0: none
 };
 
+class Turn;
+
 // Online softmax of one block of queries over the rows added so far.
 struct State {
+    Turn* turn;            // of the thread
     int n_q;
     int64_t first;         // index of the first query in [G, S]
     int64_t width, v_width;  // head sizes, rounded up to whole registers
@@ -91,6 +96,11 @@ struct Ahead {
         for (int t = from; t < std::min(n, from + count); t++)
             for (int64_t byte = 0; byte < size; byte += 64) __builtin_prefetch(first + t * stride + byte, 0, 2);
     }
+};
+
+// Where nothing is to be requested.
+struct Nothing {
+    void fetch(int, int) const {}
 };
 
 // ---- scores ----
@@ -117,8 +127,8 @@ inline void score_tile(const float* q, int64_t width, const T* const* rows, floa
     for (int i = 0; i < Q; i++) std::memcpy(scores + i * CHUNK, flat + i * R, R * sizeof(float));
 }
 
-template <int Q, class T>
-void score_block(const State& state, int first, const T* k, int64_t stride, int n, const Ahead& ahead) {
+template <int Q, class T, class Ahead>
+void score_block(const State& state, int first, const T* k, int64_t stride, int n, Ahead& ahead) {
     constexpr int R = LANES / Q;
     for (int t = 0; t < n; t += R) {
         ahead.fetch(t, R);
@@ -129,19 +139,16 @@ void score_block(const State& state, int first, const T* k, int64_t stride, int 
     }
 }
 
-template <class T>
-void score(const State& state, const T* k, int64_t stride, int n, const Ahead& ahead = {}) {
-    for (int i = 0; i < state.n_q;) {
-        const int left = state.n_q - i;
-        const Ahead once = i ? Ahead() : ahead;
-        if (left >= 4) {
-            score_block<4>(state, i, k, stride, n, once), i += 4;
-        } else if (left >= 2) {
-            score_block<2>(state, i, k, stride, n, once), i += 2;
-        } else {
-            score_block<1>(state, i, k, stride, n, once), i += 1;
-        }
-    }
+// `ahead.fetch(t, count)` is called once for every row: it requests what is needed next.
+template <class T, class Ahead = const Nothing>
+void score(const State& state, const T* k, int64_t stride, int n, Ahead& ahead = {}) {
+    const auto block = [&](int i, int left, auto& once) {
+        if (left >= 4) return score_block<4>(state, i, k, stride, n, once), 4;
+        if (left >= 2) return score_block<2>(state, i, k, stride, n, once), 2;
+        return score_block<1>(state, i, k, stride, n, once), 1;
+    };
+    const Nothing nothing;
+    for (int i = block(0, state.n_q, ahead); i < state.n_q;) i += block(i, state.n_q - i, nothing);
 }
 
 // ---- softmax ----
@@ -194,16 +201,17 @@ inline void soften(State& state, int n) {
 
 // ---- values ----
 
-template <int Q, int C, class T>
-inline void add_tile(float* out, int64_t width, const float* p, const T* v, int64_t stride, int n) {
+template <int Q, int C, class T, class Ahead>
+inline void add_tile(float* out, int64_t width, const float* p, const T* v, int64_t stride, int start, int n, Ahead& ahead) {
     vfloat sums[Q][C];
     for (int i = 0; i < Q; i++)
         for (int c = 0; c < C; c++) sums[i][c] = simd::load(out + i * width + c * LANES);
     for (int t = 0; t < n; t++) {
+        if (t % PACE == 0) ahead.fetch(start + t, PACE);
         vfloat x[C];
-        for (int c = 0; c < C; c++) x[c] = simd::load(v + t * stride + c * LANES);
+        for (int c = 0; c < C; c++) x[c] = simd::load(v + (start + t) * stride + c * LANES);
         for (int i = 0; i < Q; i++) {
-            const vfloat weight = simd::splat(p[i * CHUNK + t]);
+            const vfloat weight = simd::splat(p[i * CHUNK + start + t]);
             for (int c = 0; c < C; c++) sums[i][c] = simd::fma(weight, x[c], sums[i][c]);
         }
     }
@@ -211,27 +219,37 @@ inline void add_tile(float* out, int64_t width, const float* p, const T* v, int6
         for (int c = 0; c < C; c++) simd::store(out + i * width + c * LANES, sums[i][c]);
 }
 
-template <int Q, class T>
-void add_block(const State& state, int first, const T* v, int64_t stride, int start, int n) {
+template <int Q, class T, class Ahead>
+void add_block(const State& state, int first, const T* v, int64_t stride, int start, int n, Ahead& ahead) {
     // accumulators, values and a weight stay below the number of registers: 32 with AVX-512, else 16
     constexpr int C = LANES == 16 ? (Q == 4 ? 4 : 8) : (Q == 4 ? 2 : 4);
-    float* out = state.out + first * state.v_width;
-    const float* p = state.scores + first * CHUNK + start;
+    const int64_t width = state.v_width;
+    float* out = state.out + first * width;
+    const float* p = state.scores + first * CHUNK;
+    const Nothing nothing;
+    const auto tile = [&](auto registers, int64_t d, auto& once) {
+        add_tile<Q, decltype(registers)::value>(out + d, width, p, v + d, stride, start, n, once);
+    };
+    const auto tiles = [&](auto registers, int64_t d) {
+        d ? tile(registers, d, nothing) : tile(registers, d, ahead);
+        return decltype(registers)::value * LANES;
+    };
     int64_t d = 0;
-    for (; d + C * LANES <= state.v_width; d += C * LANES)
-        add_tile<Q, C>(out + d, state.v_width, p, v + start * stride + d, stride, n);
-    for (; d < state.v_width; d += LANES) add_tile<Q, 1>(out + d, state.v_width, p, v + start * stride + d, stride, n);
+    while (d + C * LANES <= width) d += tiles(std::integral_constant<int, C>(), d);
+    while (d < width) d += tiles(std::integral_constant<int, 1>(), d);
 }
 
-template <class T>
-void add_values(const State& state, const T* v, int64_t stride, int n, const Ahead& ahead = {}) {
+template <class T, class Ahead = const Nothing>
+void add_values(const State& state, const T* v, int64_t stride, int n, Ahead& ahead = {}) {
+    const Nothing nothing;
     for (int start = 0; start < n; start += SUB_CHUNK) {
         const int count = std::min(SUB_CHUNK, n - start);
-        ahead.fetch(start, SUB_CHUNK);
-        int i = 0;
-        for (; i + 4 <= state.n_q; i += 4) add_block<4>(state, i, v, stride, start, count);
-        if (state.n_q - i >= 2) add_block<2>(state, i, v, stride, start, count), i += 2;
-        if (state.n_q - i == 1) add_block<1>(state, i, v, stride, start, count);
+        const auto block = [&](int i, int left, auto& once) {
+            if (left >= 4) return add_block<4>(state, i, v, stride, start, count, once), 4;
+            if (left >= 2) return add_block<2>(state, i, v, stride, start, count, once), 2;
+            return add_block<1>(state, i, v, stride, start, count, once), 1;
+        };
+        for (int i = block(0, state.n_q, ahead); i < state.n_q;) i += block(i, state.n_q - i, nothing);
     }
 }
 
@@ -308,18 +326,63 @@ struct Tail {
 
 // ---- items ----
 
+// Items of a call: the rows of every head are cut into ranges of one size, the last one shorter.
 struct Partition {
-    int64_t n_rows, range, n_ranges, n_blocks, queries_per_head;
+    struct Head {
+        int64_t rows, range, n_ranges, first_item;
+    };
+    struct Item {
+        int64_t head, block, start, stop;
+    };
+    int64_t n_blocks, queries_per_head, n_items = 0, n_rows = 0;
+    std::vector<Head> heads;
 
-    // Depends on shapes only, never on the number of threads, so that results do not either.
-    Partition(const Queries& queries, int64_t rows) : n_rows(rows), queries_per_head(queries.G * queries.S) {
+    // `rows(head)` of B * Hkv heads. Depends on sizes only, never on the number of threads, so that results do not either.
+    template <class Rows>
+    Partition(const Queries& queries, Rows rows) : queries_per_head(queries.G * queries.S), heads(queries.B * queries.Hkv) {
         n_blocks = (queries_per_head + QUERY_BLOCK - 1) / QUERY_BLOCK;
-        const int64_t independent = std::max<int64_t>(1, queries.B * queries.Hkv * n_blocks);
-        const int64_t most = std::max<int64_t>(1, rows / MIN_RANGE);
-        const int64_t wanted = std::clamp<int64_t>((TARGET_ITEMS + independent - 1) / independent, 1, most);
-        range = std::max<int64_t>(CHUNK, ((rows + wanted - 1) / wanted + CHUNK - 1) / CHUNK * CHUNK);
-        n_ranges = std::max<int64_t>(1, (rows + range - 1) / range);
+        for (size_t h = 0; h < heads.size(); h++) n_rows += heads[h].rows = rows(int64_t(h));
+        const int64_t work = std::max<int64_t>(1, n_rows * n_blocks);
+        for (Head& head : heads) {
+            const int64_t most = std::max<int64_t>(1, head.rows / MIN_RANGE);
+            const int64_t wanted = std::clamp<int64_t>((head.rows * TARGET_ITEMS + work - 1) / work, 1, most);
+            head.range = std::max<int64_t>(CHUNK, ((head.rows + wanted - 1) / wanted + CHUNK - 1) / CHUNK * CHUNK);
+            head.n_ranges = std::max<int64_t>(1, (head.rows + head.range - 1) / head.range);
+            head.first_item = n_items;
+            n_items += head.n_ranges * n_blocks;
+        }
     }
+
+    Item item(int64_t i) const {
+        const auto starts_later = [](int64_t i, const Head& head) { return i < head.first_item; };
+        const int64_t h = std::upper_bound(heads.begin(), heads.end(), i, starts_later) - heads.begin() - 1;
+        const Head& head = heads[h];
+        const int64_t inside = i - head.first_item, first = inside % head.n_ranges * head.range;
+        return {h, inside / head.n_ranges, first, std::min(head.rows, first + head.range)};
+    }
+};
+
+// Hands items to a thread. An op that asks for the next one early can request its rows early.
+class Turn {
+  public:
+    explicit Turn(std::atomic<int64_t>& counter) : counter_(counter) {}
+
+    int64_t take() {
+        foreseen_ = next_ >= 0;
+        const int64_t item = next();
+        next_ = -1;
+        return item;
+    }
+    int64_t next() {
+        if (next_ < 0) next_ = counter_.fetch_add(1, std::memory_order_relaxed);
+        return next_;
+    }
+    bool foreseen() const { return foreseen_; }
+
+  private:
+    std::atomic<int64_t>& counter_;
+    int64_t next_ = -1;
+    bool foreseen_ = false;
 };
 
 inline void start(State& state, const Queries& queries, const Partition& part, int64_t head, int64_t block) {
@@ -377,25 +440,24 @@ void merge(float* partials, int64_t stride, int64_t n_ranges, int64_t v_width, i
 
 // Runs `add(state, b, h, start, stop)` over all items and merges.
 template <class Add>
-void attend(const Queries& queries, int64_t n_rows, int64_t extra_floats, Add add) {
-    const Partition part(queries, n_rows);
-    const int64_t heads = queries.B * queries.Hkv, width = padded(queries.D), v_width = padded(queries.Dv);
-    const int64_t items = heads * part.n_blocks * part.n_ranges, query_size = partial_size(v_width);
+void attend(const Queries& queries, const Partition& part, int64_t extra_floats, Add add) {
+    const int64_t width = padded(queries.D), v_width = padded(queries.Dv);
+    const int64_t items = part.n_items, query_size = partial_size(v_width);
     const int64_t block_rows = std::min<int64_t>(QUERY_BLOCK, part.queries_per_head), item_size = block_rows * query_size;
     const int64_t wide = CHUNK * std::max(width, v_width);
     const int64_t state_floats = block_rows * (width + v_width + CHUNK + 2) + 2 * LANES + wide + extra_floats;
     static thread_local Arena partial_arena;
     float* partials = partial_arena.floats(items * item_size);
     // about 10 us of work: below it waking threads costs more than it gives
-    const double work = double(heads) * double(n_rows) * double(queries.D + queries.Dv) * double(part.queries_per_head + 8);
+    const double work = double(part.n_rows) * double(queries.D + queries.Dv) * double(part.queries_per_head + 8);
     const int threads = work < 2e6 ? 1 : int(std::min<int64_t>(queries.threads, items));
-    const int64_t n_queries = heads * part.queries_per_head;
+    const int64_t n_queries = int64_t(part.heads.size()) * part.queries_per_head;
 
-    const auto run_item = [&](int64_t item) {
+    const auto run_item = [&](int64_t i, Turn& turn) {
         static thread_local Arena arena;
-        const int64_t range = item % part.n_ranges, block = item / part.n_ranges % part.n_blocks;
-        const int64_t head = item / part.n_ranges / part.n_blocks;
+        const Partition::Item item = part.item(i);
         State state;
+        state.turn = &turn;
         state.width = width, state.v_width = v_width, state.softcap = float(queries.softcap);
         float* memory = arena.floats(state_floats);
         state.q = memory, memory += block_rows * width;
@@ -404,33 +466,44 @@ void attend(const Queries& queries, int64_t n_rows, int64_t extra_floats, Add ad
         state.scratch = memory, memory += wide + extra_floats;
         state.top = memory, memory += padded(block_rows);
         state.total = memory;
-        start(state, queries, part, head, block);
-        const int64_t from = range * part.range, to = std::min(part.n_rows, from + part.range);
-        if (to > from) add(state, head / queries.Hkv, head % queries.Hkv, from, to);
-        leave(state, partials + item * item_size);
+        start(state, queries, part, item.head, item.block);
+        if (item.stop > item.start) add(state, item.head / queries.Hkv, item.head % queries.Hkv, item.start, item.stop);
+        leave(state, partials + i * item_size);
     };
     const auto run_merge = [&](int64_t query) {
         const int64_t head = query / part.queries_per_head, inside = query % part.queries_per_head;
-        const int64_t block = inside / QUERY_BLOCK;
-        float* first = partials + (head * part.n_blocks + block) * part.n_ranges * item_size + inside % QUERY_BLOCK * query_size;
+        const Partition::Head& rows = part.heads[head];
+        const int64_t item = rows.first_item + inside / QUERY_BLOCK * rows.n_ranges;
+        float* first = partials + item * item_size + inside % QUERY_BLOCK * query_size;
         with_type(queries.dtype, [&](auto* type) {
             using T = std::remove_pointer_t<decltype(type)>;
-            merge(first, item_size, part.n_ranges, v_width, queries.Dv, reinterpret_cast<T*>(queries.out) + query * queries.Dv,
+            merge(first, item_size, rows.n_ranges, v_width, queries.Dv, reinterpret_cast<T*>(queries.out) + query * queries.Dv,
                   reinterpret_cast<float*>(queries.lse) + query);
         });
     };
+    std::atomic<int64_t> counter{0};
+    const auto run_items = [&] {
+        Turn turn(counter);
+        for (int64_t i = turn.take(); i < items; i = turn.take()) run_item(i, turn);
+    };
     if (threads <= 1) {
-        for (int64_t i = 0; i < items; i++) run_item(i);
+        run_items();
         for (int64_t i = 0; i < n_queries; i++) run_merge(i);
         return;
     }
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < items; i++) run_item(i);
+        run_items();
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < n_queries; i++) run_merge(i);
     }
+}
+
+// The same where all heads have `n_rows` rows.
+template <class Add>
+void attend(const Queries& queries, int64_t n_rows, int64_t extra_floats, Add add) {
+    attend(queries, Partition(queries, [&](int64_t) { return n_rows; }), extra_floats, add);
 }
 
 }  // namespace attention

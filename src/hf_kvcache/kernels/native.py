@@ -25,7 +25,15 @@ from pathlib import Path
 
 import torch
 
-OPS = ("dense_attention", "lowrank_attention", "quant_attention", "quant_pack", "sparse_attention", "sparse_pack")
+OPS = (
+    "dense_attention",
+    "lowrank_attention",
+    "quant_attention",
+    "quant_pack",
+    "ragged_attention",
+    "sparse_attention",
+    "sparse_pack",
+)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
@@ -43,6 +51,7 @@ LEVELS = {
     "scalar": ((), ()),
 }
 COMPILE_SECONDS = 300
+_INCLUDE = re.compile(r'^\s*#\s*include "(.+?)"', re.MULTILINE)
 
 _lock = threading.Lock()
 _functions: dict[tuple[str, str | None], ctypes._CFuncPtr] = {}
@@ -98,8 +107,7 @@ def build(op: str, isa: str | None = None) -> Path:
     command = [*program, *FLAGS, *isa_flags(isa or instruction_set())]
     source = Path(sys.modules["hf_kvcache.kernels." + op].__file__).with_name("native.cpp")
     headers = Path(__file__).parent
-    read = [source, *sorted(source.parent.glob("*.h")), *sorted(headers.glob("*.h"))]
-    parts = [path.read_bytes() for path in read]
+    parts = _with_includes(source, headers)
     key = hashlib.sha256(b"\0".join([*parts, "\0".join(command).encode(), _version(program[0]).encode()])).hexdigest()
     folder = cache_folder()
     library = folder / f"{op}-{key[:20]}.so"
@@ -114,6 +122,20 @@ def build(op: str, isa: str | None = None) -> Path:
         _run([*program, "-shared", compiled, "-o", linked])
         os.replace(linked, library)
     return library
+
+
+def _with_includes(source: Path, headers: Path) -> list[bytes]:
+    """The text of `source` and of all files it includes by a name in quotes, those of other ops among them."""
+    texts, left = {}, [source]
+    while left:
+        path = left.pop()
+        if path in texts:
+            continue
+        texts[path] = path.read_bytes()
+        for name in _INCLUDE.findall(texts[path].decode()):
+            beside = (path.parent / name).resolve()
+            left.append(beside if beside.exists() else headers / name)
+    return list(texts.values())
 
 
 def instruction_set() -> str:

@@ -1,0 +1,39 @@
+"""Attention over pages of rows on the CPU in C++ (native.cpp)."""
+
+from __future__ import annotations
+
+import struct
+
+from hf_kvcache.kernels import native
+from hf_kvcache.kernels.dense_attention.native import QUERIES, queries
+from hf_kvcache.kernels.sparse_attention.native import SIDE, side_fields
+from hf_kvcache.kernels.sparse_attention.native import obstacle as format_obstacle
+
+# struct Queries of attention.h, then two times struct Side of sparse_rows.h and struct Pages of native.cpp
+_CALL = struct.Struct(QUERIES + 2 * SIDE + "10q")
+
+
+def unavailable(device) -> str | None:
+    return native.unavailable("ragged_attention", device)
+
+
+def obstacle(q, keys, values) -> str | None:
+    """Why these operands need the reference, or None."""
+    page = keys.values.shape[2]
+    if page % 16:
+        return f"pages of {page} rows are not a multiple of 16"
+    return format_obstacle(q, keys, values)
+
+
+def ragged_attention(q, keys, values, table, lengths, *, scaling, softcap=None):
+    n_pages, _, page, _ = keys.values.shape
+    q, _, out, lse, fields = queries(q, lengths.shape[1], q.shape[3], None, scaling, softcap)
+    k_fields, k_alive = side_fields(keys)
+    v_fields, v_alive = side_fields(values)
+    pages = (
+        table.data_ptr(), *table.stride(), lengths.data_ptr(), *lengths.stride(),
+        table.shape[2], n_pages, page,
+    )  # fmt: skip
+    native.function("ragged_attention")(_CALL.pack(*fields, *k_fields, *v_fields, *pages))
+    del k_alive, v_alive
+    return out, lse
