@@ -32,7 +32,7 @@ from hf_kvcache.policies import (
     Streaming,
     Threshold,
 )
-from hf_kvcache.prefill import prefill
+from hf_kvcache.prefill import prefill, query_first
 from hf_kvcache.presets import DenseCache, EvictionCache, LocretCache, LowRankCache, QuantCache, SparseCache
 from hf_kvcache.view import KVView
 
@@ -79,6 +79,7 @@ __all__ = [
     "embedded_heads",
     "embedded_model",
     "prefill",
+    "query_first",
     "use_backend",
 ]
 

@@ -59,3 +59,38 @@ def prefill(
             advance(last - first)
     finally:
         cache.prompt_goes_on = None
+
+
+def query_first(
+    input_ids: torch.Tensor,
+    n_query: int,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    bos_token_id: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the last `n_query` tokens of a prompt before it, too, so that every token is written knowing the query.
+
+    Retaining heads trained that way (Locret-Q, Huang et al. 2024) score tokens for the query; other policies gain, too.
+
+    Args:
+        input_ids: `[B, T]`.
+        n_query: tokens of the query, at the end of every row.
+        attention_mask: `[B, T]`, zeros for left padding.
+        bos_token_id: stays in front where a row begins with it.
+
+    Returns:
+        Ids and attention mask `[B, T + n_query]`.
+
+    Raises:
+        ValueError: a row has fewer real tokens than that.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    n_real = mask.sum(-1)
+    if n_query < 0 or int(n_real.min()) < n_query:
+        raise ValueError(f"n_query={n_query} is not between 0 and the {int(n_real.min())} tokens of the shortest row")
+    rows = []
+    for ids, n in zip(input_ids, n_real.tolist()):
+        start = len(ids) - n
+        start += int(n > 0 and bos_token_id is not None and int(ids[start]) == bos_token_id)
+        rows.append(torch.cat([ids[:start], ids[len(ids) - n_query :], ids[start:]]))
+    return torch.stack(rows), torch.cat([mask, mask.new_ones(len(mask), n_query)], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
@@ -17,6 +18,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, help="weights and cache (default: what the model was saved in)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
     group.add_argument(
+        "--adapter",
+        metavar="ID_OR_PATH",
+        help="retaining heads or low-rank bases to attach (default for the embedded model: its own heads)",
+    )
+    group.add_argument(
         "--attn", choices=ATTENTION, default="hf_kvcache", help="attention implementation (default: %(default)s)"
     )
 
@@ -25,7 +31,7 @@ def load_model(args: argparse.Namespace):
     """Model in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: the model, its tokenizer or the device is not there.
+        UserError: the model, its tokenizer, its adapter or the device is not there.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,7 +54,26 @@ def load_model(args: argparse.Namespace):
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=args.attn)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {str(where)!r}: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    _attach(model, args)
+    return model, tokenizer
+
+
+def _attach(model, args: argparse.Namespace) -> None:
+    from hf_kvcache.models import embedded_heads
+
+    where = args.adapter
+    if where is None:
+        # without PEFT the embedded model runs without heads, and only caches that need them say so
+        if args.model is not None or find_spec("peft") is None:
+            return
+        where = embedded_heads()
+    try:
+        from hf_kvcache.adapters import attach
+
+        attach(model, str(where))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--adapter: {error}") from error
 
 
 def default_device():

@@ -39,13 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from hf_kvcache.adapters.modules import attached_heads
     from hf_kvcache.eval.compare import with_baseline
     from hf_kvcache.eval.report import as_dict, as_table
     from hf_kvcache.eval.specs import default_specs
 
-    specs = with_baseline(parse_specs(args.caches) if args.caches else default_specs())
+    typed = parse_specs(args.caches) if args.caches else None
     text = _text(args)
     model, tokenizer = load_model(args)
+    carries_heads = any(attached_heads(module) is not None for module in model.modules())
+    specs = with_baseline(default_specs(carries_heads) if typed is None else typed)
     settings = _settings(args, model.config)
     rows = _measure(model, tokenizer, text, specs, settings)
     name = args.model or "the embedded model"

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("cache")
     group.add_argument("--cache", metavar="SPEC", help=f"as in `hf-kvcache compare` (default: {DEFAULT_CACHE})")
+    group.add_argument(
+        "--chunk", type=int, metavar="N", help="read the prompt N tokens at a time, and evict in between"
+    )
     group.add_argument("--save", metavar="DIR", help="write the compressed prompt there before generating")
     group.add_argument("--load", metavar="DIR", help="start from a prompt written by --save")
 
@@ -46,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("give a text to continue: --prompt TEXT or --prompt-file FILE")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens} is not a positive number")
+    if args.chunk is not None and args.chunk < 1:
+        raise UserError(f"--chunk {args.chunk} is not a positive number")
     spec = None if args.load else parse_specs([args.cache or DEFAULT_CACHE])[0]
     model, tokenizer = load_model(args)
     try:
@@ -63,15 +68,21 @@ def run(args: argparse.Namespace) -> None:
 
 def _generate(model, tokenizer, cache, ids: list[int], args: argparse.Namespace) -> None:
     """Stream the continuation to stdout and a line of numbers to stderr."""
+    from time import perf_counter
+
     import torch
 
     from hf_kvcache.eval.memory import cache_nbytes
+    from hf_kvcache.prefill import prefill
 
     streamer = timed_streamer(tokenizer)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     n_loaded = cache.get_seq_length()
+    prompt, started = torch.tensor([ids], device=model.device), perf_counter()
+    if args.chunk:
+        prefill(model, prompt, cache, chunk=args.chunk)
     model.generate(
-        torch.tensor([ids], device=model.device),
+        prompt,
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         past_key_values=cache,
         max_new_tokens=args.max_new_tokens,
@@ -79,7 +90,7 @@ def _generate(model, tokenizer, cache, ids: list[int], args: argparse.Namespace)
         streamer=streamer,
         **sampling,
     )
-    started, first, *later = streamer.times
+    _, first, *later = streamer.times
     held = cache_nbytes(cache)
     parts = [f"{cache.get_seq_length():,} tokens", f"cache {held / 2**20:.2f} MiB"]
     dense = getattr(cache, "nbytes_dense", None)

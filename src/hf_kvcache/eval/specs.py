@@ -15,7 +15,8 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.eval.peers import PEERS, is_installed
 from hf_kvcache.policies.base import Policy
 
-# what the default comparison runs of a method; a method without a line here runs with its defaults
+# what the default comparison runs of a method; a method without a line here runs with its defaults, and of the eviction
+# family it runs those that the others are measured by (`benchmarks/run.py eviction` compares them all)
 SHOWN = {
     "dense": ("dense",),
     "quant": (
@@ -40,6 +41,18 @@ SHOWN = {
         "lowrank:rank=0.5,rope=post",
         "lowrank:rank=0.25",
     ),
+    "tova": (),
+    "pyramidkv": (),
+    "adakv": ("adakv:ratio=0.25", "adakv:ratio=0.5,scorer=expected_attention+quant:bits=8"),
+    "l2norm": (),
+    "lagkv": (),
+    "rkv": (),
+    "nacl": (),
+    "random": (),
+    "duo": (),
+    "fastgen": (),
+    "threshold": ("threshold:share=0.9",),
+    "locret": ("locret:ratio=0.25", "locret:ratio=0.125"),
     "keydiff": (
         "keydiff:ratio=0.25",
         "keydiff:ratio=0.5+quant:bits=8",
@@ -110,10 +123,16 @@ def parse(text: str) -> CacheSpec:
     return CacheSpec(text, *cache, *policy)
 
 
-def default_specs() -> list[CacheSpec]:
-    """The default comparison: the peers that are installed, then every method of the registry."""
+def default_specs(carries_heads: bool = True) -> list[CacheSpec]:
+    """The default comparison: the peers that are installed, then every method of the registry.
+
+    Args:
+        carries_heads: whether the model has retaining heads; without, methods that go by them are left out.
+    """
     texts = ["dynamic", *(f"{name}:bits=4" for name in ("quanto", "hqq") if is_installed(name))]
     for method in registry.METHODS:
+        if method.name == "locret" and not carries_heads:
+            continue
         kind = registry.load(method.factory)
         plain = f"{method.name}:ratio=0.25" if issubclass(kind, Policy) else method.name
         texts += SHOWN.get(method.name, (plain,))

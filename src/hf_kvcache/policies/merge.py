@@ -63,7 +63,9 @@ class Merge(Wrapper):
             share, into = weight[:, :, rows] * goes, kept.gather(2, where)
             total.scatter_add_(2, into, share)
             sums.scatter_add_(2, _wide(into, sums), v[:, :, rows].float() * share.unsqueeze(-1))
-        v.copy_(torch.where(is_target.unsqueeze(-1), sums / total.unsqueeze(-1), v.float()))
+        means = torch.where(is_target.unsqueeze(-1), sums / total.unsqueeze(-1), v.float())
+        # not in place: a prompt's rows may still be the model's own tensor
+        store.dense.tensors["v"] = means.to(v.dtype)
         folded.copy_(torch.where(is_target, total - 1, folded))
 
 

@@ -46,6 +46,8 @@ class Threshold(Wrapper, Ragged):
                 raise ValueError(f"Threshold: scores of {type(self.scorer).__name__} are negative; use threshold=")
             before = own.cumsum(-1) - own
             is_wanted = before < self.share * own.sum(-1, keepdim=True)
+            # the sum of all is reached before the last row where that adds less than rounding
+            is_wanted |= self.share == 1
         is_wanted[..., n_most:] = False
         is_wanted = torch.zeros_like(is_wanted).scatter(-1, order, is_wanted)
         return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

@@ -1,0 +1,28 @@
+"""Train what a method adds to a model: retaining heads, or low-rank projections.
+
+`hf-kvcache train retaining-heads --help` lists the arguments of a trainer; `accelerate launch -m
+hf_kvcache.trainers.train_retaining_heads` runs the same on several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+TRAINERS = {
+    "retaining-heads": ("train_retaining_heads", "score tokens for Locret"),
+    "projections": ("train_projections", "fine-tune the bases of a low-rank cache"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    trainers = parser.add_subparsers(dest="trainer", metavar="TRAINER", required=True, help="what to train")
+    for name, (_, summary) in TRAINERS.items():
+        # the trainer reads its own arguments, --help included
+        trainer = trainers.add_parser(name, help=summary, description=summary, add_help=False, prefix_chars="\0")
+        trainer.add_argument("arguments", nargs="*", help=f"see `hf-kvcache train {name} --help`")
+
+
+def run(args: argparse.Namespace) -> None:
+    module, _ = TRAINERS[args.trainer]
+    import_module(f"hf_kvcache.trainers.{module}").main(args.arguments)
