@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import against_kvpress
 import attention
 import eviction
 import generation
@@ -41,9 +42,10 @@ SUITES = {
     "pruning": pruning.pruning,
     "projection": projection.projection,
     "eviction": eviction.eviction,
+    "kvpress": against_kvpress.against_kvpress,
 }
 # these measure what a model says, not how fast, and take --model, --text and --context
-QUALITY = ("pruning", "projection", "eviction")
+QUALITY = ("pruning", "projection", "eviction", "kvpress")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,18 +54,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
     parser.add_argument("--rounds", type=int, default=15, help="timed calls per contestant (default 15)")
-    quality = parser.add_argument_group("quality suites (pruning, projection, eviction)")
+    quality = parser.add_argument_group("quality suites (pruning, projection, eviction, kvpress)")
     quality.add_argument("--model", help="Hub id or local folder (default: the embedded model)")
     quality.add_argument("--text", help="text file to predict (default: the package's own prose)")
     quality.add_argument("--context", type=int, default=2048, help="tokens of a window (default 2048)")
     quality.add_argument("--adapter", help="folder of retaining heads for eviction (default: the embedded model's)")
+    parser.add_argument("--kvpress-python", help="interpreter of an environment with kvpress, for that suite")
     options = parser.parse_args(arguments)
     unknown = set(options.suites) - set(SUITES)
     if unknown:
         parser.error(f"no suite is called {', '.join(sorted(unknown))}")
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in options.suites or SUITES:
+    everything = [name for name in SUITES if name != "kvpress" or options.kvpress_python]
+    for name in options.suites or everything:
         started = time.time()
         rows = SUITES[name](options)
         console.print(as_table(name, rows))

@@ -95,13 +95,16 @@ void score_block(const State& state, int first, const Kept<T>& kept, const uint6
 
 template <class T, class Soon>
 void score(const State& state, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, [[maybe_unused]] float scaling, Soon& soon) {
-    const auto block = [&](int i, int left, auto& once) {
-        if (left >= 4) return score_block<4>(state, i, kept, masks, words, n, scaling, once), 4;
-        if (left >= 2) return score_block<2>(state, i, kept, masks, words, n, scaling, once), 2;
-        return score_block<1>(state, i, kept, masks, words, n, scaling, once), 1;
-    };
-    const attention::Nothing nothing;
-    for (int i = block(0, state.n_q, soon); i < state.n_q;) i += block(i, state.n_q - i, nothing);
+    for (int i = 0; i < state.n_q;) {
+        const int left = state.n_q - i;
+        if (left >= 4) {
+            score_block<4>(state, i, kept, masks, words, n, scaling, soon), i += 4;
+        } else if (left >= 2) {
+            score_block<2>(state, i, kept, masks, words, n, scaling, soon), i += 2;
+        } else {
+            score_block<1>(state, i, kept, masks, words, n, scaling, soon), i += 1;
+        }
+    }
 }
 
 // ---- values ----

@@ -36,8 +36,10 @@ class Threshold(Wrapper, Ragged):
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
         scores = scores.float().nan_to_num(0.0).masked_fill(positions < 0, float("-inf"))
-        n_most = min(max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), scores.shape[-1])
-        ranked, order = self.worth(scores, positions, tokens_seen).sort(-1, descending=True)
+        worth = self.worth(scores, positions, tokens_seen)
+        fixed = worth[..., worth.shape[-1] - n_fixed :]
+        fixed.masked_fill_(fixed > float("-inf"), float("inf"))
+        ranked, order = worth.sort(-1, descending=True)
         if self.threshold is not None:
             is_wanted = ranked >= self.threshold
         else:
@@ -48,6 +50,6 @@ class Threshold(Wrapper, Ragged):
             is_wanted = before < self.share * own.sum(-1, keepdim=True)
             # the sum of all is reached before the last row where that adds less than rounding
             is_wanted |= self.share == 1
-        is_wanted[..., n_most:] = False
+        is_wanted[..., self.tokens_to_keep(tokens_seen) :] = False
         is_wanted = torch.zeros_like(is_wanted).scatter(-1, order, is_wanted)
         return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)
