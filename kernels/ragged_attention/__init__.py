@@ -50,7 +50,7 @@ def ragged_attention(
 def _check(q, keys, values, table, lengths):
     if q.dim() != 4 or lengths.dim() != 2 or q.shape[0] != lengths.shape[0] or q.shape[1] % lengths.shape[1]:
         raise ValueError(f"q {list(q.shape)} and lengths {list(lengths.shape)} must be [B, Hq, S, D] and [B, Hkv]")
-    if table.dim() != 3 or table.shape[:2] != lengths.shape or table.dtype != torch.int32 != lengths.dtype:
+    if table.dim() != 3 or table.shape[:2] != lengths.shape or {table.dtype, lengths.dtype} != {torch.int32}:
         raise ValueError(f"table {table.dtype} {list(table.shape)} must be int32 [B, Hkv, M], lengths int32 [B, Hkv]")
     pages = keys.values.shape[:3]
     if pages != values.values.shape[:3] or pages[1] != 1:

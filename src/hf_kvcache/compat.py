@@ -86,7 +86,7 @@ def rotary_parameters(module: torch.nn.Module, head_dim: int) -> tuple[torch.Ten
     kinds = [] if source is None else _rotary_classes(source)
     preferred = [kind for kind in kinds if kind.__name__ == name.replace("Attention", "RotaryEmbedding")]
     if not kinds or (len(kinds) > 1 and not preferred):
-        raise ValueError(f'{name}: no rotary embedding was found beside it; use rope="post"')
+        raise ValueError(f'{name}: no rotary embedding was found beside it; LowRank(rope="post") does without')
     layer_type = _layer_type(module)
     rotary = (preferred or kinds)[0](config=module.config)
     is_by_type = hasattr(rotary, f"{layer_type}_inv_freq")
@@ -94,7 +94,7 @@ def rotary_parameters(module: torch.nn.Module, head_dim: int) -> tuple[torch.Ten
     if kind in ("dynamic", "longrope"):
         raise ValueError(
             f"{name}: {kind} RoPE changes its angles as the text grows, so keys cannot be taken back before it; "
-            'use rope="post"'
+            'LowRank(rope="post") does without'
         )
     prefix = f"{layer_type}_" if is_by_type else ""
     inv_freq, scaling = getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling")
@@ -112,7 +112,7 @@ def _probe(source, rotary, extra, inv_freq, scaling, head_dim, name):
     angles = positions[..., None] * inv_freq
     ours = rotate(x[..., :width], angles.cos(), angles.sin()) * scaling
     if theirs.shape != ours.shape or (theirs - ours).abs().max() > 1e-4:
-        raise ValueError(f'{name}: its RoPE does not pair channel i with i + R / 2; use rope="post"')
+        raise ValueError(f'{name}: its RoPE does not pair channel i with i + R / 2; LowRank(rope="post") does without')
 
 
 def _rotary_classes(source) -> list[type]:

@@ -348,7 +348,7 @@ def test_rope_that_changes_with_the_text_is_refused_before_and_fine_after(kind):
         factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
         parameters = {"rope_theta": 10000.0, "rope_type": "longrope", "original_max_position_embeddings": 64} | factors
         model = new_model(Phi3Config(**sizes, rope_parameters=parameters, original_max_position_embeddings=64))
-    with pytest.raises(ValueError, match=f'{kind} RoPE .* use rope="post"'):
+    with pytest.raises(ValueError, match=f'{kind} RoPE .* LowRank.rope="post"'):
         generate(model, prompt(1, 60), kv.LowRankCache(window=8))
     generate(model, prompt(1, 60), kv.LowRankCache(rope="post", window=8), max_new_tokens=4)
 

@@ -36,26 +36,31 @@ def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
         where = torch.arange(first + at, first + at + part.shape[3], device=positions.device)
         is_real = (where >= start.unsqueeze(-1)).unsqueeze(2).unsqueeze(-1)  # [B, Hkv, 1, S, 1]
         total = None
-        for _, scores in _scores(part, where, view):
+        for _, scores in _scores(part, first + at, view):
             block = scores.logsumexp(-1, keepdim=True)  # [B, Hkv, G, S, 1]
             total = block if total is None else torch.logaddexp(total, block)
         # a query that sees nothing has no weights to give
         total = total.masked_fill(total == float("-inf"), float("inf"))
-        for rows, scores in _scores(part, where, view):
+        for rows, scores in _scores(part, first + at, view):
             weights = (scores - total).exp() * is_real
             mass[:, :, rows] += weights.sum(3).mean(2)
     return mass
 
 
-def _scores(queries, where, view):
-    """Masked scores `[B, Hkv, G, S, n]` of one block of rows after another."""
-    start = 0
+def _scores(queries, first, view):
+    """Masked scores `[B, Hkv, G, S, n]` of one block of rows after another, of queries at positions from `first` on."""
+    end = first + queries.shape[3]
+    where = torch.arange(first, end, device=queries.device).view(-1, 1)
+    start, is_whole = 0, view.n_kept == view.tokens_seen and not view.layer.store.n_packed
     for k, _ in view.blocks():
         rows = slice(start, start + k.shape[2])
+        start = rows.stop
+        # while nothing has gone, rows stand in the order of the text: what comes after all queries is not looked at
+        if is_whole and rows.start >= end:
+            return
         scores = torch.einsum("bhgsd,bhnd->bhgsn", queries, k.float())
         if view.softcap is not None:
             scores = torch.tanh(scores / view.softcap) * view.softcap
         positions = view.positions[:, :, rows].unsqueeze(2)  # [B, Hkv, 1, n]
-        is_visible = (positions >= 0) & (positions <= where.view(-1, 1))  # [B, Hkv, S, n]
+        is_visible = (positions >= 0) & (positions <= where)  # [B, Hkv, S, n]
         yield rows, scores.masked_fill(~is_visible.unsqueeze(2), float("-inf"))
-        start = rows.stop
