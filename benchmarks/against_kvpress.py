@@ -21,7 +21,7 @@ from hf_kvcache.adapters import attach
 from hf_kvcache.eval import retrieval
 
 RATIOS = (0.25, 0.125)
-PROMPTS, QUESTIONS, STEPS, LONG = 8, 32, 24, 16384
+PROMPTS, TOKENS, QUESTIONS, STEPS, LONG = 8, 1024, 64, 24, 16384
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def against_kvpress(options) -> list[dict]:
     attach(model, str(options.adapter or kv.embedded_heads()))
     ledger = retrieval.Ledger.from_tokenizer(AutoTokenizer.from_pretrained(path))
     prompts = retrieval.build_prompts(
-        ledger, ids.numpy(), options.context, PROMPTS, n_questions=QUESTIONS, n_entries=QUESTIONS, seed=1
+        ledger, ids[len(ids) // 2 :].numpy(), TOKENS, PROMPTS, n_questions=QUESTIONS, n_entries=QUESTIONS, seed=1
     )
     task = {
         "model": path,

@@ -124,3 +124,21 @@ def _run(task) -> dict:
     if child.returncode:
         raise RuntimeError(f"{task['name']}, {task['tokens']} tokens: {child.stderr[-2000:]}")
     return json.loads(child.stdout.splitlines()[-1])
+
+
+def picture(rows: list[dict], path) -> None:
+    """Peak memory of the process over the length of the prompt, a curve per cache."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(row["cache"] for row in rows):
+        own = [row for row in rows if row["cache"] == name]
+        axes.plot([row["tokens"] for row in own], [row["peak MiB"] for row in own], marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the prompt", ylabel="peak memory while it is read, MiB")
+    axes.set_xticks(sorted({row["tokens"] for row in rows}), minor=False)
+    axes.set_xticklabels([f"{n // 1024}K" for n in sorted({row["tokens"] for row in rows})])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)

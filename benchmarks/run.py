@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import against_kvpress
@@ -44,6 +45,8 @@ SUITES = {
     "eviction": eviction.eviction,
     "kvpress": against_kvpress.against_kvpress,
 }
+# drawn beside the JSON, where matplotlib is installed
+PICTURES = {"long-prompt": long_prompt.picture}
 # these measure what a model says, not how fast, and take --model, --text and --context
 QUALITY = ("pruning", "projection", "eviction", "kvpress")
 
@@ -81,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         path = options.out / f"{stem}-{options.device}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         console.print(f"{path}\n")
+        if name in PICTURES and find_spec("matplotlib"):
+            PICTURES[name](rows, path.with_suffix(".png"))
     return 0
 
 

@@ -147,6 +147,33 @@ def test_generate_takes_any_cache(capsys, cache):
     assert code == 0 and out.strip()
 
 
+def test_a_long_prompt_is_read_in_chunks(capsys):
+    common = "generate", "--prompt", "The old bridge " * 60, "--max-new-tokens", "4", "--dtype", "fp32"
+    code, out, err = run(capsys, *common, "--cache", "locret:budget=128,n_recent=16", "--chunk", "64")
+    assert code == 0 and out.strip() and "of the dense" in err
+    lossless = run(capsys, *common, "--cache", "dense"), run(capsys, *common, "--cache", "dense", "--chunk", "50")
+    assert lossless[0][1] == lossless[1][1]
+    code, _, err = run(capsys, *common, "--chunk", "0")
+    assert code == 2 and "--chunk 0 is not a positive number" in err
+
+
+def test_an_adapter_that_is_none_is_named(capsys, tmp_path):
+    code, _, err = run(capsys, "generate", "--prompt", "x", "--adapter", str(tmp_path))
+    assert code == 2 and "--adapter:" in err
+
+
+def test_train_hands_its_arguments_on(capsys, tmp_path):
+    with pytest.raises(SystemExit) as done:
+        main(["train", "retaining-heads", "--help"])
+    assert done.value.code == 0 and "--target" in capsys.readouterr().out
+    out = tmp_path / "heads"
+    sizes = "--max-steps", "2", "--prompt-tokens", "128", "--answer-tokens", "32", "--d-r", "4", "--valid-prompts", "1"
+    assert run(capsys, "train", "retaining-heads", *sizes, "--out", str(out))[0] == 0
+    assert (out / "adapter_model.safetensors").is_file()
+    code, _, err = run(capsys, "train", "retaining-heads", "--prompt-tokens", "32", "--out", str(out))
+    assert code == 2 and "holds no facts between prose" in err
+
+
 def test_saved_prompt_goes_on_as_it_would_have(capsys, tmp_path):
     folder = str(tmp_path / "saved")
     prompt = tmp_path / "prompt.txt"

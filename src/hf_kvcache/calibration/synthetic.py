@@ -20,7 +20,12 @@ class Synthetic(torch.utils.data.Dataset):
         prose_share: share of the windows that are without.
         n_query: tokens of questions that a query has room for; 0 asks for every fact.
         n, seed: how many prompts there are, and which.
+
+    Raises:
+        ValueError: prompts of that length hold no facts between prose.
     """
+
+    LEAST = 128  # tokens of a prompt
 
     def __init__(
         self,
@@ -33,6 +38,8 @@ class Synthetic(torch.utils.data.Dataset):
         n: int,
         seed: int,
     ):
+        if prompt_tokens < self.LEAST:
+            raise ValueError(f"prompt_tokens={prompt_tokens} holds no facts between prose; use {self.LEAST} or more")
         self.tokenizer, self.stream, self.prompt_tokens = tokenizer, stream, prompt_tokens
         self.answer_tokens, self.prose_share, self.n_query = answer_tokens, prose_share, n_query
         self.n, self.seed = n, seed

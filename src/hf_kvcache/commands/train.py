@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from importlib import import_module
 
+from hf_kvcache.commands import UserError
+
 TRAINERS = {
     "retaining-heads": ("train_retaining_heads", "score tokens for Locret"),
     "projections": ("train_projections", "fine-tune the bases of a low-rank cache"),
@@ -25,4 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     module, _ = TRAINERS[args.trainer]
-    import_module(f"hf_kvcache.trainers.{module}").main(args.arguments)
+    try:
+        import_module(f"hf_kvcache.trainers.{module}").main(args.arguments)
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(str(error)) from error
