@@ -105,7 +105,7 @@ class KVLayer(CacheLayerMixin):
         """
         self._check(k, v)
         # past states may have been kept for a `crop` that never came: another generate() without speculation
-        self.finish(is_final=k.shape[2] == 1)
+        self.finish(is_final=k.shape[2] == 1 or self.record_past)
         is_prefill, n = self.tokens_seen == 0, k.shape[2]
         self.store.append(k, v)
         if self.policy is not None:
@@ -262,28 +262,33 @@ class KVLayer(CacheLayerMixin):
         return self.policy.is_due(self.store.n_kept, self.tokens_seen, self._is_decoding, n_since)
 
     def _commit(self, is_final: bool = True) -> None:
-        store = self.store
-        view = KVView(self, store.dense["k"], store.dense["v"], is_prefill=False)
         if self._queries is not None and self._queries.shape[2]:
-            self.policy.observe(self._queries, view)
+            self.policy.observe(self._queries, self._view())
         if self._is_due:
-            if store.n_packed and not store.is_ragged:
-                # dense rows are fixed once others are packed, so let go of those that have left the window first
-                store.pack()
-            scores = self.policy.score(view)
-            kept = self.policy.select(scores, store.positions, self.tokens_seen, store.n_fixed, is_final)
-            self.judged_at = self.tokens_seen
-            if not (store.is_ragged and (kept | (store.positions < 0)).all()):
-                self._evict(view, kept)
-        store.pack()
+            self._evict(is_final)
+        self.store.pack()
         self._queries, self._is_due, self._is_unsettled = None, False, False
 
-    def _evict(self, view: KVView, kept: torch.Tensor) -> None:
+    def _evict(self, is_final: bool) -> None:
+        """Keep what the policy selects."""
+        store = self.store
+        if store.n_packed and not store.is_ragged:
+            # dense rows are fixed once others are packed, so let go of those that have left the window first
+            store.pack()
+        view = self._view()
+        kept = self.policy.select(self.policy.score(view), store.positions, self.tokens_seen, store.n_fixed, is_final)
+        self.judged_at = self.tokens_seen
+        if store.is_ragged and (kept | (store.positions < 0)).all():
+            return
         self.policy.fold(view, kept)
-        self.store.keep(kept)
+        store.keep(kept)
         if self.rope is not None and self.compact:
             self._close_gaps()
         self.evicted_at = self.tokens_seen
+
+    def _view(self) -> KVView:
+        """What policies see."""
+        return KVView(self, self.store.dense["k"], self.store.dense["v"], is_prefill=False)
 
     def _close_gaps(self) -> None:
         """Rotate kept keys so that they stand side by side, the newest one where it was."""
