@@ -177,6 +177,18 @@ CASES = [
     ),
     Case("keydiff-quant8", lambda: kv.QuantCache(8, window=4, policy=kv.KeyDiff(budget=44, **KNOBS)), evicts=True),
 ]
+
+
+def unequal_layers():
+    """A budget and a policy per layer, so that layers and heads differ in which and how many rows they keep."""
+    cache = kv.KVCache()
+    cache.layers = [
+        kv.KVLayer(0, policy=kv.KeyDiff(budget=14, n_sink=1, n_recent=4, interval=2)),
+        kv.KVLayer(1, policy=kv.Streaming(budget=22, n_sink=2, n_recent=4, interval=3)),
+    ]
+    return cache
+
+
 LOSSLESS = [case for case in CASES if case.lossless]
 LOSSY = [case for case in CASES if not case.lossless]
 EVICTING = [case for case in CASES if case.evicts]

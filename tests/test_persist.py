@@ -47,6 +47,7 @@ CACHES = {
     "adakv+quant8": lambda: kv.QuantCache(8, window=8, policy=kv.AdaKV(budget=48, scorer="keydiff", n_recent=8)),
     "fastgen": lambda: kv.EvictionCache("fastgen", recovery=0.5, n_recent=8, interval=4),
     "duo": lambda: kv.EvictionCache("duo", gates=[[1, 0], [0, 1], [1, 1]], n_recent=8, interval=4),
+    "duo-roomy": lambda: kv.EvictionCache("duo", gates=[[0, 0]] * 3, n_recent=95, interval=12),
     "streaming+quant8": lambda: kv.QuantCache(8, window=8, policy=kv.Streaming(budget=48, n_recent=8, interval=4)),
 }
 

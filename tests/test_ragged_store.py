@@ -225,6 +225,16 @@ def test_crop_brings_rows_back_from_the_pages():
     assert torch.equal(held.positions[1, 1], torch.arange(110, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("n", [5, 150])
+def test_the_window_stays_out_of_the_pages(n):
+    k, v = rows(n)
+    held = store(window=8)
+    feed(held, k, v)
+    assert held.n_fixed == min(n, 8)
+    held.keep(torch.ones(2, 2, n, dtype=torch.bool))
+    assert held.dense.n_tokens == min(n, 8) and held.packed.n_tokens == n - min(n, 8)
+
+
 def test_unequal_heads_are_no_dense_tensor():
     k, v = rows()
     held = store()

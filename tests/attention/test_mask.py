@@ -1,94 +1,20 @@
-"""Attention over what a layer keeps equals dense attention under an explicit mask, per layer and per head."""
+"""Masks: of layers and heads that keep different rows, and what transformers hands over."""
 
-import pytest
 import torch
-from cases import KNOBS, NAMED, assert_close, padded, prompt, replay, splits, tiny_model
-from transformers import AttentionInterface, DynamicCache
+from cases import assert_close, padded, prompt, replay, tiny_model, unequal_layers
 
 import hf_kvcache as kv
 from hf_kvcache.attention.mask import as_additive, as_boolean, causal, new_token_padding, visible
-
-VISIBLE: dict[int, torch.Tensor] = {}  # layer -> which tokens every new token sees, [B, Hkv, S, T]
-
-
-def explicit(module, query, key, value, mask, scaling=None, **kwargs):
-    """Dense attention under the mask in `VISIBLE`: the reference."""
-    shown = VISIBLE[module.layer_idx]
-    groups = query.shape[1] // key.shape[1]
-    k, v, shown = (x.repeat_interleave(groups, 1) for x in (key, value, shown))
-    scores = (query @ k.transpose(2, 3) * scaling).masked_fill(~shown, float("-inf"))
-    return (scores.softmax(-1).nan_to_num(0.0) @ v).transpose(1, 2), None
-
-
-AttentionInterface.register("explicit_mask", explicit)
-
-
-def see(layer, batch, n_new, seen, mask):
-    """What the next `n_new` tokens see: the rows kept so far, then themselves, causally and without padding."""
-    shown = torch.zeros(batch, 2, n_new, seen + n_new, dtype=torch.bool)
-    if layer is not None:
-        positions = layer.store.positions
-        before = torch.zeros(batch, 2, seen + 1, dtype=torch.bool)
-        before.scatter_(2, positions.long().where(positions >= 0, seen), True)
-        shown[..., :seen] = before[:, :, None, :seen]
-    shown[..., seen:] = torch.ones(n_new, n_new, dtype=torch.bool).tril()
-    return shown & mask[:, None, None, : seen + n_new].bool()
-
-
-def pyramid():
-    """A budget and a policy per layer, so that layers and heads differ in which and how many rows they keep."""
-    cache = kv.KVCache()
-    cache.layers = [
-        kv.KVLayer(0, policy=kv.KeyDiff(budget=14, n_sink=1, n_recent=4, interval=2)),
-        kv.KVLayer(1, policy=kv.Streaming(budget=22, n_sink=2, n_recent=4, interval=3)),
-    ]
-    return cache
-
-
-CACHES = {
-    "streaming": lambda: kv.EvictionCache("streaming", budget=24, **KNOBS),
-    "keydiff": lambda: kv.EvictionCache("keydiff", budget=24, **KNOBS),
-    "unequal": pyramid,
-}
-
-
-@pytest.mark.parametrize("lengths", [[60], [60, 33, 12]], ids=["one", "padded"])
-@pytest.mark.parametrize("size", [1, 7, 16, 60])
-@pytest.mark.parametrize("name", CACHES)
-def test_evicting_equals_an_explicit_mask(name, size, lengths):
-    ids, mask, _ = padded(lengths)
-    if size == 60:
-        sizes = [60, 3, 1, 1, 1, 1, 3, 1, 1, 1, 1, 1, 1, 1, 1, 2]
-    else:
-        sizes = splits(60, size) + [1] * 12 + [5]
-    extra = sum(sizes) - 60
-    ids = torch.cat([ids, prompt(len(lengths), extra, seed=9)], 1)
-    mask = torch.cat([mask, torch.ones(len(lengths), extra, dtype=torch.long)], 1)
-    model, reference = tiny_model("llama", NAMED), tiny_model("llama", "explicit_mask")
-    cache, dense, seen, evictions = CACHES[name](), DynamicCache(), 0, set()
-    for n in sizes:
-        stop = seen + n
-        for i in range(2):
-            VISIBLE[i] = see(cache.layers[i] if seen else None, len(lengths), n, seen, mask)
-        positions = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, seen:]
-        options = dict(position_ids=positions, use_cache=True)
-        ours = model(ids[:, seen:stop], attention_mask=mask[:, :stop], past_key_values=cache, **options).logits
-        theirs = reference(ids[:, seen:stop], past_key_values=dense, **options).logits
-        is_real = mask[:, seen:stop].bool()
-        assert_close(f"logits at {seen}", ours[is_real], theirs[is_real], 5e-6)
-        seen = stop
-        evictions |= {(i, layer.evicted_at) for i, layer in enumerate(cache.layers) if layer.evicted_at}
-    assert len(evictions) >= 6, "three evictions per layer, or the test shows nothing"
 
 
 def test_unequal_budgets_raise_where_the_stock_mask_cannot_express_them():
     ids, mask, _ = padded([60, 40])
     model, cache = tiny_model("llama", "sdpa"), kv.KVCache(codec=None)
-    cache.layers = pyramid().layers
+    cache.layers = unequal_layers().layers
     # the named implementation is exact (above), and so are rows without padding
     replay(model, cache, ids, [60], mask)
     tail = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
-    named = pyramid()
+    named = unequal_layers()
     replay(tiny_model(), named, ids, [60], mask)
     positions = tail.cumsum(-1)[:, -3:] - 1
     try:

@@ -84,6 +84,17 @@ def test_first_layer_keeps_what_the_procedure_keeps(sizes, stabilizers):
     assert not torch.equal(kept[0, 0], kept[0, 1])
 
 
+def test_drafts_to_verify_are_no_chunk_of_the_prompt():
+    model, ids = model_with_heads(), without_repetition(1, 80)
+    scores = own_scores(model, ids)[0]
+    cache = kv.LocretCache(budget=24, stabilizers=12, **KNOBS)
+    cache.activate_past_recording()
+    replay(model, cache, ids, [80])
+    replay(model, cache, prompt(1, 4), [4])
+    kept = cache.layers[0].store.positions[0, 0].tolist()
+    assert kept == procedure(scores[0, 0].tolist(), 24, 6, [80], 12, final=True) + list(range(80, 84))
+
+
 def test_a_chunk_that_follows_is_not_the_end_of_the_prompt():
     model, ids = model_with_heads(), without_repetition(1, 80)
     scores = own_scores(model, ids)[0]
@@ -109,7 +120,7 @@ def test_prefill_and_generate_equal_dynamic_cache_within_the_budget(arch):
 @pytest.mark.parametrize("chunk", [7, 16, 200])
 def test_prefill_holds_budget_and_chunk_and_ends_as_the_procedure(chunk):
     model, ids = model_with_heads(), without_repetition(2, 121)
-    cache, most, seen = kv.LocretCache(budget=24, chunk=chunk, stabilizers=5, **KNOBS), [], []
+    cache, most, seen = kv.LocretCache(budget=24, chunk=chunk, stabilizers=12, **KNOBS), [], []
 
     def advance(n):
         most.append(max(layer.store.n_kept for layer in cache.layers))
@@ -121,7 +132,7 @@ def test_prefill_holds_budget_and_chunk_and_ends_as_the_procedure(chunk):
     # all but the tail in chunks, the end of which is final; then the tail
     sizes = splits(114, chunk)
     for h in range(2):
-        before = procedure(scores[0, h].tolist(), 24, 6, sizes, 5, final=True)
+        before = procedure(scores[0, h].tolist(), 24, 6, sizes, 12, final=True)
         ranked = sorted(before, key=scores[0, h].tolist().__getitem__, reverse=True)
         assert cache.layers[0].store.positions[0, h].tolist() == sorted(ranked[:18]) + list(range(114, 120))
     out = generate(model, ids, cache).sequences
@@ -153,6 +164,15 @@ def test_second_turn_feeds_new_tokens_only():
     assert {*range(60, 64)} <= set(cache.layers[0].store.positions[0, 0].tolist())
     assert all(layer.store.n_kept == 24 for layer in cache.layers)
     generate(model, more, cache, max_new_tokens=3)
+
+
+def test_generated_tokens_that_fill_the_budget_go_oldest_first():
+    model, ids = model_with_heads(), prompt(1, 30)
+    cache = kv.LocretCache(budget=24, chunk=16, **KNOBS)
+    first = generate(model, ids, cache, max_new_tokens=50).sequences
+    kv.prefill(model, torch.cat([first, prompt(1, 12, seed=4)], 1), cache)
+    for head in cache.layers[0].store.positions[0]:
+        assert head[head < 79].tolist() == list(range(79 - int((head < 79).sum()), 79))
 
 
 def test_left_padded_batch_equals_its_rows():

@@ -123,6 +123,20 @@ def test_the_profile_stays_what_the_prompt_made_it():
     assert all(torch.equal(a, layer.store.memory["profile"]) for a, layer in zip(before, cache.layers))
 
 
+def test_heads_are_looked_at_once_in_an_interval():
+    seen = []
+
+    class Listens(kv.L2Norm):
+        def score(self, view):
+            seen.append(view.tokens_seen)
+            return super().score(view)
+
+    policy = kv.AdaKV(budget=256, scorer=Listens(budget=256, **KNOBS), interval=10, **KNOBS)
+    # nothing goes, which must not make it look again at every step
+    generate(tiny_model(), prompt(1, 60), kv.KVCache(policy, window=4), max_new_tokens=26)
+    assert seen[::2] == [60, 70, 80] and seen[1::2] == [60, 70, 80]
+
+
 def test_wrappers_refuse_what_has_no_scores():
     with pytest.raises(ValueError, match="HeadSplit chooses by itself"):
         kv.AdaKV(budget=64, scorer=kv.HeadSplit(gates=[[1]]))

@@ -191,8 +191,7 @@ class PagedBuffer:
             held = self.tensors.get(name)
             shape = like[name].shape[3:] if held is None else held.shape[3:]
             dtype = like[name].dtype if held is None else held.dtype
-            # zeros, so that what lies behind the end of a head is never NaN
-            fresh = torch.zeros(first + n_pages, 1, self.page, *shape, dtype=dtype, device=self.table.device)
+            fresh = torch.empty(first + n_pages, 1, self.page, *shape, dtype=dtype, device=self.table.device)
             if held is not None:
                 fresh[:first] = held
             self.tensors[name] = fresh
@@ -204,7 +203,7 @@ class PagedBuffer:
         used = torch.arange(self.table.shape[2]) < self._pages(self.counts).unsqueeze(-1)
         pages = self.table[used.to(self.table.device)].long()
         for name, held in self.tensors.items():
-            fresh = torch.zeros(pages.shape[0] + spare, *held.shape[1:], dtype=held.dtype, device=held.device)
+            fresh = torch.empty(pages.shape[0] + spare, *held.shape[1:], dtype=held.dtype, device=held.device)
             fresh[: pages.shape[0]] = held[pages]
             self.tensors[name] = fresh
         self._own_all(used, self.counts)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import assert_close, padded, prompt, splits, tiny_model
+from cases import assert_close, padded, prompt, splits, tiny_model, unequal_layers
 from transformers import AttentionInterface
 
 import hf_kvcache as kv
@@ -29,6 +29,11 @@ POLICIES = {
 }
 
 
+# a budget and a policy per layer, beside one policy for all
+CACHES = {name: lambda make=make: kv.KVCache(make(), window=4) for name, make in POLICIES.items()}
+CACHES["unequal"] = unequal_layers
+
+
 class Recorder:
     """Attention that hides from every query what its layer's cache had evicted, head by head.
 
@@ -39,10 +44,9 @@ class Recorder:
         self.visible = [[] for _ in range(n_layers)]
         self.angles = [[] for _ in range(n_layers)]
 
-    def before(self, layer, n_new, total):
+    def before(self, layer, shape, n_new, total):
         """What the new tokens will see of this layer: what it holds, and themselves in order."""
-        seen = layer.tokens_seen
-        shape = layer.batch_size, layer.n_kv_heads
+        seen = 0 if layer is None else layer.tokens_seen
         is_held = torch.zeros(*shape, total + 1, dtype=torch.bool)
         angle = torch.arange(total + 1).expand(*shape, -1).clone()
         if seen:
@@ -66,10 +70,7 @@ def record(model, cache, ids, sizes, mask=None):
             layer.finish(is_final=size == 1)
         for i, (visible, angles) in enumerate(zip(recorder.visible, recorder.angles)):
             layer = cache.layers[i] if i < len(cache.layers) else None
-            if layer is None:
-                layer = kv.KVLayer(i)
-                layer.batch_size, layer.n_kv_heads = ids.shape[0], model.config.num_key_value_heads
-            seen, angle = recorder.before(layer, size, ids.shape[1])
+            seen, angle = recorder.before(layer, (ids.shape[0], model.config.num_key_value_heads), size, ids.shape[1])
             visible.append(seen)
             angles.append(angle)
         part = ids[:, start : start + size]
@@ -150,20 +151,18 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", CACHES)
 def test_equals_the_explicit_mask(name, sizes):
-    model, ids = tiny_model(), prompt(2, 90)
-    cache = kv.KVCache(POLICIES[name](), window=4)
+    model, ids, cache = tiny_model(), prompt(2, 90), CACHES[name]()
     ours, recorder = record(model, cache, ids, sizes)
     assert_close("logits", ours, explicit(model, recorder, ids, sizes), 1e-6)
     assert n_evictions(recorder) >= 3
 
 
-@pytest.mark.parametrize("name", ["streaming", "snapkv", "adakv", "expected", "head_split"])
-def test_equals_the_explicit_mask_left_padded(name):
-    model, (ids, mask, _) = tiny_model(), padded([90, 61])
-    sizes = [40, 7, 16] + [1] * 19 + [8]
-    cache = kv.KVCache(POLICIES[name](), window=4)
+@pytest.mark.parametrize("sizes", [[40, 7, 16] + [1] * 19 + [8], splits(90, 1)], ids=["mixed", "1"])
+@pytest.mark.parametrize("name", ["streaming", "keydiff", "snapkv", "adakv", "expected", "head_split", "unequal"])
+def test_equals_the_explicit_mask_left_padded(name, sizes):
+    model, (ids, mask, _), cache = tiny_model(), padded([90, 61, 33]), CACHES[name]()
     ours, recorder = record(model, cache, ids, sizes, mask)
     expected = explicit(model, recorder, ids, sizes, mask)
     real = mask.bool()
