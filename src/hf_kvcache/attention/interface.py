@@ -82,7 +82,7 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
         out = stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
     elif not fuses or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _UNFUSED):
         out = _attend_dense(stock, module, query, view, mask, **kwargs)
-    elif n_new > fused.MAX_QUERIES and not view.layer.store.n_packed and view.n_kept == view.tokens_seen:
+    elif n_new > fused.MAX_QUERIES and not view.layer.store.n_packed and not _differ_in_padding(view):
         # a chunk of a prompt over rows that are dense anyway: the model's own function is made for that
         out = stock(module, query, *view.materialize(), resolve(view, mask, n_new), **kwargs)
     else:
@@ -99,6 +99,11 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
     if view.cache is not None:
         view.cache.after_attention(module.layer_idx)
     return out
+
+
+def _differ_in_padding(view) -> bool:
+    """Whether heads have kept different numbers of pads, which a mask for all heads cannot say."""
+    return view.layer.has_padding and view.n_kept < view.tokens_seen
 
 
 def _attend_dense(stock, module, query, view, mask, **kwargs):

@@ -62,11 +62,12 @@ def resolve(view, mask, n_new: int) -> torch.Tensor | None:
         ValueError: a tensor mask that does not fit the rows of this layer.
     """
     layer = view.layer
-    is_ragged = layer.store.is_ragged and layer.store.n_packed
-    if is_ragged or view.n_kept < view.tokens_seen:
-        if n_new == 1 and not layer.has_padding and not is_ragged:
-            return None
+    has_gaps = layer.store.is_ragged and layer.store.n_packed
+    if has_gaps or (view.n_kept < view.tokens_seen and layer.has_padding):
         return visible(view.positions, view.tokens_seen, n_new)
+    if view.n_kept < view.tokens_seen:
+        # whatever has gone, the rows left are older than the new ones, which stand at the end
+        return None if n_new == 1 else causal(view.n_kept, n_new, view.device)
     if isinstance(mask, KVMask):
         fits = mask.n_rows == view.n_kept
         dense = mask.dense() if fits else mask.of_all_tokens(view.tokens_seen, n_new, view.device)
