@@ -5,6 +5,7 @@ import torch
 from test_snapkv import pooled, votes
 from toys import assert_scores, feed
 
+import hf_kvcache as kv
 from hf_kvcache.policies import RKV, rkv
 
 
@@ -36,17 +37,16 @@ def test_score_is_the_formula(mix, threshold, monkeypatch):
 def test_the_last_repetition_stays():
     # one vector eight times among many others
     k = torch.eye(64).repeat_interleave(torch.tensor([8] + [1] * 63), 0)
-    order = torch.arange(71)
-    view = feed(RKV(budget=100, mix=0.0, n_sink=0), pads=(0,)).view
 
-    class Rows:
-        positions, tokens_seen = order.int().expand(1, 1, -1), 71
-        queries, scaling, softcap = lambda self, n: torch.zeros(1, 1, 1, n, 64), 1.0, None
-        blocks = lambda self: [(k[None, None], k[None, None])]  # noqa: E731
+    def scores(policy):
+        layer, rows = kv.KVLayer(0, policy=policy), k[None, None]
+        view = layer.append(rows, rows.clone())
+        layer.settle(torch.zeros(1, 1, 71, 64), view, scaling=1.0)
+        return policy.score(view)[0, 0]
 
-    scores = view.layer.policy.score(Rows())[0, 0]
-    assert scores[:7].max() < scores[7] and scores[7] <= scores[8:].max()
-    plain = RKV(budget=100, mix=0.0, threshold=None).score(Rows())[0, 0]
+    found = scores(RKV(budget=100, mix=0.0, n_sink=0))
+    assert found[:7].max() < found[7] and found[7] <= found[8:].max()
+    plain = scores(RKV(budget=100, mix=0.0, threshold=None))
     assert torch.allclose(plain[:8], plain[0])
 
 
