@@ -101,9 +101,9 @@ def reconstruction(
     """Logarithm of the largest attention weight that a repetition of the prompt gives a token of the prompt.
 
     KVzip (Kim et al. 2025): the sequence is "prompt, request to repeat it, prompt again", and a KV pair is worth the
-    maximum of its weight over the queries of the repetition and the query heads of the group. The logarithm is KVzap's
-    (Jegou and Jeblick 2026): weights span many orders of magnitude, of which SmoothL1 would see only the largest. It
-    changes no order. The softmax is over all that a query sees (KVzip's own goes over the chunk that is repeated).
+    maximum of its weight over the queries of the repetition and the query heads of the group. The logarithm is KVzap's:
+    weights span many orders of magnitude, of which SmoothL1 would see only the largest. It changes no order. The
+    softmax is over all that a query sees (KVzip's own goes over the chunk that is repeated).
 
     Args:
         q (torch.Tensor):
