@@ -1,5 +1,8 @@
 """Shared by all tests. The table of methods and the tiny models are in `cases.py`."""
 
+import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -17,3 +20,30 @@ def quiet_fallback():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="hf_kvcache: .* runs on the PyTorch reference")
         yield
+
+
+COMPILE_ALL = """
+from hf_kvcache.kernels import native
+for op in native.OPS:
+    __import__(f"hf_kvcache.kernels.{op}")
+    for isa in native.supported():
+        native.build(op, isa)
+"""
+
+
+def pytest_collection_finish(session):
+    """Compile native code for all instruction sets beside the first tests, which leave a core to spare."""
+    if not any("kernels" in item.path.parts for item in session.items) or session.config.option.collectonly:
+        return
+    # in a process of its own: tests change the environment. A failure is found again by the test that needs the library
+    session.compiling = subprocess.Popen(
+        [sys.executable, "-c", COMPILE_ALL], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def pytest_sessionfinish(session):
+    compiling = getattr(session, "compiling", None)
+    if compiling is not None:
+        # as by Ctrl-C: it removes what is half compiled
+        compiling.send_signal(signal.SIGINT)
+        compiling.wait(30)
