@@ -77,6 +77,11 @@ class KVLayer(CacheLayerMixin):
     def is_croppable(self) -> bool:
         return self.policy is None
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the newest call was a decoding step, as far as is known."""
+        return self._is_decoding
+
     # -- append, attend, compress ------------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -237,15 +242,15 @@ class KVLayer(CacheLayerMixin):
             view: what attention has read.
             scaling, softcap: of the scores.
         """
-        # verifying drafted tokens is decoding too, several tokens at a time
-        self._is_decoding = q.shape[2] == 1 or (self.record_past and not view.is_prefill)
+        goes_on = None if view.cache is None else view.cache.prompt_goes_on
+        # verifying drafted tokens is decoding too, several tokens at a time; one token of a prompt is not
+        self._is_decoding = goes_on is None and (q.shape[2] == 1 or (self.record_past and not view.is_prefill))
         self.scaling, self.softcap = self.head_dim**-0.5 if scaling is None else scaling, softcap
         self.store.note_queries(q)
         if self.policy is not None:
             self.policy.note(view)
             self._queries = q if self.policy.observes else None
         self._is_due, self._is_unsettled = self._asks_to_evict(), True
-        goes_on = None if view.cache is None else view.cache.prompt_goes_on
         waits = self.policy is not None and self.policy.waits and not self._is_decoding and goes_on is None
         if not self.record_past and not waits:
             self._commit(is_final=not goes_on)

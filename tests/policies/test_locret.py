@@ -117,7 +117,7 @@ def test_prefill_and_generate_equal_dynamic_cache_within_the_budget(arch):
     assert torch.equal(generate(model, ids, cache).sequences, expected)
 
 
-@pytest.mark.parametrize("chunk", [7, 16, 200])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 200])
 def test_prefill_holds_budget_and_chunk_and_ends_as_the_procedure(chunk):
     model, ids = model_with_heads(), without_repetition(2, 121)
     cache, most, seen = kv.LocretCache(budget=24, chunk=chunk, stabilizers=12, **KNOBS), [], []

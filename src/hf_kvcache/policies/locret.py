@@ -46,7 +46,7 @@ class Locret(Policy):
                 f"layer {view.layer.layer_idx}: the model carries no retaining heads, which Locret goes by; "
                 "trainers/train_retaining_heads.py trains them, hf_kvcache.adapters.attach(model, folder) attaches them"
             )
-        is_scored = self.decode or view.n_new > 1 or view.is_prefill
+        is_scored = self.decode or view.is_prefill or not view.layer.is_decoding
         view.layer.store.dense["score"][:, :, -view.n_new :] = heads.scores() if is_scored else float("inf")
 
     def score(self, view):  # -> [B, Hkv, N]
