@@ -12,6 +12,8 @@ from hf_kvcache.layer import KVLayer
 from hf_kvcache.models import embedded_heads, embedded_model
 from hf_kvcache.persist import CacheFileError
 from hf_kvcache.policies import (
+    DMC,
+    DMS,
     H2O,
     NACL,
     RKV,
@@ -33,7 +35,16 @@ from hf_kvcache.policies import (
     Threshold,
 )
 from hf_kvcache.prefill import prefill, query_first
-from hf_kvcache.presets import DenseCache, EvictionCache, LocretCache, LowRankCache, QuantCache, SparseCache
+from hf_kvcache.presets import (
+    DenseCache,
+    DMCCache,
+    DMSCache,
+    EvictionCache,
+    LocretCache,
+    LowRankCache,
+    QuantCache,
+    SparseCache,
+)
 from hf_kvcache.view import KVView
 
 __version__ = "0.1.0"
@@ -45,6 +56,10 @@ __all__ = [
     "CacheFileError",
     "Chain",
     "Codec",
+    "DMC",
+    "DMCCache",
+    "DMS",
+    "DMSCache",
     "Dense",
     "DenseCache",
     "EvictionCache",

@@ -15,6 +15,8 @@ from hf_kvcache.codecs.base import Codec
 from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.policies.learned import Learned
+from hf_kvcache.slots import layer_class
 from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import PACK_STEP
 from hf_kvcache.view import KVView
@@ -164,6 +166,8 @@ class KVCache(Cache):
             raise ValueError(f"{name} changes rows that stay, which {codecs[0]} has packed; use it without a codec")
         if not self.policy.is_ragged:
             return
+        if isinstance(self.policy, Learned):
+            self._check_learned()
         for side in codecs:
             if side.format not in registry.ROWS:
                 raise ValueError(
@@ -181,6 +185,20 @@ class KVCache(Cache):
                 f"{name}: budget={self.policy.budget} leaves nothing to choose beside up to {n_dense} dense rows "
                 f"(window={self.window} + {PACK_STEP} waiting) and {self.policy.n_sink} sinks; raise it or lower window"
             )
+
+    def _check_learned(self) -> None:
+        """Refuse what the decisions of a model leave nothing to do for."""
+        given = {
+            "compact": self.compact,
+            "max_length": self.max_length is not None,
+            "exact_prefill": not self.exact_prefill,
+        }
+        for name, is_given in given.items():
+            if is_given:
+                raise ValueError(
+                    f"{type(self.policy).__name__}: the model decides how many rows there are, and places them itself; "
+                    f"{name}= does not go with that"
+                )
 
     def _check_sharing(self, offloading: bool) -> None:
         """Refuse what layers that share their packed rows cannot do."""
@@ -214,7 +232,7 @@ class KVCache(Cache):
         if stock is not None:
             return stock
         codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
-        layer = KVLayer(
+        layer = layer_class(self.policy)(
             layer_idx,
             *codec,
             self.policy,
@@ -282,6 +300,14 @@ class KVCache(Cache):
             if isinstance(view.layer.store, SharedStore) and not view.layer.store.group:
                 self._share(layer_idx)
         return True
+
+    def layer_for(self, module: torch.nn.Module) -> KVLayer:
+        """The layer that an attention module will fill, before it does."""
+        if self._stock is None:
+            self._stock = compat.stock_layers(module.config)
+        while len(self.layers) <= module.layer_idx:
+            self.layers.append(self._new_layer(len(self.layers)))
+        return self.layers[module.layer_idx]
 
     def attach(self, module: torch.nn.Module, layer: KVLayer) -> None:
         """Let codecs and policy of a layer that has seen rows take from its attention module what they need."""

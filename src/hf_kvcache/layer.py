@@ -30,6 +30,7 @@ class KVLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    decides = False  # whether the model's own decisions say what is kept
 
     def __init__(
         self,
@@ -47,18 +48,22 @@ class KVLayer(CacheLayerMixin):
     ):
         super().__init__()
         self.layer_idx, self.policy = layer_idx, policy
-        tracked = {} if policy is None else {"position": torch.int32, **policy.state}
-        # where in RoPE a key is, as far as it is not where the token is in the text
-        tracked |= {"angle": torch.int32} if compact else {}
         sizes = dict(window=window, n_sink=n_sink, min_length=min_length, max_length=max_length)
-        kind = SharedStore if keys is not None and keys.share_layers > 1 else UniformStore
-        if policy is not None and policy.is_ragged:
-            kind, keys, values = RaggedStore, keys or Dense(), values or Dense()
-        self.store = kind(keys, values, tracked=tracked, n_queries=policy.n_queries if policy else 0, **sizes)
+        self.store = self._make_store(keys, values, policy, compact=compact, **sizes)
+        keys, values = self.store.keys, self.store.values
         self.exact_prefill, self.compact = exact_prefill, compact
         self._codecs, self._policy = (keys, values), policy
         self.record_past = False
         self._forget()
+
+    def _make_store(self, keys, values, policy, compact, **sizes) -> UniformStore:
+        tracked = {} if policy is None else {"position": torch.int32, **policy.state}
+        # where in RoPE a key is, as far as it is not where the token is in the text
+        tracked |= {"angle": torch.int32} if compact else {}
+        kind = SharedStore if keys is not None and keys.share_layers > 1 else UniformStore
+        if policy is not None and policy.is_ragged:
+            kind, keys, values = RaggedStore, keys or Dense(), values or Dense()
+        return kind(keys, values, tracked=tracked, n_queries=policy.n_queries if policy else 0, **sizes)
 
     def _forget(self) -> None:
         self.tokens_seen = 0
@@ -81,6 +86,9 @@ class KVLayer(CacheLayerMixin):
     def is_decoding(self) -> bool:
         """Whether the newest call was a decoding step, as far as is known."""
         return self._is_decoding
+
+    def restored(self) -> None:
+        """A saved layer has got its tensors back."""
 
     # -- append, attend, compress ------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from hf_kvcache.adapters.base_weights import weights_digest
 from hf_kvcache.codecs.base import codec_from_spec
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import policy_from_spec
+from hf_kvcache.slots import layer_class
 from hf_kvcache.stores.shared import SharedStore
 
 FORMAT_VERSION = 1
@@ -174,7 +175,7 @@ def _describe(layer: KVLayer) -> tuple[dict, dict]:
 
 
 def _restore(i: int, entry: dict, tensors: dict, cache) -> KVLayer:
-    layer = KVLayer(
+    layer = layer_class(cache.policy)(
         i,
         *(_restore_codec(side, entry, tensors) for side in ("keys", "values")),
         cache.policy,
@@ -198,6 +199,7 @@ def _restore(i: int, entry: dict, tensors: dict, cache) -> KVLayer:
         layer.is_initialized = True
     for name in ("tokens_seen", "has_padding", "evicted_at", "judged_at"):
         setattr(layer, name, entry.get(name, 0))
+    layer.restored()
     return layer
 
 

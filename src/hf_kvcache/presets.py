@@ -7,6 +7,7 @@ from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import Dense, LowRank, Quantize, Sparse
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.policies.learned import DMC, DMS
 from hf_kvcache.policies.locret import Locret
 from hf_kvcache.policies.merge import Merge
 
@@ -274,3 +275,32 @@ class LocretCache(KVCache):
         sizes = dict(budget=budget, ratio=ratio, n_sink=n_sink, n_recent=local)
         policy = Locret(**sizes, stabilizers=stabilizers, decode=decode, interval=interval)
         super().__init__(policy, codec, window=window, **kwargs)
+
+
+class DMCCache(KVCache):
+    """The cache of a model that was retrofitted to merge tokens (DMC, Nawrot et al. 2024, arXiv 2403.09636).
+
+    What is kept is the model's decision, per head; there is no budget. `model.generate(**x, past_key_values=DMCCache())`
+    needs a model from `trainers/train_dmc.py`.
+
+    Args:
+        codec: row-granular codec, such as `Quantize(8, axis="token")`, that rows are encoded with as they are written;
+            None keeps them dense.
+        config, offloading: see `KVCache`.
+    """
+
+    def __init__(self, codec=None, *, config=None, offloading: bool = False):
+        super().__init__(DMC(), codec, window=0, config=config, offloading=offloading)
+
+
+class DMSCache(KVCache):
+    """The cache of a model that was retrofitted to drop tokens (DMS, Lancucki et al. 2025, arXiv 2506.05345).
+
+    A token that the model decides against stays for the window that it was trained with; then its row is used again.
+
+    Args:
+        codec, config, offloading: see `DMCCache`.
+    """
+
+    def __init__(self, codec=None, *, config=None, offloading: bool = False):
+        super().__init__(DMS(), codec, window=0, config=config, offloading=offloading)

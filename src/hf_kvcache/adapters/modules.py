@@ -11,7 +11,8 @@ from hf_kvcache.codecs.basis import Basis
 
 CHILD = "kv_lowrank"  # name under which the low-rank adapter hangs on an attention module
 RETAIN_CHILD = "kv_retain"  # and the retaining heads
-CHILDREN = (CHILD, RETAIN_CHILD)
+RETROFIT_CHILD = "kv_dmc"  # and what decides in a model that merges or drops tokens
+CHILDREN = (CHILD, RETAIN_CHILD, RETROFIT_CHILD)
 
 
 class Attention(NamedTuple):
@@ -81,4 +82,10 @@ def attached_heads(module: torch.nn.Module):
     find that there is no adapter.
     """
     child = getattr(module, RETAIN_CHILD, None)
+    return child if child is not None and child.is_active else None
+
+
+def attached_retrofit(module: torch.nn.Module):
+    """What decides in a retrofitted attention module, see `dmc.hooks.Owner`; None without, and while it is disabled."""
+    child = getattr(module, RETROFIT_CHILD, None)
     return child if child is not None and child.is_active else None

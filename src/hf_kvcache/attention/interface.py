@@ -7,8 +7,9 @@ import functools
 import torch
 
 from hf_kvcache import compat
-from hf_kvcache.attention import fused
-from hf_kvcache.attention.mask import KVMask, as_additive, resolve
+from hf_kvcache.adapters.modules import attached_retrofit
+from hf_kvcache.attention import compacted, fused
+from hf_kvcache.attention.mask import KVMask, as_additive, as_boolean, resolve
 from hf_kvcache.view import KVView
 
 NAME = "hf_kvcache"
@@ -31,6 +32,8 @@ def kv_attention(module, query, key, value, attention_mask, **kwargs):
     """
     if isinstance(key, KVView):
         return _attend(_exact, module, query, key, attention_mask, **kwargs)
+    if (retrofit := attached_retrofit(module)) is not None and retrofit.compresses:
+        return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, **kwargs)
     return _exact(module, query, key, value, _tensor(attention_mask), **kwargs)
 
 
@@ -62,6 +65,8 @@ def _pass_through(stock, fuses):
     def attention(module, query, key, value, attention_mask, **kwargs):
         if isinstance(key, KVView):
             return _attend(stock, module, query, key, attention_mask, fuses=fuses, **kwargs)
+        if (retrofit := attached_retrofit(module)) is not None and retrofit.compresses:
+            return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, fuses=fuses, **kwargs)
         return stock(module, query, key, value, attention_mask, **kwargs)
 
     attention._passes_views = True
@@ -75,6 +80,14 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
         # the layer turned out to be one that transformers' own class serves
         return stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
     view.module = module
+    if view.layer.decides:
+        _refuse_unfused(module, fuses, kwargs)
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = compacted.attend_rows(module, query, view, scaling, kwargs.get("softcap"))
+        view.layer.settle(query, view)
+        view.cache.after_attention(module.layer_idx)
+        return out.transpose(1, 2).contiguous(), None
     view.layer.note_padding(mask, n_new)
     view.layer.note_positions(kwargs.get("position_ids"), mask, n_new)
     view.layer.project_new(n_new)
@@ -99,6 +112,39 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
     if view.cache is not None:
         view.cache.after_attention(module.layer_idx)
     return out
+
+
+def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses=True, **kwargs):
+    """A retrofitted model without a cache: training, and evaluation of whole texts."""
+    _refuse_unfused(module, fuses, kwargs)
+    if key.shape[2] != query.shape[2] or retrofit.call is None:
+        raise ValueError(
+            f"layer {module.layer_idx}: a retrofitted model reads a text at once, or goes on in a cache of its own: "
+            "use past_key_values=DMCCache() or DMSCache()"
+        )
+    scaling = kwargs.get("scaling")
+    out = compacted.attend_parallel(
+        module,
+        query,
+        key,
+        value,
+        as_boolean(_tensor(mask)),
+        retrofit.call,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        kwargs.get("softcap"),
+        kwargs.get("dropout") or 0.0,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unfused(module, fuses, kwargs) -> None:
+    asked = [name for name in _UNFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
+    if asked or not fuses:
+        raise ValueError(
+            f"layer {module.layer_idx}: a retrofitted model decides what attention sees, which "
+            f"{' and '.join(asked) or 'this attention implementation'} cannot express; load it with "
+            'attn_implementation="hf_kvcache" (or "sdpa", "eager")'
+        )
 
 
 def _differ_in_padding(view) -> bool:

@@ -10,6 +10,7 @@ from hf_kvcache.policies.head_split import HeadSplit
 from hf_kvcache.policies.keydiff import KeyDiff
 from hf_kvcache.policies.l2norm import L2Norm
 from hf_kvcache.policies.lagkv import LagKV
+from hf_kvcache.policies.learned import DMC, DMS
 from hf_kvcache.policies.locret import Locret
 from hf_kvcache.policies.merge import Merge
 from hf_kvcache.policies.nacl import NACL
@@ -22,6 +23,8 @@ from hf_kvcache.policies.tova import TOVA
 
 __all__ = [
     "AdaKV",
+    "DMC",
+    "DMS",
     "ExpectedAttention",
     "FastGen",
     "H2O",

@@ -72,6 +72,42 @@ class PagedBuffer:
         for name in self.fields:
             self._flat(name)[at] = rows[name][is_kept]
 
+    def begin(self, batch: int, n_heads: int, device) -> None:
+        """Make an empty buffer ready for rows that come one by one."""
+        self._begin(batch, n_heads, device)
+
+    def follow_lengths(self, like: dict[str, torch.Tensor]) -> None:
+        """Bring pages and counts in line with `lengths`, which have been changed in place (on a CPU)."""
+        counts = self.lengths.long()
+        if (self._pages(counts) > self._pages(self.counts)).any():
+            self._allot(counts, like)
+        self.counts = counts
+
+    def make_room(self, like: dict[str, torch.Tensor]) -> None:
+        """Have a page for one more row of every head, whose lengths only the device knows; `counts` are what they can
+        be at most.
+        """
+        counts, lengths = self.counts + 1, self.lengths
+        if (self._pages(counts) > self._pages(self.counts)).any() or not self.tensors:
+            self._allot(counts, like)
+        self.counts, self.lengths = counts, lengths
+
+    def put(self, rows: dict[str, torch.Tensor], slot: torch.Tensor, is_whole: bool) -> None:
+        """Write rows `[B, Hkv, 1, ...]` at `slot` `[B, Hkv]` of their heads; where it is -1 nothing is written.
+
+        Args:
+            rows: by name.
+            slot: int32.
+            is_whole: whether none is -1.
+        """
+        at = self._address(slot.unsqueeze(-1))
+        is_written = None if is_whole else slot.unsqueeze(-1) >= 0
+        for name in self.fields:
+            if is_whole:
+                self._flat(name)[at.flatten()] = rows[name].flatten(0, 2)
+            else:
+                self._flat(name)[at[is_written]] = rows[name][is_written]
+
     def keep(self, is_kept: torch.Tensor) -> None:
         """Keep the rows where boolean `is_kept` `[B, Hkv, n_tokens]` and free the pages that this leaves empty."""
         is_kept = is_kept & self.is_row

@@ -1,0 +1,140 @@
+"""Attention where the model decides how long a row is seen: DMC and DMS, in training and in inference."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from hf_kvcache.attention.fused import as_sparse_rows
+from hf_kvcache.dmc.masks import expiry, hiding_bias
+from hf_kvcache.kernels.dense_attention import dense_attention
+from hf_kvcache.kernels.ragged_attention import ragged_attention
+
+BLOCK = 256  # queries that share the rows gathered for them
+
+
+def attend_rows(module, q, view, scaling, softcap) -> torch.Tensor:
+    """Attend over what a `SlotLayer` holds: pages for one token, a chunk with what is held for many.
+
+    Args:
+        module: the attention module.
+        q: `[B, Hq, S, D]`, after RoPE.
+        view: what its cache returned.
+
+    Returns:
+        `[B, Hq, S, D]`.
+    """
+    layer, store = view.layer, view.layer.store
+    call = layer.call
+    q = without_channel(module, q, call.settings)
+    if view.n_new == 1:
+        sides = (("k", store.keys), ("v", store.values))
+        keys, values = (as_sparse_rows(codec, store.encoded(side)) for side, codec in sides)
+        pages = store.packed.table, store.packed.lengths
+        out, _ = ragged_attention(store.keys.project_query(q), keys, values, *pages, scaling=scaling, softcap=softcap)
+        return store.values.project_output(out).to(q.dtype)
+    start = layer.tokens_seen - view.n_new
+    position = torch.arange(start, layer.tokens_seen, dtype=torch.int32, device=q.device)
+    k, v, until, where = view.new_k, view.new_v, layer.seen_until, position
+    if layer.held is not None:
+        old_k, old_v, old_until = layer.held
+        k, v, until = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2), torch.cat([old_until, until], 2)
+        # whatever is held is older than the new tokens
+        where = torch.cat([position.new_full((old_k.shape[2],), -1), position])
+    return attend_until(q, k, v, where, until, position, scaling=scaling, softcap=softcap)
+
+
+def attend_until(q, k, v, position, seen_until, q_position, *, scaling, softcap=None, block=BLOCK) -> torch.Tensor:
+    """Causal attention over rows that are seen up to a position each: exact, and without a mask of `S * N`.
+
+    Queries go block by block over the rows that one of them sees, gathered per head, so that work shrinks with what
+    the model lets go.
+
+    Args:
+        q: `[B, Hq, S, D]`.
+        k, v: `[B, Hkv, N, D]`, in the order of their positions.
+        position: of the rows, `[N]`.
+        seen_until: int32 `[B, Hkv, N]`; -1 for what nobody sees.
+        q_position: of the queries, ascending `[S]`.
+        scaling, softcap: of the scores.
+        block: queries at a time.
+
+    Returns:
+        `[B, Hq, S, D]`; zero for a query that sees nothing.
+    """
+    out = torch.empty_like(q)
+    for first in range(0, q.shape[2], block):
+        at = slice(first, first + block)
+        now = q_position[at]
+        n = int((position <= now[-1]).sum())
+        is_seen = seen_until[..., :n] >= now[0]
+        k_now, v_now, until, where = _gather(is_seen, k, v, seen_until[..., :n], position[:n])
+        mask = (where.unsqueeze(-2) <= now.view(-1, 1)) & (until.unsqueeze(-2) >= now.view(-1, 1))
+        out[:, :, at] = _masked(q[:, :, at], k_now, v_now, mask, scaling, softcap)
+    return out
+
+
+def _gather(is_seen, k, v, until, position):
+    """The rows that are seen, per head, in their order, padded to the longest."""
+    most = int(is_seen.sum(-1).max()) if is_seen.numel() else 0
+    where = position.expand_as(until)
+    if most > 0.8 * is_seen.shape[-1]:
+        return k[:, :, : is_seen.shape[-1]], v[:, :, : is_seen.shape[-1]], until, where
+    index = (~is_seen).to(torch.uint8).argsort(-1, stable=True)[..., :most]
+    until = until.masked_fill(~is_seen, -1).gather(2, index)
+    rows = index.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+    return k.gather(2, rows), v.gather(2, rows), until, where.gather(2, index)
+
+
+def _masked(q, k, v, mask, scaling, softcap):
+    """Attention under a boolean mask `[B, Hkv, S, n]`; zero where a query sees nothing."""
+    B, Hq, S, D = q.shape
+    Hkv = k.shape[1]
+    if softcap is not None:
+        return dense_attention(q, k.contiguous(), v.contiguous(), scaling=scaling, mask=mask, softcap=softcap)[0]
+    mask = mask.unsqueeze(2).expand(-1, -1, Hq // Hkv, -1, -1).reshape(B, Hq, S, -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=Hq != Hkv)
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def attend_parallel(module, q, k, v, mask, call, scaling, softcap=None, dropout=0.0) -> torch.Tensor:
+    """A whole text at once, without a cache: relaxed decisions add a bias to scores, hard ones end rows.
+
+    Args:
+        module: the attention module.
+        q, k, v: `[B, Hq | Hkv, T, D]`, keys and values merged already.
+        mask: boolean, True = visible, `[B, 1, T, T]`; None for causal.
+        call: what was decided.
+
+    Returns:
+        `[B, Hq, T, D]`.
+    """
+    q, delay, T = without_channel(module, q, call.settings), call.settings.delay, q.shape[2]
+    if not call.is_relaxed:
+        position = torch.arange(T, dtype=torch.int32, device=q.device)
+        seen_until = expiry(call.alpha, call.is_real, 0, delay)
+        return attend_until(q, k, v, position, seen_until, position, scaling=scaling, softcap=softcap)
+    bias = hiding_bias(call.left, delay)  # [B, Hkv, T, T]
+    if mask is not None:
+        # a padded query sees itself, so that its row is a number
+        mask = mask | torch.eye(T, dtype=torch.bool, device=q.device)
+        bias = bias.masked_fill(~mask, float("-inf"))
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, T, D]
+    scores = (grouped.flatten(2, 3) @ k.transpose(-1, -2)).unflatten(2, grouped.shape[2:4]) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores + bias.unsqueeze(2).to(scores.dtype), -1)
+    weights = F.dropout(weights, dropout)
+    return (weights.flatten(2, 3) @ v).view_as(q)
+
+
+def without_channel(module, x: torch.Tensor, settings) -> torch.Tensor:
+    """Take the borrowed channel out after RoPE, too, where the retrofit was made so: `[B, H, S, D]` of queries."""
+    if not (settings.zero_after_rope and settings.ablates):
+        return x
+    x = x.clone()
+    if settings.merges:
+        x[..., settings.neuron] = 0
+    else:
+        x.unflatten(1, (-1, module.num_key_value_groups))[:, :, 0, :, settings.neuron] = 0
+    return x

@@ -1,0 +1,189 @@
+"""The store of a model that decides for itself: rows in pages, and what the next token needs to be merged or placed."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.dmc.masks import FOREVER
+from hf_kvcache.kernels.slot_step import slot_step
+from hf_kvcache.stores.ragged import PAGE, RaggedStore
+
+REFRESH = 32  # steps between two looks at the lengths on a device that would have to be waited for
+
+
+class SlotStore(RaggedStore):
+    """Rows in pages only: a decoded token takes the row of one that is not needed any more, or a new one.
+
+    `memory` holds, per head, the ring of `slot_step`, and for DMC the newest members of the open segment.
+
+    Args:
+        keys, values: row-granular codecs whose rows serve any head; None means dense rows.
+        page: rows per page.
+        other arguments: see `UniformStore`.
+    """
+
+    def __init__(self, keys: Codec | None = None, values: Codec | None = None, *, page: int = PAGE, **options):
+        super().__init__(keys, values, page=page, **options)
+        self._n_since_look = 0
+
+    @property
+    def has_begun(self) -> torch.Tensor | None:
+        """Which rows of the batch have seen a real token, boolean `[B]`; None when the store is new."""
+        return None if self.packed.table is None else self.packed.lengths[:, 0] > 0
+
+    def begin(self, batch: int, n_heads: int, delay: int, device, dtype) -> None:
+        """Make an empty store ready for a batch."""
+        self.dtype = dtype
+        self.packed.begin(batch, n_heads, device)
+        self.memory.tokens_per_row = {}
+        self._remember("ring", torch.full((batch, n_heads, 1, delay + 1), -1, dtype=torch.int32, device=device))
+
+    def _remember(self, name: str, t: torch.Tensor) -> None:
+        self.memory.tokens_per_row[name] = 1
+        self.memory.tensors[name], self.memory.n_tokens = t, 1
+
+    @property
+    def ring(self) -> torch.Tensor:
+        """See `slot_step`: int32 `[B, Hkv, delay + 1]`."""
+        return self.memory.tensors["ring"][:, :, 0]
+
+    # -- the open segment of DMC -------------------------------------------------------------------------------------
+
+    def taps(self, side: str, like: torch.Tensor, window: int) -> torch.Tensor:
+        """The newest members of the open segment of a side, in a ring `[B, Hkv, w, D]`; a float32 mean without one."""
+        name = f"{side}.taps"
+        if name not in self.memory.tensors:
+            B, _, H, D = like.shape
+            dtype = like.dtype if window else torch.promote_types(like.dtype, torch.float32)
+            self._remember(name, torch.zeros(B, H, 1, max(window, 1), D, dtype=dtype, device=like.device))
+        return self.memory.tensors[name][:, :, 0]
+
+    def tap_weights(self, window: int, like: torch.Tensor) -> torch.Tensor:
+        """Weights of those cells, float32 `[B, Hkv, w]`, zero for what is not part of the segment."""
+        if "weights" not in self.memory.tensors:
+            B, H = like.shape[:2]
+            self._remember("weights", torch.zeros(B, H, 1, max(window, 1), dtype=like.dtype, device=like.device))
+        return self.memory.tensors["weights"][:, :, 0]
+
+    # -- one token ---------------------------------------------------------------------------------------------------
+
+    def place(
+        self, k: torch.Tensor, v: torch.Tensor, alpha: torch.Tensor, is_real: torch.Tensor | None, position: int
+    ) -> None:
+        """Write one token's rows `[B, Hkv, 1, D]` where `slot_step` says.
+
+        Args:
+            alpha: its decisions, boolean `[B, Hkv]`.
+            is_real: `[B]`, or None.
+            position: in the text.
+        """
+        packed, rows = self.packed, self._encode_rows(k, v)
+        if packed.lengths.device.type == "cpu":
+            slot = slot_step(alpha, is_real, self.ring, packed.lengths, position)
+            packed.follow_lengths(rows)
+        else:
+            # nobody waits for the device: pages are there for as many rows as there can be
+            self._n_since_look += 1
+            if self._n_since_look >= REFRESH:
+                packed.counts, self._n_since_look = packed.lengths.cpu().long(), 0
+            packed.make_room(rows)
+            slot = slot_step(alpha, is_real, self.ring, packed.lengths, position)
+        packed.put(rows, slot, is_real is None)
+
+    # -- many tokens -------------------------------------------------------------------------------------------------
+
+    def held(self, position: int, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Rows of earlier tokens, dense, and how long they are seen: K and V `[B, Hkv, N, D]`, int32 `[B, Hkv, N]`.
+
+        Args:
+            position: of the first new token.
+            alpha: its decisions, boolean `[B, Hkv]`.
+        """
+        if not self.packed.n_tokens:
+            return None
+        n_cells, packed = self.ring.shape[-1], self.packed
+        k, v = self.rows(0, packed.n_tokens)
+        until = torch.where(packed.is_row, FOREVER, -1).int()
+        self._condemn(position, alpha)
+        at = (position - 1 - torch.arange(n_cells, device=k.device)) % n_cells  # newest first
+        cells = self.ring[..., at]
+        last = (position - 1 - torch.arange(n_cells, device=k.device) + n_cells - 1).int()
+        # cells without a condemned row write behind the end
+        row = torch.where((cells >= 0) & (cells % 2 == 1), cells // 2, packed.n_tokens).long()
+        until = torch.nn.functional.pad(until, (0, 1)).scatter(2, row, last.expand_as(cells))[..., :-1]
+        return k, v, until
+
+    def _condemn(self, position: int, alpha: torch.Tensor) -> None:
+        """Note the first decision of a call, which is about the last token of the one before."""
+        before = self.ring[..., (position - 1) % self.ring.shape[-1]]
+        before |= (alpha & (before >= 0)).int()
+
+    def commit(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        seen_until: torch.Tensor,
+        held_until: torch.Tensor | None,
+        position: int,
+    ) -> None:
+        """Take over new rows, and let go of those that the last query has not seen: as token by token.
+
+        Args:
+            k, v: `[B, Hkv, S, D]`.
+            seen_until: last position at which a new row is seen, int32 `[B, Hkv, S]`.
+            held_until: the same of the rows that `held` returned.
+            position: of the first new token.
+        """
+        S, last = k.shape[2], position + k.shape[2] - 1
+        stays, n_cells = seen_until >= last, self.ring.shape[-1]
+        shift = torch.zeros_like(self.packed.lengths).long()
+        old = self.ring
+        if held_until is not None:
+            kept = held_until >= last
+            # where a row that stays ends up
+            rank = torch.nn.functional.pad(kept.cumsum(-1) - 1, (0, 1))
+            row = torch.nn.functional.pad(torch.where(kept, rank[..., :-1], -1), (0, 1), value=-1)
+            moved = row.gather(2, torch.where(old >= 0, old // 2, kept.shape[-1]).long())
+            old = torch.where((old >= 0) & (moved >= 0), 2 * moved + old % 2, -1).int()
+            self.packed.keep(kept)
+            shift = self.packed.lengths.long()
+        self.packed.append(self._encode_rows(k, v), stays)
+        new_rows = torch.where(stays, shift.unsqueeze(-1) + stays.cumsum(-1) - 1, -1)
+        condemned = (seen_until != FOREVER) & stays
+        new = torch.where(new_rows >= 0, 2 * new_rows + condemned, -1).int()[..., -n_cells:]
+        at = torch.arange(last + 1 - new.shape[-1], last + 1, device=k.device) % n_cells
+        self.memory.tensors["ring"][:, :, 0] = old
+        self.ring[..., at] = new
+
+    def _encode_rows(self, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
+        rows = {}
+        for side, codec, x in (("k", self.keys, k), ("v", self.values, v)):
+            rows |= {f"{side}.{name}": t for name, t in codec.encode(x, None, None).items()}
+        return rows
+
+    @property
+    def n_kept(self) -> int:
+        return self.packed.n_tokens
+
+    @property
+    def positions(self) -> None:
+        return None
+
+    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        is_row = self.packed.is_row[..., start:stop].unsqueeze(-1)
+        return tuple(
+            codec.decode(
+                {name: self.packed.read(f"{side}.{name}", start, stop) for name in codec.fields},
+                self.dtype,
+                self.head_dim,
+            ).masked_fill(~is_row, 0)
+            for side, codec in (("k", self.keys), ("v", self.values))
+        )
+
+    def blocks(self, size: int):
+        for start in range(0, self.packed.n_tokens, size):
+            yield self.rows(start, min(start + size, self.packed.n_tokens))
+
+    def pack(self) -> None:
+        """Nothing: rows are encoded as they come."""
