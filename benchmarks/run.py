@@ -25,6 +25,9 @@ import memory
 import projection
 import pruning
 import ragged
+import recall
+import retrofit
+import serving
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -43,12 +46,18 @@ SUITES = {
     "pruning": pruning.pruning,
     "projection": projection.projection,
     "eviction": eviction.eviction,
+    "recall": recall.recall,
     "kvpress": against_kvpress.against_kvpress,
+    "retrofit": retrofit.retrofit,
+    "realised": retrofit.realised,
+    "serving": serving.serving,
 }
 # drawn beside the JSON, where matplotlib is installed
-PICTURES = {"long-prompt": long_prompt.picture}
+PICTURES = {"long-prompt": long_prompt.picture, "retrofit": retrofit.picture}
 # these measure what a model says, not how fast, and take --model, --text and --context
-QUALITY = ("pruning", "projection", "eviction", "kvpress")
+QUALITY = ("pruning", "projection", "eviction", "kvpress", "retrofit")
+# these need models or programs that are not there by themselves
+ON_REQUEST = {"kvpress": "kvpress_python", "retrofit": "retrofits", "realised": "retrofits"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,13 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
     quality.add_argument("--context", type=int, default=2048, help="tokens of a window (default 2048)")
     quality.add_argument("--adapter", help="folder of retaining heads for eviction (default: the embedded model's)")
     parser.add_argument("--kvpress-python", help="interpreter of an environment with kvpress, for that suite")
+    parser.add_argument("--retrofits", help="folder of models from trainers/train_dmc.py, for those suites")
     options = parser.parse_args(arguments)
     unknown = set(options.suites) - set(SUITES)
     if unknown:
         parser.error(f"no suite is called {', '.join(sorted(unknown))}")
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    everything = [name for name in SUITES if name != "kvpress" or options.kvpress_python]
+    everything = [name for name in SUITES if name not in ON_REQUEST or getattr(options, ON_REQUEST[name])]
     for name in options.suites or everything:
         started = time.time()
         rows = SUITES[name](options)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels import select
+from hf_kvcache.kernels import choose, select
 
-__all__ = ["slot_step"]
+__all__ = ["place_rows", "slot_step"]
 
 
 def slot_step(
@@ -32,12 +32,64 @@ def slot_step(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    if ring.shape[:2] != alpha.shape or lengths.shape != alpha.shape or ring.dim() != 3:
+    _check(alpha, is_real, ring, lengths)
+    return select("slot_step", alpha.device)(alpha, is_real, ring, lengths, position)
+
+
+def place_rows(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    alpha: torch.Tensor,
+    is_real: torch.Tensor | None,
+    ring: torch.Tensor,
+    lengths: torch.Tensor,
+    position: int,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    table: torch.Tensor,
+) -> None:
+    """`slot_step`, and the rows of the token written where it says: one launch on a GPU.
+
+    Args:
+        k: dense row of the token, `[B, Hkv, 1, D]`.
+        v: likewise; its head size may be another.
+        alpha, is_real, ring, lengths, position: see `slot_step`.
+        k_pages: pages in the dtype of `k`, contiguous `[P, 1, page, D]`. Written to, but not for padding.
+        v_pages: likewise of `v`, with the same `P` and `page`.
+        table: pages of every head in the order of its rows, int32 `[B, Hkv, M]`; there is one for a new row.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _check(alpha, is_real, ring, lengths)
+    for name, x, pages in (("k", k, k_pages), ("v", v, v_pages)):
+        fits = x.shape[:3] == (*alpha.shape, 1) and pages.shape[1::2] == (1, x.shape[3]) and pages.dtype == x.dtype
+        if not fits or not pages.is_contiguous():
+            raise ValueError(
+                f"{name} {x.dtype} {list(x.shape)} must be [B, Hkv, 1, D], its pages {pages.dtype} "
+                f"{list(pages.shape)} contiguous [P, 1, page, D] of the same dtype"
+            )
+    if k_pages.shape[:3] != v_pages.shape[:3] or table.shape[:2] != alpha.shape or table.dtype != torch.int32:
+        raise ValueError(
+            f"pages {list(k_pages.shape)} and {list(v_pages.shape)} must be as many, table {table.dtype} "
+            f"{list(table.shape)} int32 [B, Hkv, M]"
+        )
+    if choose("slot_step", alpha.device).backend == "triton":
+        from hf_kvcache.kernels.slot_step import triton_kernel as backend
+    else:
+        from hf_kvcache.kernels.slot_step import reference as backend
+    backend.place_rows(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table)
+
+
+def _check(alpha, is_real, ring, lengths):
+    if ring.dim() != 3 or ring.shape[:2] != alpha.shape or lengths.shape != alpha.shape or not ring.shape[2]:
         raise ValueError(
             f"alpha {list(alpha.shape)}, ring {list(ring.shape)} and lengths {list(lengths.shape)} must be [B, Hkv], "
             "[B, Hkv, delay + 1] and [B, Hkv]"
         )
     if {ring.dtype, lengths.dtype} != {torch.int32} or alpha.dtype != torch.bool:
         raise ValueError(f"ring {ring.dtype} and lengths {lengths.dtype} must be int32, alpha {alpha.dtype} bool")
-    run = select("slot_step", alpha.device)
-    return run(alpha, is_real, ring, lengths, position)
+    if is_real is not None and (is_real.shape != alpha.shape[:1] or is_real.dtype != torch.bool):
+        raise ValueError(
+            f"is_real {is_real.dtype} {list(is_real.shape)} must be bool [B], alpha is {list(alpha.shape)}"
+        )

@@ -1,4 +1,4 @@
-"""The definition of `slot_step`."""
+"""The definition of `slot_step` and `place_rows`."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def slot_step(alpha, is_real, ring, lengths, position):
     row = torch.where(is_real, row, -1)
     cell.copy_(torch.where(is_real, 2 * row, torch.where(is_free, cell, -1)))
     return row
+
+
+def place_rows(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table):
+    row, page = slot_step(alpha, is_real, ring, lengths, position), k_pages.shape[2]
+    entry = (row.clamp(min=0) // page).unsqueeze(-1).long()
+    at = table.gather(2, entry).squeeze(-1).long() * page + row % page  # [B, Hkv]
+    # picking by a mask would wait for the device
+    is_row = slice(None) if is_real is None else row >= 0
+    for x, pages in ((k, k_pages), (v, v_pages)):
+        pages.flatten(0, 2)[at[is_row]] = x[:, :, 0][is_row]

@@ -16,7 +16,7 @@ from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.learned import Learned
-from hf_kvcache.slots import layer_class
+from hf_kvcache.slots import SlotLayer, layer_class
 from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import PACK_STEP
 from hf_kvcache.view import KVView
@@ -263,7 +263,11 @@ class KVCache(Cache):
         layer = self.layers[layer_idx]
         if self.offloading and key_states.is_cuda:
             self._prefetch_ahead(layer_idx, key_states.device)
-        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if self._stock is None and isinstance(layer, SlotLayer) and layer.call is None and not layer.tokens_seen:
+            # the first layer of a model that may turn out to have a window there, see `bind`
+            keys = values = KVView(layer, key_states, value_states, is_prefill=True)
+        else:
+            keys, values = layer.update(key_states, value_states, *args, **kwargs)
         if isinstance(keys, KVView):
             keys.cache = self
         return keys, values
@@ -285,6 +289,8 @@ class KVCache(Cache):
             stock.update(view.new_k, view.new_v)
             self.layers[layer_idx] = stock
             return False
+        if view.layer.decides and view.layer.call is None:
+            raise ValueError(view.layer.lacks_decisions)
         if layer_idx == self.first_layer:
             known = self._model() if self._model is not None else None
             if known is not None and known is not module and not view.is_prefill:
@@ -307,7 +313,10 @@ class KVCache(Cache):
             self._stock = compat.stock_layers(module.config)
         while len(self.layers) <= module.layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
-        return self.layers[module.layer_idx]
+        layer = self.layers[module.layer_idx]
+        if self.offloading and layer.is_initialized and layer.device.type == "cuda":
+            self._prefetch_ahead(module.layer_idx, layer.device)
+        return layer
 
     def attach(self, module: torch.nn.Module, layer: KVLayer) -> None:
         """Let codecs and policy of a layer that has seen rows take from its attention module what they need."""

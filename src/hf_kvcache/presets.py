@@ -280,8 +280,7 @@ class LocretCache(KVCache):
 class DMCCache(KVCache):
     """The cache of a model that was retrofitted to merge tokens (DMC, Nawrot et al. 2024, arXiv 2403.09636).
 
-    What is kept is the model's decision, per head; there is no budget. `model.generate(**x, past_key_values=DMCCache())`
-    needs a model from `trainers/train_dmc.py`.
+    What is kept is the model's decision, per head; there is no budget. It needs a model from `trainers/train_dmc.py`.
 
     Args:
         codec: row-granular codec, such as `Quantize(8, axis="token")`, that rows are encoded with as they are written;

@@ -189,6 +189,22 @@ METHODS = (
         "Locret, Huang et al. 2024",
         "budget or ratio, stabilizers=None, n_recent=100",
     ),
+    Method(
+        "dmc",
+        "hf_kvcache.policies.learned:DMC",
+        "tokens",
+        "Tokens merged into the newest row of their head where a retrofitted model says so: ragged",
+        "DMC, Nawrot et al. 2024",
+        "codec=None; a model from trainers/train_dmc.py",
+    ),
+    Method(
+        "dms",
+        "hf_kvcache.policies.learned:DMS",
+        "tokens",
+        "Tokens dropped a window later where a retrofitted model says so: ragged",
+        "DMS, Lancucki et al. 2025",
+        "codec=None; a model from trainers/train_dmc.py",
+    ),
 )
 
 # (format of keys, format of values) -> the function that attends over a store of that kind

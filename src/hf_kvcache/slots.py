@@ -22,6 +22,7 @@ class SlotLayer(KVLayer):
         call: the call of the attention module that is under way, or None.
         held: what `SlotStore.held` has found for a call of many tokens, or None.
         seen_until: last position at which its rows are seen, int32 `[B, Hkv, S]`.
+        window: that its rows were made with, or None.
         all_begun: whether every row of the batch is known to have seen a real token.
     """
 
@@ -34,7 +35,7 @@ class SlotLayer(KVLayer):
     def _forget(self) -> None:
         super()._forget()
         self.call: Call | None = None
-        self.held = self.seen_until = None
+        self.held = self.seen_until = self.window = None
         self.all_begun = False
 
     @property
@@ -48,24 +49,51 @@ class SlotLayer(KVLayer):
         """Decisions of new tokens are there; their rows will follow.
 
         Raises:
-            ValueError: padding between the tokens of a row.
+            ValueError: the rows so far were made with another window, by an adapter that was active then; or another
+                batch goes on.
         """
         B, H, _ = call.alpha.shape
+        if self.window not in (None, call.settings.window):
+            raise ValueError(
+                f"layer {self.layer_idx}: the rows so far were made with window={self.window}, and the adapter that is "
+                f"active now has window={call.settings.window}; use a new cache"
+            )
+        self.window = call.settings.window
         if self.has_begun is None:
             self.store.begin(B, H, call.settings.delay, call.alpha.device, call.logits.dtype)
-        elif call.is_real is not None and (self.has_begun.unsqueeze(-1) & ~call.is_real).any():
+        elif self.store.packed.table.shape[:2] != (B, H):
+            held = list(self.store.packed.table.shape[:2])
+            raise ValueError(
+                f"layer {self.layer_idx}: batch size and KV heads of the new tokens are {[B, H]}, of the cache {held}; "
+                "use a new cache (or reset() this one) for another batch or model"
+            )
+        self.call = call
+
+    def refuse_gaps(self, is_real: torch.Tensor | None) -> None:
+        """Refuse new tokens `[B, S]` that are padding behind a real one.
+
+        Raises:
+            ValueError: there are some.
+        """
+        if is_real is None:
+            return
+        has_begun = is_real.cumsum(-1) > 0
+        if self.has_begun is not None:
+            has_begun |= self.has_begun.unsqueeze(-1)
+        if (has_begun & ~is_real).any():
             raise ValueError(
                 f"layer {self.layer_idx}: padding between the tokens of a row, whose decisions are about their "
                 "neighbours; pad on the left, before the first token"
             )
-        self.call = call
 
     def merge(self, side: str, x: torch.Tensor, call: Call) -> torch.Tensor:
         """Running means of new tokens `[B, S, Hkv, D]`, the open segment going on; the same shape."""
         window, store = call.settings.window, self.store
         taps, weights = store.taps(side, x, window), store.tap_weights(window, call.omega)
+        # models project keys first, or values
+        call.n_merged += 1
         if x.shape[1] == 1:
-            return self._merge_one(side, x, call, taps, weights).unsqueeze(1)
+            return self._merge_one(x, call, taps, weights).unsqueeze(1)
         w, S = taps.shape[2], x.shape[1]
         # oldest first: all but the one that the first new token takes the place of, or the mean so far
         order = (self.tokens_seen + torch.arange(min(window, 1), max(window, 1), device=x.device)) % w
@@ -85,23 +113,23 @@ class SlotLayer(KVLayer):
             taps[:, :, cells] = rows[:, :, -n:].to(taps.dtype)
             ends = weights * before
             ends[..., cells] = left[..., -n:]
-        if side == "v":
+        if call.n_merged == 2:
             # both sides have been merged with the weights that they began with
             weights.copy_(ends)
         return means.transpose(1, 2)
 
-    def _merge_one(self, side, x, call, taps, weights) -> torch.Tensor:
+    def _merge_one(self, x, call, taps, weights) -> torch.Tensor:
         alpha, omega, rows = call.alpha, call.omega, x[:, 0]
         if not call.settings.window:
             # the mean so far counts as one member
-            if side == "k":
+            if call.n_merged == 1:
                 weights *= alpha
                 call.share = omega / (weights + omega)
                 weights += omega
             mean = taps[:, :, 0].lerp_(rows.to(taps.dtype), call.share.to(taps.dtype))
             return mean.to(x.dtype)
         cell = self.tokens_seen % taps.shape[2]
-        if side == "k":
+        if call.n_merged == 1:
             weights *= alpha
             weights[..., cell] = omega[..., 0]
         return merge_step(rows.contiguous(), weights, taps, cell)
@@ -115,10 +143,7 @@ class SlotLayer(KVLayer):
             ValueError: the model has not said what to do with them, or see `KVLayer.append`.
         """
         if self.call is None or self.call.alpha.shape != k.shape[:3]:
-            raise ValueError(
-                f"layer {self.layer_idx}: {type(self.policy).__name__} goes by the decisions of a retrofitted model, "
-                "and this one makes none; trainers/train_dmc.py retrofits a model, hf_kvcache.dmc.load loads one"
-            )
+            raise ValueError(self.lacks_decisions)
         self._check(k, v)
         store, start, alpha, is_real = self.store, self.tokens_seen, self.call.alpha, self.call.is_real
         store.dtype, store.head_dim = k.dtype, k.shape[-1]
@@ -131,6 +156,13 @@ class SlotLayer(KVLayer):
             self.held = store.held(start, alpha[..., 0])
             self.seen_until = expiry(alpha, is_real, start, self.call.settings.delay)
         return KVView(self, k, v, is_prefill=False)
+
+    @property
+    def lacks_decisions(self) -> str:
+        return (
+            f"layer {self.layer_idx}: {type(self._policy).__name__} goes by the decisions of a retrofitted model, "
+            "and this one makes none; trainers/train_dmc.py retrofits a model, hf_kvcache.dmc.load loads one"
+        )
 
     def note_padding(self, mask, n_new: int) -> None:
         """The hooks have."""
@@ -178,7 +210,7 @@ def layer_class(policy) -> type[KVLayer]:
 def layer_of(cache, attention: torch.nn.Module, settings: Settings) -> SlotLayer | None:
     """The layer of a cache that takes the rows of a retrofitted attention module; None without a cache.
 
-    A cache of another kind is let pass as long as it is empty, because models make one whether it is used or not.
+    One of transformers' own is let pass as long as it is empty, because models make one whether it is used or not.
 
     Raises:
         ValueError: the cache is for something else.
@@ -187,7 +219,7 @@ def layer_of(cache, attention: torch.nn.Module, settings: Settings) -> SlotLayer
         return None
     policy = getattr(cache, "policy", None)
     if not isinstance(policy, Learned):
-        if cache.get_seq_length(attention.layer_idx):
+        if hasattr(cache, "policy") or cache.get_seq_length(attention.layer_idx):
             kind = "DMCCache" if settings.merges else "DMSCache"
             raise ValueError(
                 f"layer {attention.layer_idx}: the model was retrofitted for {settings.method.upper()}, and its rows "

@@ -6,9 +6,11 @@ import hf_kvcache.kernels.dense_attention  # noqa: F401
 from hf_kvcache.kernels import native, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
+from hf_kvcache.kernels.merge_step import merge_step
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.ragged_attention import ragged_attention
+from hf_kvcache.kernels.slot_step import slot_step
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.kernels.sparse_pack import sparse_pack
 from hf_kvcache.rope import Rope
@@ -140,6 +142,21 @@ def lowrank():
                     lowrank_attention(exact(1, 2 * G, S, rank).to(dtype), keys, values, scaling=0.1, mask=mask)
 
 
+def steps():
+    for w, D in ((1, 8), (12, 128), (5, 47), (64, 255), (3, 9), (17, 80)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x, weights, taps = exact(2, 3, D).to(dtype), torch.rand(2, 3, w), exact(2, 3, w, D)
+            weights[..., w // 2 :] *= torch.rand(2, 3, w - w // 2) < 0.5
+            for held in (taps.to(dtype), taps):
+                weights[..., w - 1] = 1.0
+                merge_step(x, weights, held, w - 1)
+    for delay in (0, 1, 5, 256):
+        ring, lengths = torch.full((2, 3, delay + 1), -1, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
+        for t in range(300):
+            is_real = torch.rand(2) < 0.9 if t % 2 else None
+            slot_step(torch.rand(2, 3) < 0.5, is_real, ring, lengths, t)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -150,4 +167,5 @@ if __name__ == "__main__":
         sparse()
         ragged()
         lowrank()
+        steps()
     print("clean")

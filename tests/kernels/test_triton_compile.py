@@ -37,6 +37,9 @@ VARIANTS = [
     "ragged-d128-4bit-g64-dense",
     "ragged-d128-bitmap40-page16",
     "merge-ragged-d128",
+    "step-merge-d128",
+    "step-slot-padded",
+    "step-place-d128",
 ]
 # where Triton has scatter in shared memory
 GLUON = [

@@ -1,6 +1,7 @@
 """What a model carries for its caches: saved, loaded and shared as PEFT adapters.
 
-Only `lowrank`, `retaining_peft` and `attach` need PEFT; everything else reads and writes the same files without it.
+Only `lowrank`, `retaining_peft`, `dmc_peft` and `attach` need PEFT; everything else reads and writes the same files
+without it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from importlib import import_module
 _HOME = {
     "AdapterError": "errors",
     "Bases": "bases",
+    "DMCConfig": "dmc_peft",
+    "DMCModel": "dmc_peft",
     "LowRankKVConfig": "lowrank",
     "LowRankKVModel": "lowrank",
     "LowRankLinear": "decompose",
@@ -20,7 +23,9 @@ _HOME = {
     "attach": "attaching",
     "attached_basis": "modules",
     "attached_heads": "modules",
+    "attached_retrofit": "modules",
     "load_decomposed": "decompose",
+    "save_adapter": "dmc_files",
 }
 
 __all__ = sorted(_HOME)

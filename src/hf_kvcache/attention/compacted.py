@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from hf_kvcache.attention import flex
 from hf_kvcache.attention.fused import as_sparse_rows
 from hf_kvcache.dmc.masks import expiry, hiding_bias
 from hf_kvcache.kernels.dense_attention import dense_attention
@@ -80,7 +81,7 @@ def _gather(is_seen, k, v, until, position):
     where = position.expand_as(until)
     if most > 0.8 * is_seen.shape[-1]:
         return k[:, :, : is_seen.shape[-1]], v[:, :, : is_seen.shape[-1]], until, where
-    index = (~is_seen).to(torch.uint8).argsort(-1, stable=True)[..., :most]
+    index = (~is_seen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
     until = until.masked_fill(~is_seen, -1).gather(2, index)
     rows = index.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
     return k.gather(2, rows), v.gather(2, rows), until, where.gather(2, index)
@@ -114,6 +115,8 @@ def attend_parallel(module, q, k, v, mask, call, scaling, softcap=None, dropout=
         position = torch.arange(T, dtype=torch.int32, device=q.device)
         seen_until = expiry(call.alpha, call.is_real, 0, delay)
         return attend_until(q, k, v, position, seen_until, position, scaling=scaling, softcap=softcap)
+    if flex.serves(q, dropout):
+        return flex.attend_flex(q, k, v, call.left, call.is_real, delay, scaling=scaling, softcap=softcap)
     bias = hiding_bias(call.left, delay)  # [B, Hkv, T, T]
     if mask is not None:
         # a padded query sees itself, so that its row is a number

@@ -34,7 +34,7 @@ def load_model(args: argparse.Namespace):
         UserError: the model, its tokenizer, its adapter or the device is not there.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from hf_kvcache.models import embedded_model
 
@@ -51,12 +51,30 @@ def load_model(args: argparse.Namespace):
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation=args.attn)
+        model = _from_pretrained(where, dtype=dtype, attn_implementation=args.attn)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {str(where)!r}: {str(error).splitlines()[0]}") from error
     model = model.to(device).eval()
     _attach(model, args)
     return model, tokenizer
+
+
+def _from_pretrained(where, **kwargs):
+    """A model of transformers, or one of our retrofits."""
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+    from hf_kvcache import dmc
+
+    config, _ = PreTrainedConfig.get_config_dict(where)
+    load = dmc.load if "kv_dmc" in config else AutoModelForCausalLM.from_pretrained
+    return load(where, **kwargs)
+
+
+def retrofitted(model) -> str | None:
+    """What a model is retrofitted for: "dmc", "dms", or None."""
+    from hf_kvcache.dmc import retrofits
+
+    return next((child.settings.method for child in retrofits(model).values()), None)
 
 
 def _attach(model, args: argparse.Namespace) -> None:

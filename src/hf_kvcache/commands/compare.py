@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
-from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs, read_text
+from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs, read_text, retrofitted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     text = _text(args)
     model, tokenizer = load_model(args)
     carries_heads = any(attached_heads(module) is not None for module in model.modules())
-    specs = with_baseline(default_specs(carries_heads) if typed is None else typed)
+    specs = with_baseline(default_specs(carries_heads, retrofitted(model)) if typed is None else typed)
     settings = _settings(args, model.config)
     rows = _measure(model, tokenizer, text, specs, settings)
     name = args.model or "the embedded model"

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
-from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs, read_text
+from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs, read_text, retrofitted
 
 PROMPT = "prompt.json"
 DEFAULT_CACHE = "quant:bits=4"
@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.0, metavar="T", help="sample at this temperature (default: 0, greedy)"
     )
     group = parser.add_argument_group("cache")
-    group.add_argument("--cache", metavar="SPEC", help=f"as in `hf-kvcache compare` (default: {DEFAULT_CACHE})")
+    group.add_argument(
+        "--cache",
+        metavar="SPEC",
+        help=f"as in `hf-kvcache compare` (default: {DEFAULT_CACHE}, or a retrofitted model's own)",
+    )
     group.add_argument(
         "--chunk", type=int, metavar="N", help="read the prompt N tokens at a time, and evict in between"
     )
@@ -51,8 +55,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--max-new-tokens {args.max_new_tokens} is not a positive number")
     if args.chunk is not None and args.chunk < 1:
         raise UserError(f"--chunk {args.chunk} is not a positive number")
-    spec = None if args.load else parse_specs([args.cache or DEFAULT_CACHE])[0]
+    typed = parse_specs([args.cache])[0] if args.cache else None
     model, tokenizer = load_model(args)
+    spec = typed or parse_specs([retrofitted(model) or DEFAULT_CACHE])[0]
     try:
         if args.load:
             cache, known = _load(Path(args.load), model)

@@ -1,4 +1,4 @@
-"""Train what a method adds to a model: retaining heads, or low-rank projections.
+"""Train what a method adds to a model (retaining heads, low-rank projections), or the model itself (DMC, DMS, GQA).
 
 `hf-kvcache train retaining-heads --help` lists the arguments of a trainer; `accelerate launch -m
 hf_kvcache.trainers.train_retaining_heads` runs the same on several processes.
@@ -14,6 +14,8 @@ from hf_kvcache.commands import UserError
 TRAINERS = {
     "retaining-heads": ("train_retaining_heads", "score tokens for Locret"),
     "projections": ("train_projections", "fine-tune the bases of a low-rank cache"),
+    "dmc": ("train_dmc", "retrofit a model that merges (DMC) or drops (DMS) tokens"),
+    "gqa": ("convert_gqa", "give a model fewer KV heads, and train it on"),
 }
 
 

@@ -61,21 +61,25 @@ def logistic_noise(shape, generator: torch.Generator, device=None) -> torch.Tens
     return torch.logit(u).to(device or generator.device)
 
 
-def harden(
-    logits: torch.Tensor, is_real: torch.Tensor | None = None, has_begun: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The decisions of inference, boolean `[B, Hkv, S]`; the first real token of a row has nothing before it.
+def harden(logits: torch.Tensor, opening: torch.Tensor | None = None) -> torch.Tensor:
+    """The decisions of inference, boolean `[B, Hkv, S]`.
+
+    Args:
+        logits: `[B, Hkv, S]`.
+        opening: from `opens`: tokens that have nothing before them; None when all have.
+    """
+    alpha = logits > 0
+    return alpha if opening is None else alpha & ~opening
+
+
+def opens(logits: torch.Tensor, is_real: torch.Tensor | None, has_begun: torch.Tensor | None) -> torch.Tensor:
+    """Tokens that have nothing before them: the first real one, and padding; boolean `[B, 1, S]`.
 
     Args:
         logits: `[B, Hkv, S]`.
         is_real: which tokens are no padding, `[B, S]`; None when all are.
         has_begun: rows that have seen a real token before, `[B]`; None when none has.
     """
-    return (logits > 0) & ~opens(logits, is_real, has_begun)
-
-
-def opens(logits: torch.Tensor, is_real: torch.Tensor | None, has_begun: torch.Tensor | None) -> torch.Tensor:
-    """Tokens that have nothing before them: the first real one, and padding; boolean `[B, 1, S]`."""
     B, _, S = logits.shape
     if is_real is None:
         is_real = torch.ones(B, S, dtype=torch.bool, device=logits.device)

@@ -6,6 +6,7 @@ running mean by the position of its last member.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -57,22 +58,25 @@ class Call:
         p, left: relaxed decisions, and the log of what they leave, `[B, Hkv, S]`; hard ones (0 and 1) and None.
         alpha: hard decisions, boolean `[B, Hkv, S]`.
         is_relaxed: whether `p` is.
+        n_merged: how many of keys and values a cache has merged.
     """
 
     def __init__(self, settings: Settings, layer: SlotLayer | None, is_real: torch.Tensor | None, is_relaxed: bool):
         self.settings, self.layer, self.is_real, self.is_relaxed = settings, layer, is_real, is_relaxed
         self.logits = self.omega = self.p = self.left = self.alpha = None
+        self.n_merged = 0
 
     def resolve(self, decision, importance, noise) -> None:
         """Make decisions of raw values `[B, Hkv, S]`."""
         self.logits, self.omega = decide(self.settings, decision, importance)
-        has_begun = None if self.layer is None else self.layer.has_begun
-        self.alpha = harden(self.logits.detach(), self.is_real, has_begun)
+        opening = None
+        if self.layer is None or self.is_real is not None or not self.layer.all_begun:
+            opening = opens(self.logits, self.is_real, None if self.layer is None else self.layer.has_begun)
+        self.alpha = harden(self.logits.detach(), opening)
         if not self.is_relaxed:
             self.p, self.left = self.alpha, None
             return
         p, left = relax(self.logits, noise, self.settings.tau)
-        opening = opens(self.logits, self.is_real, has_begun)
         self.p, self.left = p.masked_fill(opening, 0.0), left.masked_fill(opening, 0.0)
 
     def merged(self, x: torch.Tensor, side: str) -> torch.Tensor:
@@ -98,6 +102,7 @@ class Hooks:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._ids: dict[str, int] = {}
         self._query: torch.Tensor | None = None
+        self._keep: tuple | None = None
 
     def hang(self, attention: nn.Module) -> None:
         """Put the hooks on an attention module (once)."""
@@ -105,6 +110,7 @@ class Hooks:
             self._on_attention = [attention.register_forward_pre_hook(self._before, with_kwargs=True)]
             seen = attentions(attention)[attention.layer_idx]
             self._n_kv_heads, self._head_dim = seen.n_kv_heads, seen.head_dim
+            self._arguments = list(signature(attention.forward).parameters)
             self._names = sources(attention, "norm" if has_norms(attention) else "projection")
             self._watch(attention)
 
@@ -135,20 +141,27 @@ class Hooks:
         if not owner.is_active:
             return
         self._watch(attention)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)
+        given = dict(zip(self._arguments, args)) | kwargs
+        hidden, mask = given["hidden_states"], given.get("attention_mask")
         S, settings = hidden.shape[1], owner.settings
         if not owner.compresses:
             self.call = Call(settings, None, None, False)
             return
-        layer = layer_of(kwargs.get("past_key_values"), attention, settings)
-        # a decoded token is none of the padding, which stands before the first real one
-        is_decoded = layer is not None and S == 1 and layer.all_begun
+        layer = layer_of(given.get("past_key_values"), attention, settings)
         n_seen = (layer.tokens_seen if layer is not None else 0) + S
-        is_real = None if is_decoded else new_token_padding(mask, S, n_seen)
+        # a decoded token is no padding, which stands before the first real one; a GPU would have to be waited for
+        is_decoded = layer is not None and S == 1 and layer.all_begun
+        is_real = None
+        if not is_decoded or hidden.device.type == "cpu":
+            is_real = new_token_padding(mask, S, n_seen)
+            if layer is not None:
+                layer.refuse_gaps(is_real)
+        is_real = None if is_decoded else is_real
         self.call = Call(settings, layer, is_real, owner.training)
         if layer is not None and owner.training:
-            raise RuntimeError("relaxed decisions are for training without a cache; call model.eval() before generating")
+            raise RuntimeError(
+                "relaxed decisions are for training, without a cache; call model.eval() to generate"
+            )
         if settings.decision != "borrowed":
             decision, importance = (None if w is None else self._project(hidden, w) for w in owner.rows())
             self._resolve(decision, importance)
@@ -222,9 +235,13 @@ class Hooks:
 
     def _without(self, x: torch.Tensor) -> torch.Tensor:
         """The borrowed channel, faded out."""
-        keep = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
-        keep[self.call.settings.neuron] = self.owner.fade
-        return x * keep
+        # what inference mode makes cannot be trained with
+        key = x.dtype, x.device, self.call.settings.neuron, self.owner.fade, torch.is_inference_mode_enabled()
+        if self._keep is None or self._keep[0] != key:
+            keep = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
+            keep[self.call.settings.neuron] = self.owner.fade
+            self._keep = key, keep
+        return x * self._keep[1]
 
     def __getstate__(self):
         # activations are neither copied nor pickled

@@ -23,9 +23,7 @@ class Past(NamedTuple):
     weight: torch.Tensor
 
 
-def merge(
-    x: torch.Tensor, omega: torch.Tensor, p: torch.Tensor, window: int, past: Past | None = None
-) -> torch.Tensor:
+def merge(x: torch.Tensor, omega: torch.Tensor, p: torch.Tensor, window: int, past: Past | None = None) -> torch.Tensor:
     """The mean of the segment up to every token.
 
         N_t = p_t N_{t-1} + omega_t x_t,  z_t = p_t z_{t-1} + omega_t,  mean_t = N_t / z_t

@@ -1,4 +1,4 @@
-"""What a retrofit is trained for: a compression ratio that rises, a hinge that asks for it, a teacher to stay close to."""
+"""What a retrofit is trained for: a ratio that rises, a hinge that asks for it, a teacher to stay close to."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from hf_kvcache.dmc.hooks import Call
 
 
-def ramp(step: int, n_steps: int, ratio: float) -> float:
-    """The compression ratio asked for at a step: linear from 1 to `ratio` over `n_steps`, then constant."""
-    return 1 + (ratio - 1) * min(1.0, step / n_steps) if n_steps else ratio
+def ramp(step: int, n_steps: int, ratio: float, start: float = 1.0) -> float:
+    """The compression ratio asked for at a step: linear from `start` to `ratio` over `n_steps`, then constant."""
+    return start + (ratio - start) * min(1.0, step / n_steps) if n_steps else ratio
 
 
 def straight_through(call: Call) -> torch.Tensor:
@@ -53,17 +53,26 @@ def hinge(share: torch.Tensor, ratio: float, is_constant: bool = False) -> torch
     return (wanted - share).clamp(min=0).mean()
 
 
-def distillation(
-    student: torch.Tensor, teacher: torch.Tensor, direction: str = "reverse", keep: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Mean KL divergence between next-token distributions.
+def divergence(student: torch.Tensor, teacher: torch.Tensor, direction: str = "reverse") -> torch.Tensor:
+    """KL divergence between next-token distributions, float32 `[...]`.
 
     Args:
         student, teacher: logits `[..., V]`.
         direction: "reverse" is KL(student || teacher), what the released DMS code computes; "forward" the other one.
-        keep: which places count, `[...]`; None for all.
     """
     student, teacher = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
     p, q = (student, teacher) if direction == "reverse" else (teacher, student)
-    kl = (p.exp() * (p - q)).sum(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def distillation(
+    student: torch.Tensor, teacher: torch.Tensor, direction: str = "reverse", keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean of `divergence` over the places that count.
+
+    Args:
+        student, teacher, direction: see `divergence`.
+        keep: which places count, `[...]`; None for all.
+    """
+    kl = divergence(student, teacher, direction)
     return kl.mean() if keep is None else (kl * keep).sum() / keep.sum().clamp(min=1)

@@ -69,6 +69,9 @@ def retrofit(model: nn.Module, settings: Settings) -> dict[int, Retrofit]:
     for i, attention in found.items():
         if hasattr(attention.module, RETROFIT_CHILD):
             raise AdapterError(f"layer {i} is retrofitted already")
+        D = attention.head_dim
+        if settings.ablates and not -D <= settings.neuron < D:
+            raise AdapterError(f"neuron={settings.neuron} is none of the {D} channels of layer {i}")
     for attention in found.values():
         weight = next(attention.module.parameters())
         child = Retrofit(settings, attention.n_kv_heads, attention.module.config.hidden_size)
@@ -101,7 +104,7 @@ def compression_off(model: nn.Module) -> Iterator[None]:
 def draw_noise(model: nn.Module, batch: int, n_tokens: int, seed: int, device=None) -> None:
     """Give all layers the noise of one training step: outside the layers, so that recomputing them finds the same."""
     generator = torch.Generator().manual_seed(seed)
-    for i, attention in attentions(model).items():
+    for attention in attentions(model).values():
         child = getattr(attention.module, RETROFIT_CHILD, None)
         if child is not None:
             shape = batch, attention.n_kv_heads, n_tokens

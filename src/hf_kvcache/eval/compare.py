@@ -10,6 +10,7 @@ from statistics import fmean, median
 import numpy as np
 import torch
 
+from hf_kvcache.dmc import retrofits
 from hf_kvcache.eval import fidelity, passkey, retrieval
 from hf_kvcache.eval.peers import dynamic
 from hf_kvcache.eval.specs import CacheSpec, parse
@@ -139,7 +140,7 @@ def compare(
     def stage(name: str, measure: Callable[[Trial, Callable], None]) -> None:
         for trial in trials:
             advance(f"{trial.row.cache} · {name}")
-            use_attention(model, trial.spec, settings)
+            prepare(model, trial.spec, settings)
             trial.attempt(measure, partial(trial.spec.build, model.config))
 
     def generate(trial: Trial, make_cache: Callable) -> None:
@@ -156,20 +157,28 @@ def compare(
     stage("warm-up", lambda trial, make_cache: generate_once(model, prompt[:, :256], make_cache, 2))
     for i in range(settings.rounds):
         stage(f"speed, round {i + 1} of {settings.rounds}", generate)
-    use_attention(model, specs[0], settings)
+    prepare(model, specs[0], settings)
     dense = fidelity.dense_logits(model, windows, settings.n_prefix)
     stage("fidelity", score)
     stage("retrieval", retrieve)
+    for child in retrofits(model).values():
+        child.compresses = True
     add_speed(trials)
     return [trial.row for trial in trials]
 
 
-def use_attention(model, spec: CacheSpec, settings: Settings) -> None:
-    """Give transformers' own caches the attention that they have without this package."""
+def prepare(model, spec: CacheSpec, settings: Settings) -> None:
+    """Let the model run as this cache asks for.
+
+    transformers' own caches get the attention that they have without this package. A retrofitted model compresses for
+    the cache of its method only: all others, and the baseline, have the same weights without compression.
+    """
     stock = "sdpa" if settings.attention == "hf_kvcache" else settings.attention
     wanted = stock if spec.is_peer else settings.attention
     if model.config._attn_implementation != wanted:
         model.set_attn_implementation(wanted)
+    for child in retrofits(model).values():
+        child.compresses = spec.is_learned
 
 
 def retrieval_task(tokenizer, prose: np.ndarray, settings: Settings) -> Callable:

@@ -14,6 +14,7 @@ from hf_kvcache import registry
 from hf_kvcache.cache import KVCache
 from hf_kvcache.eval.peers import PEERS, is_installed
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.policies.learned import Learned
 
 # what the default comparison runs of a method; a method without a line here runs with its defaults, and of the eviction
 # family it runs those that the others are measured by (`benchmarks/run.py eviction` compares them all)
@@ -50,6 +51,9 @@ SHOWN = {
     "nacl": (),
     "random": (),
     "duo": (),
+    # on models of their own
+    "dmc": (),
+    "dms": (),
     "fastgen": (),
     "threshold": ("threshold:share=0.9",),
     "locret": ("locret:ratio=0.25", "locret:ratio=0.125"),
@@ -91,6 +95,11 @@ class CacheSpec:
         """Whether this is transformers' own cache, not ours."""
         return self.factory in PEERS.values()
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether the model decides what is kept (DMC, DMS)."""
+        return self.policy is not None and issubclass(self.policy, Learned)
+
     def build(self, config=None) -> Cache:
         """A new, empty cache for a model with this config."""
         knobs = dict(self.knobs, config=config)
@@ -123,11 +132,12 @@ def parse(text: str) -> CacheSpec:
     return CacheSpec(text, *cache, *policy)
 
 
-def default_specs(carries_heads: bool = True) -> list[CacheSpec]:
+def default_specs(carries_heads: bool = True, retrofit: str | None = None) -> list[CacheSpec]:
     """The default comparison: the peers that are installed, then every method of the registry.
 
     Args:
         carries_heads: whether the model has retaining heads; without, methods that go by them are left out.
+        retrofit: what the model is retrofitted for, "dmc" or "dms"; None for nothing.
     """
     texts = ["dynamic", *(f"{name}:bits=4" for name in ("quanto", "hqq") if is_installed(name))]
     for method in registry.METHODS:
@@ -136,6 +146,7 @@ def default_specs(carries_heads: bool = True) -> list[CacheSpec]:
         kind = registry.load(method.factory)
         plain = f"{method.name}:ratio=0.25" if issubclass(kind, Policy) else method.name
         texts += SHOWN.get(method.name, (plain,))
+    texts += [] if retrofit is None else [retrofit, f"{retrofit}+quant:bits=8", f"{retrofit}+quant:bits=4"]
     return [parse(text) for text in texts]
 
 

@@ -134,7 +134,7 @@ def _cuobjdump(flag, path):
 def specs() -> list[Spec]:
     """Every kernel variant that the launchers can ask for, up to what changes nothing in the machine code."""
     makers = (_dense_specs, _quant_specs, _pack_specs, _sparse_specs, _gluon_specs, _sparse_pack_specs)
-    makers += (_lowrank_specs, _ragged_specs, _merge_specs)
+    makers += (_lowrank_specs, _ragged_specs, _merge_specs, _step_specs)
     return [spec for maker in makers for spec in maker()]
 
 
@@ -461,6 +461,26 @@ def _merge_specs():
         constants = {"D": D, "DP": D, "BP": 16, "ORDERED": ordered, "num_warps": 4, "enable_fp_fusion": True}
         name = f"merge-ragged-d{D}-{dtype}" + "-ordered" * ordered
         yield _spec(name, merge.merge_ragged_states_fwd_kernel, pointers | {"out": dtype, "lse": "fp32"}, constants)
+
+
+def _step_specs():
+    from hf_kvcache.kernels.merge_step import triton_kernel as merge
+    from hf_kvcache.kernels.slot_step import triton_kernel as slots
+
+    for D, dtype, taps in ((64, "bf16", "bf16"), (80, "fp16", "fp32"), (128, "bf16", "bf16"), (256, "fp32", "fp32")):
+        pointers = {"x": dtype, "weights": "fp32", "taps": taps, "out": dtype}
+        name = f"step-merge-d{D}-{dtype}" + f"-taps-{taps}" * (taps != dtype)
+        yield _spec(name, merge.merge_step_fwd_kernel, pointers, merge.merge_config(D))
+    decisions = {"alpha": "u8", "mask": "u8", "ring": "i32", "lengths": "i32"}
+    for padded in (False, True):
+        constants = {"PADDED": padded, **slots.CONFIG}
+        name = "step-slot" + "-padded" * padded
+        yield _spec(name, slots.slot_step_fwd_kernel, decisions | {"slot": "i32"}, constants)
+    for sizes, dtype, padded in (((64, 64), "bf16", True), ((128, 128), "bf16", False), ((256, 80), "fp32", False)):
+        pointers = decisions | dict.fromkeys(("k", "v", "k_pages", "v_pages"), dtype) | {"table": "i32"}
+        constants = {"PADDED": padded, **slots.place_config(32, *sizes)}
+        name = f"step-place-d{sizes[0]}-{dtype}" + "-padded" * padded
+        yield _spec(name, slots.place_rows_fwd_kernel, pointers, constants)
 
 
 def _spec(name, kernel, pointers, constants, elements=0):

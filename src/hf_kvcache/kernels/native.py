@@ -28,9 +28,11 @@ import torch
 OPS = (
     "dense_attention",
     "lowrank_attention",
+    "merge_step",
     "quant_attention",
     "quant_pack",
     "ragged_attention",
+    "slot_step",
     "sparse_attention",
     "sparse_pack",
 )

@@ -34,6 +34,8 @@ class PagedBuffer:
         # the same lengths where Python can look without waiting for the device, and the pages that nobody owns
         self.counts = torch.zeros(0, 0, dtype=torch.long)
         self.free: torch.Tensor | None = None
+        # whether only the device knows the lengths: `counts` are then what they can be at most
+        self.is_estimate = False
 
     @property
     def n_tokens(self) -> int:
@@ -60,6 +62,7 @@ class PagedBuffer:
 
     def append(self, rows: dict[str, torch.Tensor], is_kept: torch.Tensor | None = None) -> None:
         """Add rows `[B, Hkv, n, ...]` behind those of their heads: all of them, or where `is_kept` `[B, Hkv, n]`."""
+        self.look()
         like = rows[self.fields[0]]
         if is_kept is None:
             is_kept = torch.ones(like.shape[:3], dtype=torch.bool, device=like.device)
@@ -90,7 +93,12 @@ class PagedBuffer:
         counts, lengths = self.counts + 1, self.lengths
         if (self._pages(counts) > self._pages(self.counts)).any() or not self.tensors:
             self._allot(counts, like)
-        self.counts, self.lengths = counts, lengths
+        self.counts, self.lengths, self.is_estimate = counts, lengths, True
+
+    def look(self) -> None:
+        """Wait for the device to say how long heads are, and take back the pages that they turned out not to need."""
+        if self.is_estimate:
+            self._allot(self.lengths.cpu().long())
 
     def put(self, rows: dict[str, torch.Tensor], slot: torch.Tensor, is_whole: bool) -> None:
         """Write rows `[B, Hkv, 1, ...]` at `slot` `[B, Hkv]` of their heads; where it is -1 nothing is written.
@@ -122,6 +130,7 @@ class PagedBuffer:
 
     def truncate_by(self, n: int) -> None:
         """Drop the newest `n` rows of every head (or all it has)."""
+        self.look()
         self._allot((self.counts - n).clamp(min=0))
 
     def read(self, name: str, start: int = 0, stop: int | None = None, fill: float = 0) -> torch.Tensor:
@@ -153,6 +162,7 @@ class PagedBuffer:
         """The rows in use, head after head, `[n_rows, ...]` by name, and int64 "counts" `[B, Hkv]`."""
         if self.table is None:
             return {}
+        self.look()
         at = self._address(None)[self.is_row]
         return {name: self._flat(name)[at] for name in self.fields} | {"counts": self.counts}
 
@@ -173,6 +183,7 @@ class PagedBuffer:
         """Select or repeat batch rows; what is repeated is copied."""
         if self.table is None:
             return
+        self.look()
         held, counts = self.tensors, change(self.counts.to(self.table.device)).cpu()
         sources = change(self.table)
         self._begin(*counts.shape, self.table.device)
@@ -215,7 +226,7 @@ class PagedBuffer:
         # the pages that were freed last go first
         n_left = self.free.shape[0] - n_new
         table[takes], self.free = self.free[n_left:], self.free[:n_left].clone()
-        self.table, self.counts = table, counts
+        self.table, self.counts, self.is_estimate = table, counts, False
         self.lengths = counts.to(device=table.device, dtype=torch.int32)
         spare = int(after.sum()) // SLACK + MIN_SLACK_PAGES
         if self.free.shape[0] > 2 * spare:

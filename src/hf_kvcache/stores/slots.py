@@ -6,7 +6,7 @@ import torch
 
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.dmc.masks import FOREVER
-from hf_kvcache.kernels.slot_step import slot_step
+from hf_kvcache.kernels.slot_step import place_rows, slot_step
 from hf_kvcache.stores.ragged import PAGE, RaggedStore
 
 REFRESH = 32  # steps between two looks at the lengths on a device that would have to be waited for
@@ -31,6 +31,11 @@ class SlotStore(RaggedStore):
     def has_begun(self) -> torch.Tensor | None:
         """Which rows of the batch have seen a real token, boolean `[B]`; None when the store is new."""
         return None if self.packed.table is None else self.packed.lengths[:, 0] > 0
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether looking at lengths costs nothing."""
+        return self.packed.lengths.device.type == "cpu"
 
     def begin(self, batch: int, n_heads: int, delay: int, device, dtype) -> None:
         """Make an empty store ready for a batch."""
@@ -79,15 +84,21 @@ class SlotStore(RaggedStore):
             position: in the text.
         """
         packed, rows = self.packed, self._encode_rows(k, v)
-        if packed.lengths.device.type == "cpu":
+        if self.is_at_hand:
             slot = slot_step(alpha, is_real, self.ring, packed.lengths, position)
             packed.follow_lengths(rows)
         else:
             # nobody waits for the device: pages are there for as many rows as there can be
             self._n_since_look += 1
             if self._n_since_look >= REFRESH:
-                packed.counts, self._n_since_look = packed.lengths.cpu().long(), 0
+                packed.look()
+                self._n_since_look = 0
             packed.make_room(rows)
+            if self.keys.format == self.values.format == "dense":
+                pages = [packed.tensors[name] for name in ("k.rows", "v.rows")]
+                where = alpha, is_real, self.ring, packed.lengths, position, *pages, packed.table
+                place_rows(rows["k.rows"], rows["v.rows"], *where)
+                return
             slot = slot_step(alpha, is_real, self.ring, packed.lengths, position)
         packed.put(rows, slot, is_real is None)
 
@@ -135,7 +146,7 @@ class SlotStore(RaggedStore):
             held_until: the same of the rows that `held` returned.
             position: of the first new token.
         """
-        S, last = k.shape[2], position + k.shape[2] - 1
+        last = position + k.shape[2] - 1
         stays, n_cells = seen_until >= last, self.ring.shape[-1]
         shift = torch.zeros_like(self.packed.lengths).long()
         old = self.ring

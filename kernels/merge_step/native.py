@@ -1,0 +1,36 @@
+"""The running mean on the CPU in C++ (native.cpp)."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from hf_kvcache.kernels import native
+from hf_kvcache.kernels.dense_attention.native import rows_contiguous
+
+_CALL = struct.Struct("20q")
+
+
+def unavailable(device) -> str | None:
+    return native.unavailable("merge_step", device)
+
+
+def obstacle(x, weights, taps) -> str | None:
+    """Why these operands need the reference, or None."""
+    if weights.dtype != torch.float32:
+        return f"weights are {weights.dtype}"
+    # taps are written to, so a copy would not do
+    return None if taps.stride(3) == 1 else "the channels of a tap are not adjacent"
+
+
+def merge_step(x, weights, taps, cell):
+    B, H, w, D = taps.shape
+    x = rows_contiguous(x)
+    out = torch.empty(B, H, D, dtype=x.dtype)
+    fields = (
+        x.data_ptr(), *x.stride()[:2], weights.data_ptr(), *weights.stride(), taps.data_ptr(), *taps.stride()[:3],
+        out.data_ptr(), native.DTYPES[x.dtype], taps.dtype == torch.float32, B, H, w, D, cell, torch.get_num_threads(),
+    )  # fmt: skip
+    native.function("merge_step")(_CALL.pack(*fields))
+    return out

@@ -1,0 +1,28 @@
+"""The row of a decoded token on the CPU in C++ (native.cpp)."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+
+from hf_kvcache.kernels import native
+
+_CALL = struct.Struct("16q")
+
+
+def unavailable(device) -> str | None:
+    return native.unavailable("slot_step", device)
+
+
+def slot_step(alpha, is_real, ring, lengths, position):
+    (B, H), n_cells, apart = alpha.shape, ring.shape[2], ring.stride(2)
+    slot = torch.empty(B, H, dtype=torch.int32)
+    real = (0, 0) if is_real is None else (is_real.data_ptr(), is_real.stride(0))
+    fields = (
+        alpha.data_ptr(), *alpha.stride(), *real, ring.data_ptr(), *ring.stride()[:2],
+        lengths.data_ptr(), *lengths.stride(), slot.data_ptr(),
+        (position - 1) % n_cells * apart, position % n_cells * apart, B, H,
+    )  # fmt: skip
+    native.function("slot_step")(_CALL.pack(*fields))
+    return slot

@@ -1,0 +1,512 @@
+"""Decisions as a PEFT adapter: the same as in a retrofitted model, switched, refused, and beside LoRA."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from cases import SIZES, generate, new_model, padded, prompt
+from safetensors.torch import load_file, save_file
+from tiny_retrofits import CACHES, lengths, llama, retrofitted
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, Qwen3Config
+
+import hf_kvcache as kv
+from hf_kvcache import dmc
+from hf_kvcache.adapters import AdapterError, DMCConfig, attach, attached_retrofit, save_adapter
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FORMS = {
+    "dmc-linear": dict(decision="linear", window=3),
+    "dmc-rows": dict(decision="rows", window=0),
+    "dms-linear": dict(method="dms", decision="linear", window=4),
+    "dms-rows": dict(method="dms", decision="rows", window=4),
+}
+SLIDING = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+FAMILIES = {
+    "llama": lambda seed: llama(n_layers=2, dtype=torch.float32, seed=seed),
+    "qwen3": lambda seed: new_model(Qwen3Config(**SIZES), dtype=torch.float32, seed=seed),
+    "phi3": lambda seed: new_model(Phi3Config(**SIZES), dtype=torch.float32, seed=seed),
+    "gemma3": lambda seed: new_model(Gemma3TextConfig(**SIZES, **SLIDING), dtype=torch.float32, seed=seed),
+}
+
+
+def base_of(arch="llama", seed=0):
+    return FAMILIES[arch](seed)
+
+
+def retrofit_of(arch="llama", form="dmc-linear", seed=0, **knobs):
+    """A model with plain retrofits that decide at random."""
+    return retrofitted(model=base_of(arch), seed=seed, **FORMS[form] | knobs)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(prompt(2, 20), use_cache=False).logits
+
+
+def child_of(model, layer_idx=0):
+    return peft_free(model).model.layers[layer_idx].self_attn.kv_dmc
+
+
+def peft_free(model):
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def n_hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def lora_config():
+    return peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], r=2, init_lora_weights=False)
+
+
+@pytest.fixture
+def plain():
+    return retrofit_of()
+
+
+@pytest.fixture
+def folder(plain, tmp_path):
+    return save_adapter(plain, tmp_path / "adapter", target_ratio=4.0, achieved_ratio=3.5, tokens_seen=1000)
+
+
+@pytest.fixture
+def model():
+    return base_of()
+
+
+# -- the same as the retrofit that it was saved from -------------------------------------------------------------------
+
+
+def by_attach(arch, folder):
+    model = base_of(arch)
+    attach(model, folder)
+    return model
+
+
+def by_load_adapter(arch, folder):
+    model = base_of(arch)
+    model.load_adapter(str(folder))
+    return model
+
+
+def by_peft_model(arch, folder):
+    return peft.PeftModel.from_pretrained(base_of(arch), folder)
+
+
+def by_meta(arch, folder):
+    return peft.PeftModel.from_pretrained(base_of(arch), folder, low_cpu_mem_usage=True)
+
+
+ROUTES = {"attach": by_attach, "load_adapter": by_load_adapter, "peft": by_peft_model, "meta": by_meta}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("form", FORMS)
+def test_loaded_as_it_was_saved(form, route, tmp_path):
+    plain, vanilla = retrofit_of(form=form), logits(base_of())
+    save_adapter(plain, tmp_path)
+    model = ROUTES[route]("llama", tmp_path)
+    assert torch.equal(logits(model), logits(plain)) and not torch.equal(logits(model), vanilla)
+    ids, mask, _ = padded([40, 9])
+    cache = CACHES[form[:3]]
+    ours, theirs = (generate(m, ids, cache(), attention_mask=mask) for m in (model, plain))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.equal(lengths(ours.past_key_values), lengths(theirs.past_key_values))
+    assert lengths(ours.past_key_values).float().mean() < 40
+
+
+@pytest.mark.parametrize("arch", [arch for arch in FAMILIES if arch != "llama"])
+def test_every_family(arch, tmp_path):
+    plain = retrofit_of(arch)
+    save_adapter(plain, tmp_path)
+    model = by_attach(arch, tmp_path)
+    assert torch.equal(logits(model), logits(plain)) and not torch.equal(logits(model), logits(base_of(arch)))
+
+
+def test_what_the_files_say(plain, folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    settings = child_of(plain).settings
+    assert config["peft_type"] == "KV_DMC" and config["inference_mode"]
+    assert {name: config[name] for name in settings.to_dict()} == settings.to_dict()
+    sizes = dict(layers=[0, 1], num_kv_heads=2, hidden_size=32, digest=settings.digest, format_version=1)
+    facts = dict(target_ratio=4.0, achieved_ratio=3.5, tokens_seen=1000, hf_kvcache_version=kv.__version__)
+    assert config.items() >= (sizes | facts).items()
+    assert config["fingerprint"]["num_hidden_layers"] == 2
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.{}.self_attn.kv_dmc.kv_dmc_{}"
+    assert tensors.keys() == {name.format(i, part) for i in (0, 1) for part in ("decision", "importance")}
+    # the weights themselves
+    assert torch.equal(tensors[name.format(1, "decision")], child_of(plain, 1).decision)
+
+
+def test_peft_saves_what_it_has_loaded(folder, tmp_path):
+    model = by_peft_model("llama", folder)
+    model.save_pretrained(tmp_path / "again")
+    again = by_attach("llama", tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    first, second = (json.loads((f / "adapter_config.json").read_text()) for f in (folder, tmp_path / "again"))
+    assert first.items() <= (second | {"base_model_name_or_path": first["base_model_name_or_path"]}).items()
+
+
+def test_half_precision(folder, plain):
+    model = base_of().bfloat16()
+    attach(model, folder)
+    expected = retrofit_of().bfloat16()
+    assert torch.equal(logits(model), logits(expected)) and logits(model).dtype == torch.bfloat16
+
+
+# -- trained -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dmc", "dms"])
+def test_trained_by_peft_and_saved(method, model, tmp_path):
+    wrapped = peft.get_peft_model(model, DMCConfig(method=method, window=4, offset=0.5))
+    vanilla = logits(base_of())
+    assert (logits(wrapped) - vanilla).abs().max() < 1e-5, "zeros keep everything"
+    config = wrapped.peft_config["default"]
+    assert (config.layers, config.num_kv_heads, config.hidden_size) == ([0, 1], 2, 32)
+    assert (config.decision, config.scale, config.neuron) == ("linear", 20.0 if method == "dmc" else 100.0, -1)
+    trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(trained) == (4 if method == "dmc" else 2) and all(".kv_dmc." in name for name in trained)
+    wrapped.train()
+    optimiser = torch.optim.Adam(trained.values(), 0.05)
+    for step in range(3):
+        dmc.draw_noise(wrapped, 2, 20, seed=step)
+        wrapped(prompt(2, 20), use_cache=False)
+        optimiser.zero_grad()
+        (-sum(child.call.p.mean() for child in dmc.retrofits(wrapped).values())).backward()
+        optimiser.step()
+    wrapped.eval()
+    assert not torch.equal(logits(wrapped), vanilla)
+    wrapped.save_pretrained(tmp_path)
+    assert torch.equal(logits(by_attach("llama", tmp_path)), logits(wrapped))
+    again = peft.PeftModel.from_pretrained(base_of(), tmp_path, is_trainable=True).eval()
+    assert torch.equal(logits(again), logits(wrapped))
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == trained.keys()
+
+
+def test_a_model_that_does_not_train_decides_hard(folder, model):
+    attach(model, folder)
+    assert not child_of(model).training
+    training = base_of().train()
+    attach(training, folder, trainable=True)
+    assert child_of(training).training
+    assert [name for name, p in training.named_parameters() if p.requires_grad and ".kv_dmc." not in name] == []
+    with pytest.raises(RuntimeError, match="relaxed decisions"):
+        training(prompt(), past_key_values=kv.DMCCache())
+
+
+def test_the_teacher_is_the_base(folder, model):
+    vanilla = logits(model)
+    attach(model, folder)
+    with dmc.compression_off(model):
+        assert torch.equal(logits(model), vanilla)
+    assert not torch.equal(logits(model), vanilla)
+
+
+# -- several, on and off -----------------------------------------------------------------------------------------------
+
+
+def test_several_adapters_take_turns(folder, tmp_path):
+    other = retrofit_of(form="dms-rows", seed=3)
+    save_adapter(other, tmp_path / "other")
+    mine, theirs, vanilla = logits(retrofit_of()), logits(other), logits(base_of())
+    model = peft.PeftModel.from_pretrained(base_of(), folder, adapter_name="a")
+    model.load_adapter(str(tmp_path / "other"), "b")
+    assert torch.equal(logits(model), mine)
+    model.set_adapter("b")
+    assert torch.equal(logits(model), theirs)
+    with pytest.raises(ValueError, match="the cache is for DMC"):
+        generate(model, prompt(), kv.DMCCache())
+    with model.disable_adapter():
+        assert torch.equal(logits(model), vanilla) and attached_retrofit(child_owner(model)) is None
+        with pytest.raises(ValueError, match="makes none"):
+            generate(model, prompt(), kv.DMSCache())
+    assert torch.equal(logits(model), theirs)
+    model.save_pretrained(tmp_path / "both")
+    for name, expected in (("a", mine), ("b", theirs)):
+        assert torch.equal(logits(by_attach("llama", tmp_path / "both" / name)), expected)
+    model.delete_adapter("b")
+    assert torch.equal(logits(model), mine)
+    model.delete_adapter("a")
+    assert torch.equal(logits(peft_free(model)), vanilla) and n_hooks(model) == 0 and not dmc.retrofits(model)
+    model.load_adapter(str(folder), "a")
+    model.set_adapter("a")
+    assert torch.equal(logits(model), mine)
+
+
+def child_owner(model):
+    return peft_free(model).model.layers[0].self_attn
+
+
+def test_transformers_own_methods(folder, model):
+    vanilla = logits(model)
+    model.load_adapter(str(folder), "a")
+    mine = logits(model)
+    model.add_adapter(DMCConfig(method="dms", window=0), "b")
+    model.set_adapter("b")
+    assert (logits(model) - vanilla).abs().max() < 1e-5
+    model.set_adapter("a")
+    assert torch.equal(logits(model), mine)
+    model.disable_adapters()
+    assert torch.equal(logits(model), vanilla)
+    model.enable_adapters()
+    assert torch.equal(logits(model), mine)
+    model.delete_adapter(["a", "b"])
+    assert torch.equal(logits(model), vanilla) and n_hooks(model) == 0
+
+
+def test_rows_do_not_go_on_with_another_window(folder, tmp_path, model):
+    other = retrofit_of(window=5, seed=1)
+    save_adapter(other, tmp_path / "other")
+    attach(model, folder, "a")
+    attach(model, tmp_path / "other", "b")
+    cache = kv.DMCCache()
+    with torch.no_grad():
+        model(prompt(), past_key_values=cache)
+        model.set_adapter("a")
+        with pytest.raises(ValueError, match="window=5.*window=3"):
+            model(prompt(1, 1), past_key_values=cache)
+        cache.reset()
+        model(prompt(), past_key_values=cache)
+
+
+def test_generate_without_our_cache_says_so(folder, model):
+    attach(model, folder)
+    with pytest.raises(ValueError, match="past_key_values=DMCCache"):
+        generate(model, prompt())
+
+
+def test_taken_off_and_never_merged(folder):
+    model = by_peft_model("llama", folder)
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(AdapterError, match="nothing to merge"):
+            merge()
+    bare = model.unload()
+    assert not hasattr(child_owner(bare), "kv_dmc") and n_hooks(bare) == 0
+    assert torch.equal(logits(bare), logits(base_of()))
+
+
+def test_copies_and_pickles(folder, model):
+    attach(model, folder)
+    expected = logits(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for child in dmc.retrofits(model).values():
+                child.kv_dmc_decision["default"].neg_()
+            assert torch.equal(logits(other), expected) and not torch.equal(logits(model), expected)
+            for child in dmc.retrofits(model).values():
+                child.kv_dmc_decision["default"].neg_()
+
+
+# -- beside LoRA -------------------------------------------------------------------------------------------------------
+
+
+def lora_by_hand(plain, model):
+    """The retrofit with the LoRA of `model` in its weights."""
+    with torch.no_grad():
+        for i, layer in enumerate(peft_free(model).model.layers):
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                projection = getattr(layer.self_attn, name)
+                (key,) = projection.lora_A
+                delta = projection.lora_B[key].weight @ projection.lora_A[key].weight * projection.scaling[key]
+                getattr(plain.model.layers[i].self_attn, name).weight += delta
+    return logits(plain)
+
+
+@pytest.mark.parametrize("order", ["lora-first", "ours-first", "nested"])
+@pytest.mark.parametrize("form", ["dmc-rows", "dms-linear", "dmc-linear"])
+def test_beside_a_lora(form, order, model, tmp_path):
+    plain = retrofit_of(form=form)
+    save_adapter(plain, tmp_path / "kv")
+    alone = logits(plain)
+    torch.manual_seed(0)
+    if order == "lora-first":
+        wrapped = peft.get_peft_model(model, lora_config(), adapter_name="style")
+        attach(wrapped, tmp_path / "kv", "kv")
+    elif order == "ours-first":
+        attach(model, tmp_path / "kv", "kv")
+        logits(model)
+        wrapped = peft.get_peft_model(model, lora_config(), adapter_name="style")
+    else:
+        inner = peft.get_peft_model(model, lora_config(), adapter_name="style")
+        wrapped = peft.PeftModel.from_pretrained(inner, tmp_path / "kv", adapter_name="kv")
+    wrapped.eval()
+    both = logits(wrapped)
+    bare = wrapped.get_base_model() if order != "nested" else wrapped.get_base_model().get_base_model()
+    expected = lora_by_hand(plain, bare)
+    assert (both - expected).abs().max() < 2e-5 and (both - alone).abs().max() > 1e-2
+    cache = CACHES[form[:3]]
+    assert torch.equal(generate(wrapped, prompt(), cache()).sequences, generate(plain, prompt(), cache()).sequences)
+
+    # each in files of its own
+    wrapped.save_pretrained(tmp_path / "saved")
+    kinds = {}
+    for file in tmp_path.glob("saved/**/adapter_model.safetensors"):
+        kinds[file.parent.name] = {"kv" if ".kv_dmc." in name else "style" for name in load_file(file)}
+    assert kinds == {"kv": {"kv"}, "style": {"style"}}
+
+
+def test_lora_merged_beneath_us(folder, model):
+    wrapped = peft.get_peft_model(model, lora_config(), adapter_name="style")
+    attach(wrapped, folder, "kv")
+    both = logits(wrapped.eval())
+    wrapped.merge_adapter(["style"])
+    assert (logits(wrapped) - both).abs().max() < 2e-5
+    wrapped.unmerge_adapter()
+    wrapped.set_adapter("style")
+    assert (logits(wrapped) - both).abs().max() < 2e-5, "ours is the one that was activated last among ours"
+
+
+def test_rows_that_were_trained_beside_a_lora(tmp_path):
+    """What a trainer does: a plain retrofit, LoRA around it, and two folders."""
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(retrofit_of(), lora_config(), adapter_name="style").eval()
+    expected = logits(wrapped)
+    save_adapter(wrapped, tmp_path / "kv", achieved_ratio=2.0)
+    wrapped.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(base_of(), tmp_path / "style", adapter_name="style")
+    attach(model, tmp_path / "kv", "kv")
+    assert torch.equal(logits(model), expected)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def edit(folder, **fields):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != "missing"}))
+
+
+DAMAGE = {
+    "window-missing": (dict(window="missing"), "must say"),
+    "window-negative": (dict(window=-1), "negative"),
+    "window-huge": (dict(window=1 << 40), "nor above"),
+    "window-other": (dict(window=4), "edited"),
+    "neuron-other": (dict(neuron=0), "edited"),
+    "offset-other": (dict(offset=4.0), "edited"),
+    "offset-missing": (dict(offset="missing"), "must say"),
+    "offset-infinite": (dict(offset=float("inf")), "positive"),
+    "digest-missing": (dict(digest="missing"), "edited"),
+    "borrowed": (dict(decision="borrowed"), "no adapter holds"),
+    "heads": (dict(num_kv_heads=1), "KV heads: the adapter is for 1"),
+    "hidden": (dict(hidden_size=64), "hidden size: the adapter is for 64"),
+    "hidden-text": (dict(hidden_size="32"), "hidden_size"),
+    "layers-fewer": (dict(layers=[0]), "needs decisions of"),
+    "layers-more": (dict(layers=[0, 1, 2]), r"\[2\] beyond"),
+    "layers-unsorted": (dict(layers=[1, 0]), "layers"),
+    "ratio": (dict(achieved_ratio=-1), "achieved_ratio"),
+    "version": (dict(format_version=2), "format_version 2"),
+}
+
+
+@pytest.mark.parametrize("route", ["attach", "peft"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_changed_configs_are_refused(damage, route, folder, model):
+    fields, message = DAMAGE[damage]
+    edit(folder, **fields)
+    if route == "attach" and damage in ("heads", "hidden", "layers-fewer", "layers-more"):
+        message = "says|missing|not among"
+    with pytest.raises(AdapterError, match=message):
+        if route == "attach":
+            attach(model, folder)
+        else:
+            peft.PeftModel.from_pretrained(model, folder)
+    assert n_hooks(model) == 0 and not hasattr(child_owner(model), "kv_dmc")
+
+
+def test_another_model_is_refused(folder, plain):
+    three = llama(n_layers=3, dtype=torch.float32)
+    others = ((base_of(seed=1), "weights"), (base_of("qwen3"), "does not fit"), (three, "layers"))
+    for other, message in others:
+        for load in (lambda m: attach(m, folder), lambda m: m.load_adapter(str(folder))):
+            with pytest.raises(AdapterError, match=message):
+                load(other)
+        assert n_hooks(other) == 0
+    for load in (lambda m: attach(m, folder, "b"), lambda m: m.add_adapter(DMCConfig(), "b")):
+        with pytest.raises(AdapterError, match="retrofitted already"):
+            load(plain)
+
+
+def test_a_retrofit_on_top_is_refused(folder, model):
+    attach(model, folder)
+    with pytest.raises(AdapterError, match="retrofitted already"):
+        dmc.retrofit(model, dmc.Settings())
+    with pytest.raises(AdapterError, match="already"):
+        attach(model, folder)
+    with pytest.raises(AdapterError, match="PEFT adapters"):
+        dmc.save(model, folder / "whole")
+
+
+def test_damaged_weights_are_refused(folder, model, tmp_path):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("decision"))
+    for changed, message in (
+        ({k: t for k, t in tensors.items() if k != name}, "decision of layer 0 is missing"),
+        (tensors | {name: tensors[name][:1].clone()}, "says"),
+        (tensors | {name: tensors[name] * float("nan")}, "NaN"),
+        (tensors | {name + "_more": tensors[name].clone()}, "no name"),
+        (tensors | {name: tensors[name].double()}, "F64"),
+    ):
+        save_file(changed, path, {"format": "pt"})
+        with pytest.raises(AdapterError, match=message):
+            attach(model, folder)
+    path.write_bytes(b"\x00" * 100)
+    with pytest.raises(AdapterError, match="damaged"):
+        attach(model, folder)
+    path.unlink()
+    with pytest.raises(AdapterError, match="missing"):
+        attach(model, folder)
+
+
+def test_weights_that_peft_did_not_find(folder, model):
+    """PEFT only warns; zeros would keep everything and say nothing."""
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({k: t for k, t in tensors.items() if "layers.1." not in k}, path, {"format": "pt"})
+    loaded = peft.PeftModel.from_pretrained(model, folder)
+    with pytest.raises(AdapterError, match="weights were missing"):
+        logits(loaded)
+
+
+def test_configs_that_cannot_be(model):
+    for fields, message in (
+        (dict(decision="borrowed"), "no adapter holds"),
+        (dict(method="dmd"), "none of"),
+        (dict(window=-2), "negative"),
+        (dict(decision="rows", neuron=8), "the heads have 8 channels"),
+        (dict(layers=[1]), "needs decisions of"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            peft.get_peft_model(model, DMCConfig(**fields))
+    assert n_hooks(model) == 0
+
+
+def test_what_cannot_be_saved(model, tmp_path):
+    with pytest.raises(AdapterError, match="does not have a Retrofit"):
+        save_adapter(model, tmp_path)
+    with pytest.raises(AdapterError, match="no adapter holds"):
+        save_adapter(retrofitted(n_layers=2), tmp_path)
+    with pytest.raises(AdapterError, match="achieved_ratio"):
+        save_adapter(retrofit_of(), tmp_path, achieved_ratio=0)
+    partial = retrofit_of()
+    del partial.model.layers[1].self_attn.kv_dmc
+    with pytest.raises(AdapterError, match="does not have a Retrofit"):
+        save_adapter(partial, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_base_is_found_by_what_the_adapter_says(folder, tmp_path):
+    base_of().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    wrapped = peft.PeftModel.from_pretrained(model, folder)
+    expected = logits(wrapped)
+    wrapped.save_pretrained(tmp_path / "mine")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "mine")), expected)
+    assert torch.equal(logits(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mine")), expected)
