@@ -51,6 +51,7 @@ SUITES = {
     "retrofit": retrofit.retrofit,
     "realised": retrofit.realised,
     "serving": serving.serving,
+    "retrofit-prefill": serving.retrofit_prefill,
 }
 # drawn beside the JSON, where matplotlib is installed
 PICTURES = {"long-prompt": long_prompt.picture, "retrofit": retrofit.picture}

@@ -26,20 +26,24 @@ STOCK = "DynamicCache + sdpa"
 def serving(options) -> list[dict]:
     """Decode steps at 1, 2, 4 and 8 tokens per row."""
     if options.device == "cpu":
-        shapes = [(1, 8192, 1)]
-    else:
-        shapes = [(8, 8192, 32), (2, 32768, 32)]
-    return [row for batch, n, n_layers in shapes for row in _compare(options, batch, n, n_layers)]
+        return _compare(options, 1, 1, 8192, 1)
+    rows = []
+    for n_tokens, batch in ((8192, 8), (32768, 2)):
+        # what a dense cache of a batch takes: the whole memory, but for weights and working space
+        full = int(0.6 * torch.cuda.mem_get_info()[0] // (32 * 2 * 8 * 128 * 2 * n_tokens))
+        rows += _compare(options, batch, max(full, 1), n_tokens, 32)
+    return rows
 
 
-def _compare(options, batch, n_tokens, n_layers) -> list[dict]:
+def _compare(options, batch, full, n_tokens, n_layers) -> list[dict]:
+    """Steps at a batch of `batch`, and at one of `full` times the ratio."""
     rows = []
     for fixed in (True, False):
         contestants, held, sizes = {}, {}, {}
         plans = {(STOCK, 1): None} | {(name, ratio): plan for name, plan in METHODS.items() for ratio in RATIOS}
         # on a GPU one contestant fills the memory, so they take turns whole
         for (name, ratio), plan in plans.items():
-            size = batch if fixed else batch * ratio
+            size = batch if fixed else full * ratio
             step, cache, check = _contestant(plan, ratio, size, n_tokens, n_layers, options.device)
             wrong = check()
             if not wrong < 0.02:
@@ -73,8 +77,46 @@ def _times(options, contestants, sizes, held, fixed, n_tokens) -> list[dict]:
     ]
 
 
-def _contestant(plan, ratio, batch, n_tokens, n_layers, device):
-    """A step of all layers, their cache, and how far the first layer's output is from float64."""
+@torch.no_grad()
+def retrofit_prefill(options) -> list[dict]:
+    """Reading a prompt with one such layer, where decisions fall at random at every ratio."""
+    n_tokens = 8192 if options.device == "cpu" else 32768
+    contestants, rows = {}, {}
+    for (name, ratio), plan in ({(STOCK, 1): None} | {(m, r): p for m, p in METHODS.items() for r in RATIOS}).items():
+        layer, rotary = _layers(plan, 1, options.device)
+        hidden, cos_sin = _prompt(layer[0], plan, ratio, n_tokens, rotary, options.device)
+
+        def read(layer=layer[0], plan=plan, hidden=hidden, cos_sin=cos_sin):
+            cache = DynamicCache() if plan is None else plan[0]()
+            layer(hidden, cos_sin, None, cache)
+            return cache
+
+        key = name if plan is None else f"{name} {ratio}x"
+        held = _nbytes(read())
+        contestants[key], rows[key] = read, {"cache": key, "tokens": n_tokens, "cache MiB": held / 2**20}
+        if plan is not None and not 0.7 * ratio < n_tokens * 8 * 2 * 128 * 2 / held < 1.1 * ratio:
+            raise AssertionError(f"{key}: the cache holds {held} bytes; nothing was timed")
+    times = interleaved(contestants, options.rounds, options.device)
+    base = times[STOCK]["ms"]
+    return [row | times[key] | {"x dense": times[key]["ms"] / base} for key, row in rows.items()]
+
+
+def _prompt(module, plan, ratio, n_tokens, rotary, device):
+    """Hidden states, and weights of decisions by which a token goes with probability `1 - 1 / ratio`."""
+    generator = torch.Generator(device).manual_seed(1)
+    hidden = torch.randn(1, n_tokens, 4096, generator=generator, device=device).to(torch.bfloat16)
+    hidden[..., 0] = 1
+    if plan is not None:
+        child, settings = module.kv_dmc, plan[1]
+        torch.nn.init.normal_(child.decision, std=1 / 64)
+        # the constant channel sets the share of positive logits
+        share = torch.tensor(min(max(1 - 1 / ratio, 1e-6), 1 - 1e-6))
+        child.decision[:, 0] = settings.offset / settings.scale + torch.special.ndtri(share)
+    return hidden, rotary(hidden, torch.arange(n_tokens, device=device).unsqueeze(0))
+
+
+def _layers(plan, n_layers, device):
+    """Attention layers of that shape with random weights, retrofitted or not, and their RoPE."""
     config = LlamaConfig(
         num_attention_heads=32,
         num_key_value_heads=8,
@@ -86,12 +128,17 @@ def _contestant(plan, ratio, batch, n_tokens, n_layers, device):
     )
     torch.manual_seed(0)
     with torch.device(device):
-        # layers share their weights, but not their caches: only these must not fit the caches of the chip
         layers = torch.nn.ModuleList(LlamaAttention(config, i) for i in range(n_layers)).to(torch.bfloat16).eval()
         rotary = LlamaRotaryEmbedding(config)
-    cache = DynamicCache() if plan is None else plan[0]()
     if plan is not None:
         put(layers, plan[1])
+    return layers, rotary
+
+
+def _contestant(plan, ratio, batch, n_tokens, n_layers, device):
+    """A step of all layers, their cache, and how far the first layer's output is from float64."""
+    layers, rotary = _layers(plan, n_layers, device)
+    cache = DynamicCache() if plan is None else plan[0]()
     generator = torch.Generator(device).manual_seed(1)
     for layer in layers:
         _fill(cache, layer, plan, ratio, batch, n_tokens, generator)

@@ -21,6 +21,7 @@ same tokens without compression. `training.json` beside the model has the log, a
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import warnings
@@ -125,11 +126,18 @@ class Method:
     loss: Literal["ce", "kd"] | None = field(
         default=None,
         metadata={
-            "help": "cross-entropy (default of dmc), or distillation from the same weights without compression (of dms)"
+            "help": "cross-entropy (default of dmc), or distillation from the model without compression (of dms)"
         },
     )
     kd_direction: Literal["reverse", "forward"] = field(
         default="reverse", metadata={"help": "KL(student || teacher), or KL(teacher || student)"}
+    )
+    teacher: Literal["start", "self"] | None = field(
+        default=None,
+        metadata={
+            "help": "what is distilled: a copy of the model as it was (default), or the same weights without "
+            "compression, as the released code, which may drift where they are trained (default of bare --adapter)"
+        },
     )
     hinge_weight: float = field(default=1.0, metadata={"help": "weight of the loss that asks for the ratio"})
     adapter: bool = field(default=False, metadata={"help": "leave the model's own weights as they are"})
@@ -240,8 +248,9 @@ class Conduct(TrainerCallback):
 class RetrofitTrainer(Trainer):
     """Trainer whose loss is language modelling or distillation, and the hinge; logs what every layer compresses."""
 
-    def __init__(self, schedule: Schedule, method: Method, optimisation: Optimisation, **kwargs):
+    def __init__(self, schedule: Schedule, method: Method, optimisation: Optimisation, teacher=None, **kwargs):
         super().__init__(**kwargs)
+        self.teacher = teacher if teacher is None else teacher.to(self.args.device)
         self.schedule, self.method, self.optimisation = schedule, method, optimisation
         self.parts = defaultdict(list)
         self.shares: torch.Tensor | None = None
@@ -278,13 +287,16 @@ class RetrofitTrainer(Trainer):
         draw_noise(own, *ids.shape, self._seed(), ids.device)
         if self.method.loss == "kd":
             with teaching(own), torch.no_grad():
-                teacher = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+                teacher = (self.teacher or model)(input_ids=ids, use_cache=False).logits.flatten(0, 1)
         outputs = model(input_ids=ids, use_cache=False)
         logits = outputs.logits.flatten(0, 1)  # [B * T, vocabulary]
         if self.method.loss == "kd":
             loss = by_rows(lambda s, t: divergence(s, t, self.method.kd_direction), weights, logits, teacher)
+            with torch.no_grad():
+                # not trained on, but it shows whether a teacher leads astray
+                self.parts["ce"].append(by_rows(cross_entropy, weights, logits, labels))
         else:
-            loss = by_rows(lambda s, y: F.cross_entropy(s.float(), y, reduction="none"), weights, logits, labels)
+            loss = by_rows(cross_entropy, weights, logits, labels)
         self.parts[self.method.loss].append(loss.detach())
         if children and now.compresses:
             calls = {i: child.call for i, child in children.items()}
@@ -385,6 +397,11 @@ def by_rows(losses, weights: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
     return sum((checkpoint(losses, *part, use_reentrant=False) * w).sum() for w, *part in parts)
 
 
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Float32 `[N]`."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
 @torch.no_grad()
 def hard_share(call) -> torch.Tensor:
     """Share of real tokens that inference would not keep, by head, `[Hkv]`."""
@@ -415,6 +432,10 @@ def check(method: Method, optimisation: Optimisation) -> None:
         raise ValueError("--method none with --loss kd has nothing to learn: student and teacher are the same")
     if has_none and method.adapter:
         raise ValueError("--method none with --adapter has nothing to train")
+    if method.loss != "kd" and method.teacher:
+        raise ValueError(f"--teacher is for --loss kd, and this is {method.loss}")
+    if not method.teacher:
+        method.teacher = "self" if method.adapter and not method.lora_rank else "start"
     if not 1 <= method.start_ratio <= method.ratio:
         raise ValueError(f"--start-ratio {method.start_ratio:g} must lie between 1 and --ratio {method.ratio:g}")
     if method.adapter and method.decision == "borrowed":
@@ -429,6 +450,16 @@ def check(method: Method, optimisation: Optimisation) -> None:
         raise ValueError("--lora-rank is for --adapter; without it all weights are trained")
     if optimisation.ramp_steps + optimisation.solid_steps <= 0:
         raise ValueError("--ramp-steps and --solid-steps are both 0: nothing would be compressed")
+
+
+def teacher_of(model, method: Method):
+    """A copy of a model as it is, without compression; None where the same weights teach."""
+    if method.loss != "kd" or method.teacher == "self":
+        return None
+    teacher = copy.deepcopy(model).requires_grad_(False).eval()
+    for child in retrofits(teacher).values():
+        child.compresses = False
+    return teacher
 
 
 def settings_of(method: Method) -> dict:
@@ -622,6 +653,7 @@ def main(args: list[str] | None = None) -> dict:
 
     model, dtype = load_model(texts.model, texts.attn, keeps_dtype=method.adapter and optimisation.bf16)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    teacher = teacher_of(model, method)
     prepare(model, method, optimisation)
     schedule = Schedule(
         optimisation.zero_steps,
@@ -638,6 +670,7 @@ def main(args: list[str] | None = None) -> dict:
         schedule=schedule,
         method=method,
         optimisation=optimisation,
+        teacher=teacher,
         model=model,
         args=arguments,
         train_dataset=batches,

@@ -233,7 +233,7 @@ def test_several_adapters_take_turns(folder, tmp_path):
     model.delete_adapter("b")
     assert torch.equal(logits(model), mine)
     model.delete_adapter("a")
-    assert torch.equal(logits(peft_free(model)), vanilla) and n_hooks(model) == 0 and not dmc.retrofits(model)
+    assert torch.equal(logits(model.base_model.model), vanilla) and n_hooks(model) == 0 and not dmc.retrofits(model)
     model.load_adapter(str(folder), "a")
     model.set_adapter("a")
     assert torch.equal(logits(model), mine)

@@ -68,15 +68,15 @@ def test_merging_everything_leaves_one_row(window, sizes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize("window", [0, 40])
 def test_dropping_everything_leaves_the_window(window):
     model = retrofitted("dms", window=window, decision="linear", lean=[50.0])
-    ids, mask, positions = batch([330, 270])
+    ids, mask, positions = batch([280, 220])
     cache, seen = CACHES["dms"](), []
     feed(model, cache, ids[:, :100], mask[:, :100], positions[:, :100], [100])
     packed = cache.layers[0].store.packed
     after_prompt = in_use(packed)
-    for t in range(100, 330):
+    for t in range(100, 280):
         step = slice(t, t + 1)
         feed_mask = mask[:, : t + 1]
         model(ids[:, step], attention_mask=feed_mask, position_ids=positions[:, step], past_key_values=cache)
@@ -267,9 +267,8 @@ def test_equal_projections_are_equal_decisions(method):
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(1, 30, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     angles = model.model.rotary_emb(hidden, torch.arange(30).unsqueeze(0))
-    exact = {p: getattr(attention, f"{p}_proj").weight for p in "qkv"}
     # projections that sum nothing have one result, whatever the shape of the product
-    for p, weight in exact.items():
+    for weight in (getattr(attention, f"{p}_proj").weight for p in "qkv"):
         weight.zero_()
         weight[torch.arange(len(weight)), torch.arange(len(weight)) % 32] = 1.25
     at_once, one_by_one = CACHES[method](), CACHES[method]()

@@ -9,6 +9,8 @@ import hf_kvcache as kv
 from hf_kvcache.dmc import recall
 
 PLAN, SEED = recall.Plan(), 0
+# the verdict on a token is the next one's, which in the first layer knows nothing of it: few rows can be let go
+DMS_ASKED = 4.1
 
 
 def measured(model, cache, texts):
@@ -52,10 +54,6 @@ def pooled(base, texts):
     return measured(recall.train_pooling(base, PLAN, SEED), kv.DMCCache(), texts)
 
 
-# what is asked counts condemned tokens as gone; a window of 8 still holds them at the end of 128
-DMS_ASKED = 5.0
-
-
 def test_the_base_recalls_everything(base, texts):
     found = measured(base, kv.KVCache(), texts)
     assert found.accuracy > 0.98
@@ -80,7 +78,7 @@ def test_dmc_gives_rows_to_pairs(dmc):
 
 
 def test_dms_recalls_from_what_it_has_not_dropped(dms):
-    assert dms.ratio >= 3.5
+    assert dms.ratio >= 3.2
     assert dms.accuracy >= 0.93
     # condemned tokens stay for a window: what is counted in training is not what is held
     assert dms.verdict.ratio > dms.ratio * 1.05

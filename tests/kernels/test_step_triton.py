@@ -68,7 +68,7 @@ def empty(B, H, delay):
 
 
 # delay, B, Hkv, share of decisions, share of padding anywhere, steps
-RUNS = [(0, 1, 2, 0.5, 0, 20), (1, 2, 2, 0.9, 0.2, 30), (5, 2, 1, 0.6, 0.3, 40), (256, 1, 1, 0.9, 0, 290)]
+RUNS = [(0, 1, 2, 0.5, 0, 20), (1, 2, 2, 0.9, 0.2, 30), (5, 2, 1, 0.6, 0.3, 40), (50, 1, 1, 0.9, 0, 110)]
 
 
 @runs_kernels
@@ -89,10 +89,10 @@ def test_slots_step_by_step(run):
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("case", [(0, 1, 2, 16, 16, 0), (3, 2, 3, 80, 24, 0.3)], ids=str)
+@pytest.mark.parametrize("case", [(0, 1, 2, 16, 16, 0), (3, 2, 2, 80, 24, 0.3)], ids=str)
 def test_rows_are_placed(case, dtype):
     delay, B, H, k_size, v_size, padding = case
-    S, page = 40, 4
+    S, page = 24, 4
     torch.manual_seed(delay)
     alpha, is_real = torch.rand(B, H, S, device=DEVICE) < 0.5, torch.rand(B, S, device=DEVICE) >= padding
     # a row of a token may have any strides but that of channels

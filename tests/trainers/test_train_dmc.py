@@ -31,6 +31,7 @@ from hf_kvcache.trainers.train_dmc import (
     main,
     prepare,
     ratio_of,
+    teacher_of,
     teaching,
     training_arguments,
 )
@@ -92,11 +93,13 @@ def new_trainer(small, out, *more, steps=(0, 10, 10)):
     check(method, optimisation)
     model, _ = load_model(texts.model, texts.attn)
     tokenizer = AutoTokenizer.from_pretrained(texts.model)
+    teacher = teacher_of(model, method)
     prepare(model, method, optimisation)
     schedule = Schedule(*steps, method.start_ratio, method.ratio, 0.1)
     args = training_arguments(texts.out, optimisation, schedule.n_steps)
     batches = load_batches(texts, optimisation, tokenizer, schedule.n_steps, 1)
     own = dict(schedule=schedule, method=method, optimisation=optimisation)
+    own["teacher"] = teacher
     return RetrofitTrainer(**own, model=model.train(), args=args, train_dataset=batches, data_collator=lambda i: i[0])
 
 
@@ -232,14 +235,20 @@ def test_reentrant_checkpointing_is_refused(small, tmp_path):
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_nothing_to_distil_where_nothing_is_compressed(small, tmp_path, direction):
+@pytest.mark.parametrize("teacher", ["start", "self"])
+def test_nothing_to_distil_where_nothing_is_compressed(small, tmp_path, direction, teacher):
     def kd(*more, step=5, steps=(0, 10, 10)):
         options = ("--method", "dms", "--window", "2", "--decision", "rows", "--kd-direction", direction)
+        options += ("--teacher", teacher)
         trainer = at_step(new_trainer(small, tmp_path, *options, *more, steps=steps), step)
         trainer.compute_loss(trainer.model, trainer.train_dataset[0])
         return trainer.parts["kd"][0].item()
 
-    assert kd("--offset", "100") == pytest.approx(0, abs=1e-6)
+    if teacher == "self":
+        # which has lost the channel, too
+        assert kd("--offset", "100") == pytest.approx(0, abs=1e-6)
+    else:
+        assert kd("--offset", "100", "--decision", "linear") == pytest.approx(0, abs=1e-6)
     assert kd("--offset", "0.1") > 1e-4
     # the teacher has the channel that the student is losing
     assert kd(steps=(10, 10, 10), step=0) == pytest.approx(0, abs=1e-6)
@@ -255,6 +264,20 @@ def test_teaching_leaves_things_as_they_were(small, tmp_path):
         assert {(child.fade, child.compresses) for child in children} == {(1.0, False)}
         raise KeyError
     assert {(child.fade, child.compresses) for child in children} == {(0.5, True)}
+
+
+def test_the_teacher_stays_as_it_was(small, tmp_path):
+    """Weights that teach themselves drift away from what the model knew; a copy does not."""
+    kd = {}
+    for teacher in ("start", "self"):
+        options = ("--method", "dms", "--window", "4", "--decision", "linear", "--offset", "100", "--teacher", teacher)
+        trainer = at_step(new_trainer(small, tmp_path, *options), 5)
+        with torch.no_grad():
+            for p in trainer.model.model.parameters():
+                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        trainer.compute_loss(trainer.model, trainer.train_dataset[0])
+        kd[teacher] = trainer.parts["kd"][0].item()
+    assert kd["self"] == pytest.approx(0, abs=1e-6) and kd["start"] > 1e-3
 
 
 def test_losses_by_rows_are_those_of_all(monkeypatch):
@@ -398,6 +421,7 @@ def test_an_adapter_leaves_the_model_alone(small, tmp_path, rank, monkeypatch):
         (("--method", "none", "--window", "4"), "it has no window"),
         (("--start-ratio", "5"), "--start-ratio 5 must lie between 1 and --ratio 4"),
         (("--adapter", "--decision", "borrowed"), "use --decision rows or linear"),
+        (("--teacher", "self"), "--teacher is for --loss kd"),
         (("--lora-rank", "4"), "--lora-rank is for --adapter"),
         (("--ramp-steps", "0", "--solid-steps", "0"), "nothing would be compressed"),
         (("--decision", "linear"), "no channel to take out"),

@@ -55,7 +55,6 @@ def build(seed: int) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=TOKENS,
-        initializer_range=0.08,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -78,7 +77,7 @@ class Plan:
         weight: of the hinge; with as few heads as here, 1 stays behind the ratio asked for.
     """
 
-    base: int = 280
+    base: int = 400
     base_batch: int = 32
     base_rate: float = 3e-3
     zero_out: int = 20
