@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 import hf_kvcache as kv
 from hf_kvcache.bench.timing import interleaved
 from hf_kvcache.dmc import Settings
-from hf_kvcache.dmc.retrofit import retrofit as put
+from hf_kvcache.dmc.retrofitting import retrofit as put
 
 RATIOS = (1, 2, 4, 8)
 # rows of the eight KV heads for every 16 rows on average

@@ -6,7 +6,7 @@ import torch
 
 from hf_kvcache.dmc.hooks import Call
 from hf_kvcache.dmc.masks import expiry
-from hf_kvcache.dmc.merge import Past, merge
+from hf_kvcache.dmc.merging import Past, merge
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.kernels.merge_step import merge_step
 from hf_kvcache.layer import KVLayer

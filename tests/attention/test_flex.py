@@ -26,10 +26,8 @@ def test_equals_the_dense_bias(method, window, n_padding, softcap):
         mask = torch.ones(T, T, dtype=torch.bool).tril() & is_real[:, None, None]
     settings = Settings(method, window=window)
     call = SimpleNamespace(settings=settings, is_relaxed=True, left=left, is_real=is_real)
-    expected = attend_parallel(None, q, k, v, mask, call, 0.25, softcap)
-    found = attend_flex(
-        q, k, v, left, is_real, settings.delay, scaling=0.25, softcap=softcap, run=flex_attention
-    )
+    expected = attend_parallel(q, k, v, mask, call, 0.25, softcap)
+    found = attend_flex(q, k, v, left, is_real, settings.delay, scaling=0.25, softcap=softcap, run=flex_attention)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     other = attend_flex(q, k, v, 1.1 * left, is_real, settings.delay, scaling=0.25, softcap=softcap, run=flex_attention)
     assert (other - expected).abs().max() > 1e-3

@@ -8,10 +8,10 @@ from tiny_retrofits import CACHES, batch, retrofitted, settings, whole
 
 from hf_kvcache.attention.compacted import attend_parallel
 from hf_kvcache.dmc import Settings, decide, draw_noise, merge, retrofits
-from hf_kvcache.dmc.decide import harden, logistic_noise, opens, relax
+from hf_kvcache.dmc.decisions import harden, logistic_noise, opens, relax
 from hf_kvcache.dmc.hooks import Call
 from hf_kvcache.dmc.masks import FOREVER, expiry, hiding_bias
-from hf_kvcache.dmc.merge import Past
+from hf_kvcache.dmc.merging import Past
 
 B, H, D = 2, 3, 4
 
@@ -198,7 +198,7 @@ def test_gradients_through_attention(method, window, softcap):
         call = Call(chosen, None, is_real, True)
         call.resolve(decision, importance if chosen.merges else None, noise)
         k, v = (call.merged(x.transpose(1, 2), side).transpose(1, 2) for side, x in (("k", k), ("v", v)))
-        return attend_parallel(None, q, k, v, mask, call, 0.5, softcap)
+        return attend_parallel(q, k, v, mask, call, 0.5, softcap)
 
     inputs = [t.requires_grad_() for t in (q, k, v, decision, importance)]
     out = run(*inputs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_kvcache.dmc.merge import merge
+from hf_kvcache.dmc.merging import merge
 from hf_kvcache.kernels import BackendUnavailable, choose, native, use_backend
 from hf_kvcache.kernels.merge_step import merge_step
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 
 import hf_kvcache as kv
 from hf_kvcache.adapters.modules import attentions
-from hf_kvcache.dmc.retrofit import retrofit
+from hf_kvcache.dmc.retrofitting import retrofit
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.trainers.convert_gqa import main, pool_heads
 

@@ -14,27 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 import hf_kvcache as kv
 from hf_kvcache.adapters import dmc_peft
 from hf_kvcache.dmc.files import load
-from hf_kvcache.dmc.retrofit import draw_noise, retrofits
+from hf_kvcache.dmc.retrofitting import draw_noise, retrofits
 from hf_kvcache.models import embedded_prose
-from hf_kvcache.trainers import train_dmc
-from hf_kvcache.trainers.train_dmc import (
-    Method,
-    Optimisation,
-    RetrofitTrainer,
-    Schedule,
-    Texts,
-    by_rows,
-    check,
-    load_batches,
-    load_model,
-    load_stream,
-    main,
-    prepare,
-    ratio_of,
-    teacher_of,
-    teaching,
-    training_arguments,
-)
+from hf_kvcache.trainers import dmc_losses, dmc_trainer, train_dmc
+from hf_kvcache.trainers.dmc_data import load_batches, load_stream
+from hf_kvcache.trainers.dmc_losses import by_rows, ratio_of
+from hf_kvcache.trainers.dmc_model import load_model, prepare, teacher_of
+from hf_kvcache.trainers.dmc_options import Method, Optimisation, Texts, check
+from hf_kvcache.trainers.dmc_schedule import Schedule
+from hf_kvcache.trainers.dmc_trainer import RetrofitTrainer, teaching
+from hf_kvcache.trainers.train_dmc import main, training_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +82,7 @@ def new_trainer(small, out, *more, steps=(0, 10, 10)):
     check(method, optimisation)
     model, _ = load_model(texts.model, texts.attn)
     tokenizer = AutoTokenizer.from_pretrained(texts.model)
-    teacher = teacher_of(model, method)
+    teacher = teacher_of(model, method, "sdpa")
     prepare(model, method, optimisation)
     schedule = Schedule(*steps, method.start_ratio, method.ratio, 0.1)
     args = training_arguments(texts.out, optimisation, schedule.n_steps)
@@ -285,12 +274,12 @@ def test_losses_by_rows_are_those_of_all(monkeypatch):
     teacher, weights = torch.randn(10, 7), torch.rand(10)
 
     def losses(s, t):
-        assert len(s) <= 3 or train_dmc.LOSS_ELEMENTS > 100
+        assert len(s) <= 3 or dmc_losses.LOSS_ELEMENTS > 100
         return (s - t).square().sum(-1)
 
     whole = by_rows(losses, weights, logits, teacher)
     (expected,) = torch.autograd.grad(whole, logits)
-    monkeypatch.setattr(train_dmc, "LOSS_ELEMENTS", 21)
+    monkeypatch.setattr(dmc_losses, "LOSS_ELEMENTS", 21)
     parts = by_rows(losses, weights, logits, teacher)
     (found,) = torch.autograd.grad(parts, logits)
     torch.testing.assert_close(parts, whole)
@@ -311,7 +300,7 @@ def test_the_hinge_makes_a_model_compress(small, tmp_path):
 @pytest.mark.parametrize("more", [(), ("--constant-ratio",)])
 def test_what_the_hinge_is_asked(small, tmp_path, monkeypatch, more):
     asked = []
-    monkeypatch.setattr(train_dmc, "hinge", lambda share, *args: (asked.append(args), share.mean())[1])
+    monkeypatch.setattr(dmc_trainer, "hinge", lambda share, *args: (asked.append(args), share.mean())[1])
     weight = ("--hinge-weight", "0.5", "--ratio", "3", "--offset", "0.5")
     trainer = at_step(new_trainer(small, tmp_path, *weight, *more), 5)
     loss = trainer.compute_loss(trainer.model, trainer.train_dataset[0])

@@ -137,7 +137,7 @@ def save_adapter(
         AdapterError: the model is not retrofitted, or with decisions that are no adapter's.
     """
     from hf_kvcache import __version__
-    from hf_kvcache.dmc.retrofit import Retrofit
+    from hf_kvcache.dmc.retrofitting import Retrofit
 
     found = full_attentions(model)
     children = {i: getattr(a.module, RETROFIT_CHILD, None) for i, a in found.items()}

@@ -14,11 +14,10 @@ from hf_kvcache.kernels.ragged_attention import ragged_attention
 BLOCK = 256  # queries that share the rows gathered for them
 
 
-def attend_rows(module, q, view, scaling, softcap) -> torch.Tensor:
+def attend_rows(q, view, scaling, softcap) -> torch.Tensor:
     """Attend over what a `SlotLayer` holds: pages for one token, a chunk with what is held for many.
 
     Args:
-        module: the attention module.
         q: `[B, Hq, S, D]`, after RoPE.
         view: what its cache returned.
 
@@ -26,8 +25,6 @@ def attend_rows(module, q, view, scaling, softcap) -> torch.Tensor:
         `[B, Hq, S, D]`.
     """
     layer, store = view.layer, view.layer.store
-    call = layer.call
-    q = without_channel(module, q, call.settings)
     if view.n_new == 1:
         sides = (("k", store.keys), ("v", store.values))
         keys, values = (as_sparse_rows(codec, store.encoded(side)) for side, codec in sides)
@@ -98,11 +95,10 @@ def _masked(q, k, v, mask, scaling, softcap):
     return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
-def attend_parallel(module, q, k, v, mask, call, scaling, softcap=None, dropout=0.0) -> torch.Tensor:
+def attend_parallel(q, k, v, mask, call, scaling, softcap=None, dropout=0.0) -> torch.Tensor:
     """A whole text at once, without a cache: relaxed decisions add a bias to scores, hard ones end rows.
 
     Args:
-        module: the attention module.
         q, k, v: `[B, Hq | Hkv, T, D]`, keys and values merged already.
         mask: boolean, True = visible, `[B, 1, T, T]`; None for causal.
         call: what was decided.
@@ -110,7 +106,7 @@ def attend_parallel(module, q, k, v, mask, call, scaling, softcap=None, dropout=
     Returns:
         `[B, Hq, T, D]`.
     """
-    q, delay, T = without_channel(module, q, call.settings), call.settings.delay, q.shape[2]
+    delay, T = call.settings.delay, q.shape[2]
     if not call.is_relaxed:
         position = torch.arange(T, dtype=torch.int32, device=q.device)
         seen_until = expiry(call.alpha, call.is_real, 0, delay)
@@ -131,13 +127,12 @@ def attend_parallel(module, q, k, v, mask, call, scaling, softcap=None, dropout=
     return (weights.flatten(2, 3) @ v).view_as(q)
 
 
-def without_channel(module, x: torch.Tensor, settings) -> torch.Tensor:
-    """Take the borrowed channel out after RoPE, too, where the retrofit was made so: `[B, H, S, D]` of queries."""
-    if not (settings.zero_after_rope and settings.ablates):
-        return x
-    x = x.clone()
-    if settings.merges:
-        x[..., settings.neuron] = 0
-    else:
-        x.unflatten(1, (-1, module.num_key_value_groups))[:, :, 0, :, settings.neuron] = 0
-    return x
+def without_channel(module, q: torch.Tensor, retrofit) -> torch.Tensor:
+    """Queries `[B, Hq, S, D]` without the borrowed channel after RoPE, too, where the retrofit was made so."""
+    settings = retrofit.settings
+    if not (settings.zero_after_rope and settings.ablates) or retrofit.fade:
+        return q
+    q = q.clone()
+    heads = q if settings.merges else q.unflatten(1, (-1, module.num_key_value_groups))[:, :, 0]
+    heads[..., settings.neuron] = 0
+    return q

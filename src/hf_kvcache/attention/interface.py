@@ -32,8 +32,10 @@ def kv_attention(module, query, key, value, attention_mask, **kwargs):
     """
     if isinstance(key, KVView):
         return _attend(_exact, module, query, key, attention_mask, **kwargs)
-    if (retrofit := attached_retrofit(module)) is not None and retrofit.compresses:
-        return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, **kwargs)
+    if (retrofit := attached_retrofit(module)) is not None:
+        if retrofit.compresses:
+            return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, **kwargs)
+        query = compacted.without_channel(module, query, retrofit)
     return _exact(module, query, key, value, _tensor(attention_mask), **kwargs)
 
 
@@ -65,8 +67,10 @@ def _pass_through(stock, fuses):
     def attention(module, query, key, value, attention_mask, **kwargs):
         if isinstance(key, KVView):
             return _attend(stock, module, query, key, attention_mask, fuses=fuses, **kwargs)
-        if (retrofit := attached_retrofit(module)) is not None and retrofit.compresses:
-            return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, fuses=fuses, **kwargs)
+        if (retrofit := attached_retrofit(module)) is not None:
+            if retrofit.compresses:
+                return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, fuses=fuses, **kwargs)
+            query = compacted.without_channel(module, query, retrofit)
         return stock(module, query, key, value, attention_mask, **kwargs)
 
     attention._passes_views = True
@@ -84,7 +88,8 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
         _refuse_unfused(module, fuses, kwargs)
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = compacted.attend_rows(module, query, view, scaling, kwargs.get("softcap"))
+        query = compacted.without_channel(module, query, attached_retrofit(module))
+        out = compacted.attend_rows(query, view, scaling, kwargs.get("softcap"))
         view.layer.settle(query, view)
         view.cache.after_attention(module.layer_idx)
         return out.transpose(1, 2).contiguous(), None
@@ -122,19 +127,34 @@ def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses=True, *
             f"layer {module.layer_idx}: a retrofitted model reads a text at once, or goes on in a cache of its own: "
             "use past_key_values=DMCCache() or DMSCache()"
         )
-    scaling = kwargs.get("scaling")
+    scaling, mask = kwargs.get("scaling"), as_boolean(_tensor(mask))
+    _refuse_packing(module, mask, retrofit.call.is_real)
     out = compacted.attend_parallel(
-        module,
-        query,
+        compacted.without_channel(module, query, retrofit),
         key,
         value,
-        as_boolean(_tensor(mask)),
+        mask,
         retrofit.call,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         kwargs.get("softcap"),
         kwargs.get("dropout") or 0.0,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_packing(module, mask, is_real) -> None:
+    """Several texts in one row look like padding to the decisions, which do not know where one begins."""
+    if mask is None:
+        return
+    T = mask.shape[-1]
+    expected = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+    expected = expected if is_real is None else expected & is_real[:, None, None]
+    # some attention functions let a query that sees nothing see everything
+    if ((mask != expected) & ~mask.all(-1, keepdim=True)).any():
+        raise ValueError(
+            f"layer {module.layer_idx}: a retrofitted model reads one text per row, causally, padded or not; this mask "
+            "says something else (several texts in one row?)"
+        )
 
 
 def _refuse_unfused(module, fuses, kwargs) -> None:

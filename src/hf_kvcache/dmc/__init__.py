@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 _HOME = {
-    "Retrofit": "retrofit",
+    "Retrofit": "retrofitting",
     "Settings": "settings",
-    "compression_off": "retrofit",
-    "decide": "decide",
-    "draw_noise": "retrofit",
-    "fold": "retrofit",
+    "compression_off": "retrofitting",
+    "decide": "decisions",
+    "draw_noise": "retrofitting",
+    "fold": "retrofitting",
     "load": "files",
-    "merge": "merge",
-    "retrofit": "retrofit",
-    "retrofits": "retrofit",
+    "merge": "merging",
+    "retrofit": "retrofitting",
+    "retrofits": "retrofitting",
     "save": "files",
-    "zero_rows": "retrofit",
+    "zero_rows": "retrofitting",
 }
 
 __all__ = sorted(_HOME)
-
-
-class _Package(ModuleType):
-    """Some functions are called like their modules, which must not take their place when they are imported."""
-
-    def __setattr__(self, name: str, value) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):

@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD
-from hf_kvcache.dmc.retrofit import retrofit
+from hf_kvcache.dmc.retrofitting import retrofit
 from hf_kvcache.dmc.settings import DEFAULTS, Settings
 
 MODULE = "modeling_kv_dmc"  # of the file that a folder brings along

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD, full_attentions
 from hf_kvcache.dmc.classes import classes_of, read_settings, register
-from hf_kvcache.dmc.retrofit import Retrofit
+from hf_kvcache.dmc.retrofitting import Retrofit
 from hf_kvcache.dmc.settings import Settings
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")

@@ -15,8 +15,8 @@ from torch import nn
 from hf_kvcache.adapters.capture import has_norms, sources
 from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.attention.mask import new_token_padding
-from hf_kvcache.dmc.decide import decide, harden, opens, relax
-from hf_kvcache.dmc.merge import merge
+from hf_kvcache.dmc.decisions import decide, harden, opens, relax
+from hf_kvcache.dmc.merging import merge
 from hf_kvcache.dmc.settings import Settings
 
 if TYPE_CHECKING:
@@ -159,9 +159,7 @@ class Hooks:
         is_real = None if is_decoded else is_real
         self.call = Call(settings, layer, is_real, owner.training)
         if layer is not None and owner.training:
-            raise RuntimeError(
-                "relaxed decisions are for training, without a cache; call model.eval() to generate"
-            )
+            raise RuntimeError("relaxed decisions are for training, without a cache; call model.eval() to generate")
         if settings.decision != "borrowed":
             decision, importance = (None if w is None else self._project(hidden, w) for w in owner.rows())
             self._resolve(decision, importance)

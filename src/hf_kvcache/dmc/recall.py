@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.dmc.objective import hinge, merged_share, ramp
-from hf_kvcache.dmc.retrofit import draw_noise, retrofit, retrofits, zero_rows
+from hf_kvcache.dmc.retrofitting import draw_noise, retrofit, retrofits, zero_rows
 from hf_kvcache.dmc.settings import Settings
 
 N_FILLERS, N_KEYS, N_VALUES = 16, 16, 8

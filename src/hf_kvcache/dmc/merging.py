@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_kvcache.dmc.decide import precise
+from hf_kvcache.dmc.decisions import precise
 
 _BLOCK = 64  # tokens whose means are one small matrix product
 

@@ -11,7 +11,7 @@ from torch import nn
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD, attentions, full_attentions
 from hf_kvcache.attention.interface import register_pass_throughs
-from hf_kvcache.dmc.decide import logistic_noise
+from hf_kvcache.dmc.decisions import logistic_noise
 from hf_kvcache.dmc.hooks import Call, Hooks
 from hf_kvcache.dmc.settings import Settings
 

@@ -1,0 +1,104 @@
+"""Batches of text for retrofits, with ledgers where the tokenizer has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_kvcache.eval.retrieval import Ledger
+from hf_kvcache.trainers.dmc_options import Optimisation, Texts
+from hf_kvcache.trainers.pretrain_small import LedgerMix
+
+CHARACTERS = 8  # of text per token to be read, twice what a token has
+
+
+def load_batches(texts: Texts, optimisation: Optimisation, tokenizer, n_steps: int, world_size: int):
+    """A dataset whose item is a batch: windows of text, most with a ledger where the tokenizer has one.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    rows, n_items = optimisation.batch_size, n_steps * optimisation.accumulation
+    stream = load_stream(texts.data, tokenizer, n_items * world_size * rows * texts.sequence)
+    if len(stream) <= texts.sequence:
+        raise ValueError(f"{texts.data} has {len(stream)} tokens, a sequence needs {texts.sequence + 1}")
+    skip = tokenizer.eos_token_id if texts.skip_eos else None
+    try:
+        ledger = Ledger.from_tokenizer(tokenizer)
+    except ValueError:
+        return Windows(stream, texts.sequence, rows, n_items * world_size, tokenizer.bos_token_id, skip)
+    sizes = [f"{texts.sequence}x0"], rows * texts.sequence, texts.prose_share, texts.answer_weight
+    return Mix(stream, ledger, MixOptions(n_items, *sizes, optimisation.seed), skip)
+
+
+def load_stream(data: Path, tokenizer, n_tokens: int) -> np.ndarray:
+    """A file, or all .txt files of a folder, as one stream of token ids `[n]`, the end marked after each.
+
+    Args:
+        n_tokens: that will be read; of longer texts, the middle of every file is enough.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    files = sorted(data.glob("*.txt")) if data.is_dir() else [data]
+    if not files:
+        raise FileNotFoundError(f"no .txt files in {data}")
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    share = min(1.0, CHARACTERS * n_tokens / max(1, sum(map(len, texts))))
+    cuts = [(len(text) - int(len(text) * share)) // 2 for text in texts]
+    texts = [text[cut : len(text) - cut] for text, cut in zip(texts, cuts, strict=True)]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.concatenate([np.array([*text, *end], dtype=np.int32) for text in ids])
+
+
+class Windows(torch.utils.data.Dataset):
+    """Item `i` is a whole batch: packed windows of a stream of tokens, spread evenly, the same whenever asked for."""
+
+    def __init__(self, stream: np.ndarray, length: int, n_rows: int, n: int, bos: int | None, skip: int | None):
+        self.stream, self.length, self.n_rows, self.n, self.bos, self.skip = stream, length, n_rows, n, bos, skip
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(np.stack([self.row(i * self.n_rows + j) for j in range(self.n_rows)]))
+        labels = ids[:, 1:]
+        counts = torch.ones_like(labels) if self.skip is None else labels != self.skip
+        return {"input_ids": ids[:, :-1], "labels": labels, "weights": counts.float() / counts.sum().clamp(min=1)}
+
+    def row(self, i: int) -> np.ndarray:
+        """`length + 1` token ids, so that `length` of them can be predicted."""
+        # multiples of the golden ratio cover the stream evenly at any number of steps
+        start = int(i * 0.6180339887498949 % 1 * (len(self.stream) - self.length))
+        ids = self.stream[start : start + self.length + 1].astype(np.int64)
+        return ids if self.bos is None else np.concatenate([[self.bos], ids[:-1]])
+
+
+@dataclass
+class MixOptions:
+    """What `LedgerMix` asks for."""
+
+    steps: int
+    curriculum: list[str]
+    tokens_per_batch: int
+    prose_share: float
+    answer_weight: float
+    seed: int
+
+
+class Mix(LedgerMix):
+    """`LedgerMix`, optionally without loss on the end of a text."""
+
+    def __init__(self, stream, ledger, options: MixOptions, skip: int | None):
+        super().__init__(stream, ledger, options)
+        self.skip = skip
+
+    def weigh(self, ids):
+        batch = super().weigh(ids)
+        if self.skip is not None:
+            batch["weights"] = batch["weights"] * (batch["labels"] != self.skip)
+        return batch
