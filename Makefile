@@ -4,6 +4,8 @@ VENV ?= .venv
 # installed first, so that nothing else pulls another build of torch
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+# tests run on one thread each; files stay whole, as some train a model once for all of their tests
+PARALLEL := -n 2 --dist loadfile
 READY := $(VENV)/.ready
 
 .PHONY: setup demo test test-oldest lint bench bench-gpu clean
@@ -20,11 +22,11 @@ demo: setup
 	$(BIN)/hf-kvcache compare --out out
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # the same tests on the oldest supported transformers, in an environment of its own
 test-oldest: .venv-oldest/.ready
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest $(PARALLEL)
 
 .venv-oldest/.ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-oldest

@@ -1,5 +1,6 @@
 """Shared by all tests. The table of methods and the tiny models are in `cases.py`."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -33,7 +34,9 @@ for op in native.OPS:
 
 def pytest_collection_finish(session):
     """Compile native code for all instruction sets beside the first tests, which leave a core to spare."""
-    if not any("kernels" in item.path.parts for item in session.items) or session.config.option.collectonly:
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    has_kernels = any("kernels" in item.path.parts for item in session.items)
+    if not (is_first and has_kernels) or session.config.option.collectonly:
         return
     # in a process of its own: tests change the environment. A failure is found again by the test that needs the library
     session.compiling = subprocess.Popen(

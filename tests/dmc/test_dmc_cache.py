@@ -6,9 +6,10 @@ import pytest
 import torch
 from cases import assert_same_state, generate
 from tiny_retrofits import CACHES, batch, feed, lengths, llama, retrofitted, whole
-from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 import hf_kvcache as kv
+from hf_kvcache.compat import sdpa_attention_forward, sdpa_mask
 from hf_kvcache.dmc import retrofits
 
 METHODS = ["dmc", "dms"]
@@ -351,3 +352,20 @@ def test_what_is_said_of_a_cache(model, method):
     assert [row["tokens_seen"] for row in rows] == [15, 15]
     assert [row["n_kept"] for row in rows] == lengths(cache).amax((1, 2)).tolist()
     assert method.upper() in repr(cache)
+
+
+def test_an_attention_function_that_comes_later_cannot_ignore_decisions():
+    model = retrofitted("dmc", window=0)
+    AttentionInterface.register("late", sdpa_attention_forward)
+    AttentionMaskInterface.register("late", sdpa_mask)
+    model.set_attn_implementation("late")
+    with torch.no_grad(), pytest.raises(ValueError, match="decides what attention sees"):
+        model(torch.arange(6)[None], use_cache=False)
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_several_texts_in_one_row_are_refused(is_trained):
+    model = retrofitted("dmc", window=0).train(is_trained)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with torch.no_grad(), pytest.raises(ValueError, match="one text per row"):
+        model(torch.arange(6)[None], position_ids=positions, use_cache=False)

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_kvcache.adapters.capture import has_norms, sources
 from hf_kvcache.adapters.modules import attentions
+from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.attention.mask import new_token_padding
 from hf_kvcache.dmc.decisions import decide, harden, opens, relax
 from hf_kvcache.dmc.merging import merge
@@ -103,6 +104,7 @@ class Hooks:
         self._ids: dict[str, int] = {}
         self._query: torch.Tensor | None = None
         self._keep: tuple | None = None
+        self._served: str | None = None
 
     def hang(self, attention: nn.Module) -> None:
         """Put the hooks on an attention module (once)."""
@@ -141,6 +143,10 @@ class Hooks:
         if not owner.is_active:
             return
         self._watch(attention)
+        if attention.config._attn_implementation != self._served:
+            # a function that was registered since would know nothing of decisions
+            register_pass_throughs()
+            self._served = attention.config._attn_implementation
         given = dict(zip(self._arguments, args)) | kwargs
         hidden, mask = given["hidden_states"], given.get("attention_mask")
         S, settings = hidden.shape[1], owner.settings

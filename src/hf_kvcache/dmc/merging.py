@@ -42,7 +42,9 @@ def merge(x: torch.Tensor, omega: torch.Tensor, p: torch.Tensor, window: int, pa
         Means `[B, Hkv, S, D]` in the dtype of `x`; float32 inside.
     """
     run = _scan if not window else _taps
-    return run(precise(x), precise(omega), precise(p), window, past).to(x.dtype)
+    # autocast would multiply in half precision
+    with torch.autocast(x.device.type, enabled=False):
+        return run(precise(x), precise(omega), precise(p), window, past).to(x.dtype)
 
 
 def _taps(x, omega, p, window, past):

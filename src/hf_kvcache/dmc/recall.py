@@ -28,8 +28,8 @@ QUESTION = PAIR + N_KEYS * N_VALUES
 ANSWER = QUESTION + N_KEYS
 VOCABULARY = ANSWER + N_VALUES
 TOKENS = CONTEXT + 2 * QUESTIONS
-# the window is as much smaller than usual as the texts are
-SETTINGS = {"dmc": Settings("dmc"), "dms": Settings("dms", window=8, scale=20.0)}
+# texts are short: what DMS holds for a window would soon be all that it saves
+SETTINGS = {"dmc": Settings("dmc"), "dms": Settings("dms", window=4, scale=20.0)}
 
 
 def sample(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -82,7 +82,7 @@ class Plan:
     base_rate: float = 3e-3
     zero_out: int = 20
     rise: int = 150
-    settle: int = 50
+    settle: int = 120
     batch: int = 16
     rate: float = 2e-3
     weight: float = 3.0

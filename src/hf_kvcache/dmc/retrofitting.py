@@ -107,8 +107,10 @@ def draw_noise(model: nn.Module, batch: int, n_tokens: int, seed: int, device=No
     for attention in attentions(model).values():
         child = getattr(attention.module, RETROFIT_CHILD, None)
         if child is not None:
-            shape = batch, attention.n_kv_heads, n_tokens
-            child.noise = logistic_noise(shape, generator, device)
+            # heads that decide together draw together
+            n_heads = attention.n_kv_heads if child.settings.per == "head" else 1
+            noise = logistic_noise((batch, n_heads, n_tokens), generator, device)
+            child.noise = noise.expand(-1, attention.n_kv_heads, -1).contiguous()
 
 
 @torch.no_grad()

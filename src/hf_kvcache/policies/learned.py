@@ -12,6 +12,8 @@ from hf_kvcache.policies.base import Policy
 class Learned(Policy):
     """A retrofitted model decides, token by token and head by head; there is nothing to set here.
 
+    Rows are encoded as they are written, the newest among them, so the `window` of a cache says nothing.
+
     Class attributes:
         method: what the model must have been retrofitted for.
     """
