@@ -27,7 +27,7 @@ POLICIES = {
     "KeyDiff, merging": lambda ratio: kv.Merge.over(kv.KeyDiff(ratio=ratio)),
 }
 CONTROL = "control"
-N_NEXT, STEP, PROMPTS, QUESTIONS = 256, 8, 8, 32
+N_NEXT, STEP, PROMPTS, QUESTIONS, WINDOWS = 256, 8, 4, 32, 4
 LENGTHS = (1024, 4096, 16384)
 
 
@@ -77,7 +77,7 @@ def _evicting(make, kept):
 
 def _tasks(options, tokenizer, ids) -> dict:
     n_context = options.context - N_NEXT
-    starts = torch.linspace(0, len(ids) - options.context, 8).long()
+    starts = torch.linspace(0, len(ids) - options.context, WINDOWS).long()
     windows = torch.stack([ids[start : start + options.context] for start in starts])
     windows[:, 0] = tokenizer.bos_token_id
     ledger = retrieval.Ledger.from_tokenizer(tokenizer)

@@ -87,7 +87,7 @@ def test_dmc_is_worth_more_than_fixed_pooling(dmc, pooled):
 
 
 def test_dmc_gives_rows_to_pairs(dmc):
-    assert (dmc.verdict.pairs.mean() > dmc.verdict.fillers.mean() + 0.05).item()
+    assert (dmc.verdict.pairs.mean() > dmc.verdict.fillers.mean() + 0.03).item()
     assert dmc.verdict.ratio == pytest.approx(dmc.ratio, rel=1e-4)
 
 
@@ -99,8 +99,8 @@ def test_dms_recalls_from_what_it_has_not_dropped(dms):
 
 
 def test_the_same_decisions_about_other_tokens_are_worth_less(dmc, dms):
-    assert dmc.dealt_out < dmc.accuracy - 0.1
-    assert dms.dealt_out < dms.accuracy - 0.03
+    assert dmc.dealt_out < dmc.accuracy - 0.03
+    assert dms.dealt_out < dms.accuracy - 0.05
 
 
 def test_served_token_by_token_as_read_at_once(dmc, dms, pooled):
