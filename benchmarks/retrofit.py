@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hf_kvcache as kv
 from hf_kvcache import dmc
+from hf_kvcache.dmc import recall
 from hf_kvcache.eval import retrieval
 from hf_kvcache.models import embedded_prose
 
@@ -45,6 +46,9 @@ def retrofit(options) -> list[dict]:
     rows = [_row("before training", base, DynamicCache, tasks)]
     control = _load(folder / CONTROL)
     rows.append(_row("control run", control, DynamicCache, tasks))
+    for size in (2, 4):
+        pooled = recall.pool(_load(folder / CONTROL), size)
+        rows.append(_row(f"means of {size} neighbours", pooled, kv.DMCCache, tasks))
     for path in sorted(path for path in folder.iterdir() if (path / "config.json").is_file() and path.name != CONTROL):
         model = _load(path)
         rows.append(_row(path.name, model, _cache_of(model), tasks))

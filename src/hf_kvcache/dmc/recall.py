@@ -135,13 +135,18 @@ def train_on(base: nn.Module, plan: Plan, seed: int, ratio: float = 1.0, setting
 
 def train_pooling(base: nn.Module, plan: Plan, seed: int, size: int = 4) -> nn.Module:
     """A copy of a model, trained as long as a retrofit, whose rows are plain means of `size` neighbours each."""
-    model, generator = deepcopy(base), torch.Generator().manual_seed(1000 + seed)
+    model, generator = pool(deepcopy(base), size), torch.Generator().manual_seed(1000 + seed)
+    rates = [plan.rate] * (plan.zero_out + plan.rise) + _cosine(plan.settle, plan.rate, 0.1)
+    _optimise(model, lambda _: loss(model, sample(plan.batch, generator)), rates)
+    return model
+
+
+def pool(model: nn.Module, size: int) -> nn.Module:
+    """Let the rows of a model be plain means of `size` neighbours each (in place), for a `DMCCache`."""
     for i, child in retrofit(model, Settings("dmc", "linear", window=size)).items():
         # weights that stay zero: all members count the same
         child.requires_grad_(False)
         attentions(model)[i].module.register_forward_pre_hook(_Pool(size), with_kwargs=True)
-    rates = [plan.rate] * (plan.zero_out + plan.rise) + _cosine(plan.settle, plan.rate, 0.1)
-    _optimise(model, lambda _: loss(model, sample(plan.batch, generator)), rates)
     return model
 
 
