@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
 
+from hf_kvcache import compat
 from hf_kvcache.adapters import dmc_files
 from hf_kvcache.dmc.files import save
 from hf_kvcache.dmc.retrofitting import retrofits
@@ -115,9 +116,7 @@ def training_arguments(out: Path, optimisation: Optimisation, n_steps: int) -> T
         max_grad_norm=optimisation.clip_norm,
         use_cpu=not torch.accelerator.is_available(),
         bf16=optimisation.bf16,
-        activation_checkpointing=optimisation.gradient_checkpointing,
-        # reentrant checkpointing would cut decisions off from their gradient
-        activation_checkpointing_kwargs={"use_reentrant": False} if optimisation.gradient_checkpointing else None,
+        **compat.checkpointing(optimisation.gradient_checkpointing),
         save_strategy="steps" if optimisation.save_steps else "no",
         save_steps=optimisation.save_steps or 500,
         save_total_limit=2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -16,6 +17,7 @@ from hf_kvcache.rope import rotate
 __all__ = [
     "CacheLayerMixin",
     "attention_functions",
+    "checkpointing",
     "drop_rows",
     "eager_attention",
     "register_attention",
@@ -56,6 +58,16 @@ def drop_rows(layer) -> None:
     if isinstance(layer, DynamicLayer) and layer.is_initialized:
         layer.keys = layer.values = None
         layer.is_initialized = False
+
+
+def checkpointing(is_on: bool) -> dict:
+    """Arguments of `TrainingArguments` that let activations be recomputed, never reentrantly; 5.23 has renamed them."""
+    from transformers import TrainingArguments
+
+    names = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    # reentrant checkpointing would cut decisions off from their gradient
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if is_on else {}
 
 
 def stock_layers(config) -> list[CacheLayerMixin | None]:
