@@ -178,22 +178,31 @@ def picture(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.colors import LogNorm
 
-    found = [row for row in rows if row["rows per head"]]
-    if not found:
+    ratios = {
+        row["model and cache"]: row["tokens"] / torch.tensor(row["rows per head"], dtype=torch.float)
+        for row in rows
+        if row["rows per head"]
+    }
+    # means of neighbours are the same everywhere
+    ratios = {name: ratio for name, ratio in ratios.items() if ratio.max() > 1.1 * ratio.min()}
+    if not ratios:
         return
-    figure, axes = plt.subplots(1, len(found), figsize=(2.6 * len(found), 2.8), squeeze=False, layout="constrained")
-    for axis, row in zip(axes[0], found):
-        heads = torch.tensor(row["rows per head"], dtype=torch.float)
-        ratio = row["tokens"] / heads
-        image = axis.imshow(ratio.numpy(), cmap="viridis", aspect="auto", vmin=1)
-        places = torch.cartesian_prod(*map(torch.arange, ratio.shape)).tolist()
-        for (layer, head), value in zip(places, ratio.flatten()):
-            axis.text(head, layer, f"{value:.1f}", ha="center", va="center", color="white")
-        axis.set(title=row["model and cache"], xlabel="KV head", xticks=range(ratio.shape[1]))
-        axis.set_yticks(range(ratio.shape[0]))
-        figure.colorbar(image, ax=axis)
+    norm = LogNorm(1, max(float(ratio.max()) for ratio in ratios.values()))
+    widths = [ratio.shape[1] for ratio in ratios.values()]
+    figure, axes = plt.subplots(
+        1, len(ratios), figsize=(1.2 * sum(widths) + 2, 2.8), width_ratios=widths, squeeze=False, layout="constrained"
+    )
+    for axis, (name, ratio) in zip(axes[0], ratios.items()):
+        image = axis.imshow(ratio.numpy(), cmap="viridis", aspect="auto", norm=norm)
+        for layer, head in torch.cartesian_prod(*map(torch.arange, ratio.shape)).tolist():
+            value = float(ratio[layer, head])
+            colour = "black" if norm(value) > 0.6 else "white"
+            label = f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+            axis.text(head, layer, label, ha="center", va="center", color=colour)
+        axis.set(title=name, xlabel="KV head", xticks=range(ratio.shape[1]), yticks=range(ratio.shape[0]))
     axes[0, 0].set_ylabel("layer")
-    figure.suptitle("tokens per row", fontsize=10)
+    figure.colorbar(image, ax=axes[0, -1], label="tokens per row")
     figure.savefig(path, dpi=110)
     plt.close(figure)
