@@ -231,7 +231,10 @@ def test_nobody_takes_it_for_the_base_model(folder):
     for who in ("unasked", "refused", "imported"):
         assert "trust_remote_code=True" in answers[who], answers
     assert "does not recognize this architecture" in answers["without_map"]
-    assert answers["trusted"] == [OURS[-1], float(logits(dmc.load(folder), torch.arange(9)[None]).sum())]
+    name, total = answers["trusted"]
+    # the other process may use another number of threads
+    assert name == OURS[-1]
+    assert total == pytest.approx(float(logits(dmc.load(folder), torch.arange(9)[None]).sum()), rel=1e-5)
 
 
 def test_classes_have_names():

@@ -6,7 +6,7 @@ without it.
 
 from __future__ import annotations
 
-from importlib import import_module
+from hf_kvcache.lazy import lazily
 
 # the function `decompose` is not among them: the submodule of that name would hide it
 _HOME = {
@@ -29,11 +29,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOME, globals())

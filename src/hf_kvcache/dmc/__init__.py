@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from hf_kvcache.lazy import lazily
 
 _HOME = {
     "Retrofit": "retrofitting",
@@ -20,11 +20,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOME, globals())

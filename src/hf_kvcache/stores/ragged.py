@@ -87,7 +87,7 @@ class RaggedStore(UniformStore):
         rows = {name: back[name] for name in self.tracked}
         for side, codec in (("k", self.keys), ("v", self.values)):
             encoded = {name: back[f"{side}.{name}"] for name in codec.fields}
-            rows[side] = codec.decode(encoded, self.dtype, self.dense.tensors[side].shape[-1])
+            rows[side] = codec.decode(encoded, self.dtype, self.width(side))
         after = {name: t.clone() for name, t in self.dense.views().items()}
         n_after = self.dense.n_tokens
         self.dense.truncate(0)
@@ -100,6 +100,10 @@ class RaggedStore(UniformStore):
         codec = self.keys if side == "k" else self.values
         return {name: self.packed.tensors[f"{side}.{name}"] for name in codec.fields}
 
+    def width(self, side: str) -> int:
+        """Channels of a row of one side, "k" or "v"."""
+        return self.dense.tensors[side].shape[-1]
+
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed rows `[start, stop)` of every head, decoded, zeros behind the end of a head."""
         is_row = self.packed.is_row[..., start:stop].unsqueeze(-1)
@@ -107,7 +111,7 @@ class RaggedStore(UniformStore):
             codec.decode(
                 {name: self.packed.read(f"{side}.{name}", start, stop) for name in codec.fields},
                 self.dtype,
-                self.dense.tensors[side].shape[-1],
+                self.width(side),
             ).masked_fill(~is_row, 0)
             for side, codec in (("k", self.keys), ("v", self.values))
         )

@@ -181,16 +181,8 @@ class SlotStore(RaggedStore):
     def positions(self) -> None:
         return None
 
-    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        is_row = self.packed.is_row[..., start:stop].unsqueeze(-1)
-        return tuple(
-            codec.decode(
-                {name: self.packed.read(f"{side}.{name}", start, stop) for name in codec.fields},
-                self.dtype,
-                self.head_dim,
-            ).masked_fill(~is_row, 0)
-            for side, codec in (("k", self.keys), ("v", self.values))
-        )
+    def width(self, side: str) -> int:
+        return self.head_dim
 
     def blocks(self, size: int):
         for start in range(0, self.packed.n_tokens, size):
