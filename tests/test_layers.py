@@ -1,5 +1,7 @@
 """Batch, crop and device operations of a filled cache, written once over the declared payloads."""
 
+import copy
+
 import pytest
 import torch
 from cases import (
@@ -156,3 +158,14 @@ def test_report(case):
     assert sum(row["nbytes"] for row in rows) == cache.nbytes
     assert cache.compression_ratio == cache.nbytes_dense / cache.nbytes
     assert str(cache.nbytes) in repr(cache)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_end_at_what_is_cached(case):
+    model, cache = copy.deepcopy(tiny_model()).requires_grad_(True), case.make()
+    for start, n in ((0, 60), (60, 1), (61, 1), (62, 5)):
+        model.zero_grad()
+        model(IDS[:, start : start + n], past_key_values=cache).logits.sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        assert model.lm_head.weight.grad.any()
+        assert not any(t.requires_grad for t in state(cache).values())

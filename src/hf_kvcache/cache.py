@@ -27,6 +27,7 @@ class KVCache(Cache):
 
     Pass it to `generate` or to a forward pass: `model.generate(**x, past_key_values=KVCache(codec=Quantize(4)))`.
     Without arguments it is lossless. Sliding-window and linear-attention layers keep transformers' own classes.
+    Gradients flow within a forward pass; what earlier ones have cached is a constant for later ones.
 
     Args:
         policy: which tokens stay; None keeps all.

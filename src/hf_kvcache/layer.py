@@ -242,6 +242,7 @@ class KVLayer(CacheLayerMixin):
             rows = self.store.dense["position"][:, :, -n_new:]
             rows.masked_fill_(~is_real.unsqueeze(1), -1)
 
+    @torch.no_grad()
     def settle(self, q: torch.Tensor, view: KVView, scaling: float | None = None, softcap: float | None = None) -> None:
         """Evict and pack after attention. While past states are recorded this waits for `crop`.
 
@@ -250,6 +251,7 @@ class KVLayer(CacheLayerMixin):
             view: what attention has read.
             scaling, softcap: of the scores.
         """
+        self._end_gradients(view)
         goes_on = None if view.cache is None else view.cache.prompt_goes_on
         # verifying drafted tokens is decoding too, several tokens at a time; one token of a prompt is not
         self._is_decoding = goes_on is None and (q.shape[2] == 1 or (self.record_past and not view.is_prefill))
@@ -257,12 +259,23 @@ class KVLayer(CacheLayerMixin):
         self.store.note_queries(q)
         if self.policy is not None:
             self.policy.note(view)
-            self._queries = q if self.policy.observes else None
+            self._queries = q.detach() if self.policy.observes else None
         self._is_due, self._is_unsettled = self._asks_to_evict(), True
         waits = self.policy is not None and self.policy.waits and not self._is_decoding and goes_on is None
         if not self.record_past and not waits:
             self._commit(is_final=not goes_on)
 
+    def _end_gradients(self, view: KVView) -> None:
+        """Gradients flow within a call; what an earlier one has cached is constant, or its graph would never be freed.
+
+        Attention keeps for its backward pass what it has read, so rows with a graph go on in a copy.
+        """
+        if not (view.new_k.requires_grad or view.new_v.requires_grad):
+            return
+        for buffer in self.store.buffers().values():
+            buffer.tensors = {n: t.detach().clone() if t.requires_grad else t for n, t in buffer.tensors.items()}
+
+    @torch.no_grad()
     def finish(self, is_final: bool = True) -> None:
         """Compress what is still waiting: for a `crop`, or for the next tokens to say whether the prompt goes on."""
         if self._is_unsettled:

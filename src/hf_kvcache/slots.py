@@ -167,8 +167,10 @@ class SlotLayer(KVLayer):
     def note_padding(self, mask, n_new: int) -> None:
         """The hooks have."""
 
+    @torch.no_grad()
     def settle(self, q, view, scaling=None, softcap=None) -> None:
         """Let rows go that nothing will see again, once attention has read them."""
+        self._end_gradients(view)
         if self.seen_until is not None:
             start, held = self.tokens_seen - view.n_new, self.held
             self.store.commit(view.new_k, view.new_v, self.seen_until, None if held is None else held[2], start)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import assert_same_state, generate
+from cases import assert_same_state, generate, state
 from tiny_retrofits import CACHES, batch, feed, lengths, llama, retrofitted, whole
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
@@ -369,3 +369,27 @@ def test_several_texts_in_one_row_are_refused(is_trained):
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with torch.no_grad(), pytest.raises(ValueError, match="one text per row"):
         model(torch.arange(6)[None], position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_gradients_flow_within_a_call_and_end_at_what_is_cached(method, window):
+    knobs = dict(window=window) if method == "dmc" else KNOBS[method]
+    model = retrofitted(method, n_layers=2, lean=[0.3, 0.0], **knobs).requires_grad_(True)
+    ids, _, _ = batch([20])
+
+    def gradients(**kwargs):
+        model.zero_grad()
+        model(ids[:, start : start + n], **kwargs).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    cache = new_cache(method)
+    for start, n in ((0, 12), (12, 1), (13, 1), (14, 4)):
+        found = gradients(past_key_values=cache)
+        if not start:
+            expected = gradients(use_cache=False)
+            # rows of linear decisions are reached by relaxed ones alone
+            assert found.keys() == expected.keys()
+            for name in found:
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-10)
+        assert all(found[f"model.layers.0.self_attn.{name}_proj.weight"].any() for name in "qkvo")
+        assert not any(t.requires_grad for t in state(cache).values())

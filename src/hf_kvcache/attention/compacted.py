@@ -79,9 +79,9 @@ def _gather(is_seen, k, v, until, position):
     if most > 0.8 * is_seen.shape[-1]:
         return k[:, :, : is_seen.shape[-1]], v[:, :, : is_seen.shape[-1]], until, where
     index = (~is_seen).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
-    until = until.masked_fill(~is_seen, -1).gather(2, index)
     rows = index.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-    return k.gather(2, rows), v.gather(2, rows), until, where.gather(2, index)
+    # a head with fewer seen rows is padded with others, which have expired for every query
+    return k.gather(2, rows), v.gather(2, rows), until.gather(2, index), where.gather(2, index)
 
 
 def _masked(q, k, v, mask, scaling, softcap):
