@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from transformers import Cache
 
-from hf_kvcache import compat, persist, registry
+from hf_kvcache import compat, persist
 from hf_kvcache.attention.interface import register_pass_throughs
-from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.base import ROWS, Codec
 from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.learned import Learned
-from hf_kvcache.slots import SlotLayer, layer_class
+from hf_kvcache.slots import SlotLayer
 from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import PACK_STEP
 from hf_kvcache.view import KVView
@@ -170,7 +170,7 @@ class KVCache(Cache):
         if isinstance(self.policy, Learned):
             self._check_learned()
         for side in codecs:
-            if side.format not in registry.ROWS:
+            if side.format not in ROWS:
                 raise ValueError(
                     f"{name} lets heads keep different numbers of rows, in pages that serve any head, which rows of "
                     f"{side} do not"
@@ -233,7 +233,8 @@ class KVCache(Cache):
         if stock is not None:
             return stock
         codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
-        layer = layer_class(self.policy)(
+        kind = SlotLayer if isinstance(self.policy, Learned) else KVLayer
+        layer = kind(
             layer_idx,
             *codec,
             self.policy,

@@ -1,4 +1,4 @@
-"""What exists: the methods by name, and the op that reads each storage format."""
+"""What exists: the methods by name."""
 
 from __future__ import annotations
 
@@ -206,28 +206,6 @@ METHODS = (
         "codec=None; a model from trainers/train_dmc.py",
     ),
 )
-
-# (format of keys, format of values) -> the function that attends over a store of that kind
-FUSED = {
-    ("int/channel", "int"): "hf_kvcache.attention.fused:integers",
-    ("int", "int"): "hf_kvcache.attention.fused:integers",
-}
-# every other pair of formats whose rows serve any head: a row is a list of values, quantised or not, and their places
-ROWS = ("sparse", "sparse>int", "dense", "int")
-FUSED |= {
-    (keys, values): "hf_kvcache.attention.fused:sparse"
-    for keys in ROWS
-    for values in ROWS
-    if (keys, values) not in (("dense", "dense"), ("int", "int"))
-}
-# latents on one side at least; a side without is of full rank
-_LATENTS = ("lowrank", "lowrank>int", "dense", "int")
-FUSED |= {
-    (keys, values): "hf_kvcache.attention.fused:lowrank"
-    for keys in (*_LATENTS, "lowrank/rope", "lowrank/rope>int")
-    for values in _LATENTS
-    if "lowrank" in keys + values
-}
 
 
 def method(name: str) -> Method:

@@ -6,18 +6,20 @@ import torch
 
 from hf_kvcache.attention import blockwise
 from hf_kvcache.attention.mask import visible
-from hf_kvcache.codecs.base import Chain, Codec
+from hf_kvcache.codecs.base import ROWS, Chain, Codec
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
 from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.ragged_attention import ragged_attention
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
-from hf_kvcache.registry import FUSED, load
 
 # above this many queries a call is compute-bound: unpacking a block once for all of them and using a large matrix
 # product beats reading the packed bytes for every group of queries
 MAX_QUERIES = 32
+
+# what an op over latents takes: dense and quantised rows are latents of full rank
+_LATENTS = ("lowrank", "dense", "int")
 
 
 def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
@@ -75,9 +77,15 @@ def _attend_projected(op, q, store, scaling, mask, softcap):
     return merge_states(states)[0]
 
 
-def _op(key_format: str, value_format: str):
-    where = FUSED.get((key_format, value_format))
-    return None if where is None else load(where)
+def _op(keys: str, values: str):
+    """The function below that reads these formats, or None."""
+    if keys in ("int/channel", "int") and values == "int":
+        return integers
+    if "lowrank" in keys + values and keys.removesuffix(">int") in (*_LATENTS, "lowrank/rope"):
+        return lowrank if values.removesuffix(">int") in _LATENTS else None
+    if keys in ROWS and values in ROWS and (keys, values) != ("dense", "dense"):
+        return sparse
+    return None
 
 
 def integers(q, store, dense, *, scaling, mask, softcap):

@@ -57,7 +57,7 @@ def register_pass_throughs() -> None:
     functions = compat.attention_functions()
     functions.setdefault("eager", _eager)
     for name, stock in functions.items():
-        if name == NAME or getattr(stock, "_passes_views", False):
+        if name == NAME or KVView in getattr(stock, "_passes_views", ()):
             continue
         compat.register_attention(name, _pass_through(stock, fuses=name in ("sdpa", "eager")))
 
@@ -73,7 +73,8 @@ def _pass_through(stock, fuses):
             query = compacted.without_channel(module, query, retrofit)
         return stock(module, query, key, value, attention_mask, **kwargs)
 
-    attention._passes_views = True
+    # several copies of this code may be at work: a model's repository can bring its own
+    attention._passes_views = {KVView} | getattr(stock, "_passes_views", set())
     return attention
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
+# formats whose rows serve any head: a row is a list of values, quantised or not, and their places
+ROWS = ("sparse", "sparse>int", "dense", "int")
+
 
 class Codec:
     """How rows of K or V are encoded. A dataclass of its knobs; `a >> b` encodes what `a` leaves with `b`.

@@ -8,11 +8,9 @@ folder for one of the base model.
 from __future__ import annotations
 
 import functools
-import inspect
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -22,6 +20,7 @@ from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD
 from hf_kvcache.dmc.retrofitting import retrofit
 from hf_kvcache.dmc.settings import DEFAULTS, Settings
+from hf_kvcache.hub.citizen import CacheModel, with_cache
 
 MODULE = "modeling_kv_dmc"  # of the file that a folder brings along
 _CODE = '''"""Needs hf_kvcache (pip install hf_kvcache): {title} decides which tokens keep a row of its KV cache."""
@@ -75,7 +74,7 @@ class _Config:
         """Nothing: saving would copy this file instead of `modeling_kv_dmc.py`."""
 
 
-class _Model:
+class _Model(CacheModel):
     """Mixed into a base model: decides, and takes our cache where transformers would make one of its own."""
 
     def __init__(self, config, *args, **kwargs):
@@ -108,38 +107,6 @@ class _Model:
         config = self.config.get_text_config(decoder=True)
         return {"dmc": DMCCache, "dms": DMSCache}[self.config.kv_dmc_method](config=config)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            kind = generation_config.cache_implementation
-            # "hybrid" is what configs of sliding-window models used to say for the usual cache
-            if kind not in (None, "dynamic", "hybrid"):
-                raise ValueError(
-                    f"cache_implementation={kind!r}: {type(self).__name__} can only keep its rows in a cache of ours; "
-                    f"leave it out, or pass past_key_values={type(self.new_cache()).__name__}(...)"
-                )
-            model_kwargs["past_key_values"] = self.new_cache()
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-
-def _forward(base: type):
-    """A base model's forward that makes our cache where it would make a `DynamicCache`."""
-    signature = inspect.signature(base.forward)
-
-    # the signature is kept, because generate and trainers look at it
-    @functools.wraps(base.forward)
-    def forward(self, *args, **kwargs):
-        given = signature.bind_partial(self, *args, **kwargs)
-        uses_cache = given.arguments.get("use_cache")
-        uses_cache = getattr(self.config, "use_cache", False) if uses_cache is None else uses_cache
-        # rows in a cache are written in place, which gradients do not survive
-        serves = not self.training and not torch.is_grad_enabled()
-        if uses_cache and serves and given.arguments.get("past_key_values") is None:
-            given.arguments["past_key_values"] = self.new_cache()
-        return base.forward(*given.args, **given.kwargs)
-
-    return forward
-
 
 @functools.cache
 def classes_of(method: str, base_model_type: str) -> Classes:
@@ -168,7 +135,7 @@ def classes_of(method: str, base_model_type: str) -> Classes:
     }
     config = type(names[0], (_Config, base), body)
     models = [
-        type(name, (_Model, cls), {"config_class": config, "forward": _forward(cls), "__module__": __name__})
+        type(name, (_Model, cls), {"config_class": config, "forward": with_cache(cls), "__module__": __name__})
         for name, cls in zip(names[1:], bases, strict=True)
     ]
     # architectures whose files name weights otherwise go by the model type

@@ -1,0 +1,58 @@
+"""What makes a model of transformers take a cache of ours unasked: mixed into its config and its classes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+
+
+class CacheConfig:
+    """Mixed into the config of a base model.
+
+    Attributes:
+        kv_cache: the arguments of its cache, see `spec_of`.
+    """
+
+    kv_cache = None
+
+
+class CacheModel:
+    """Mixed into a base model: takes our cache where transformers would make one of its own."""
+
+    def new_cache(self):
+        """The cache that goes with this model, empty."""
+        raise NotImplementedError
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            kind = generation_config.cache_implementation
+            # "hybrid" is what configs of sliding-window models used to say for the usual cache
+            if kind not in (None, "dynamic", "hybrid"):
+                raise ValueError(
+                    f"cache_implementation={kind!r}: {type(self).__name__} can only keep its rows in a cache of ours; "
+                    f"leave it out, or pass past_key_values={type(self.new_cache()).__name__}(...)"
+                )
+            model_kwargs["past_key_values"] = self.new_cache()
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def with_cache(base: type):
+    """A base model's forward that makes our cache where it would make a `DynamicCache`."""
+    signature = inspect.signature(base.forward)
+
+    # the signature is kept, because generate and trainers look at it
+    @functools.wraps(base.forward)
+    def forward(self, *args, **kwargs):
+        given = signature.bind_partial(self, *args, **kwargs)
+        uses_cache = given.arguments.get("use_cache")
+        uses_cache = getattr(self.config, "use_cache", False) if uses_cache is None else uses_cache
+        # a cache is for inference: training reads whole texts
+        serves = not self.training and not torch.is_grad_enabled()
+        if uses_cache and serves and given.arguments.get("past_key_values") is None:
+            given.arguments["past_key_values"] = self.new_cache()
+        return base.forward(*given.args, **given.kwargs)
+
+    return forward

@@ -1,0 +1,224 @@
+"""Source text in which some conditions are known: branches that cannot run are taken out, the rest stays as it is."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+UNKNOWN = object()
+
+_COMPARE = {
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Gt: operator.gt,
+    ast.Lt: operator.lt,
+    ast.GtE: operator.ge,
+    ast.LtE: operator.le,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}
+
+
+class Edit(NamedTuple):
+    """Bytes `[start, stop)` of a source text, and what comes in their place."""
+
+    start: int
+    stop: int
+    text: bytes
+
+
+def fold(source: str, facts: Mapping[str, Any], absent: Collection[str] = ()) -> str:
+    """Take out what cannot run.
+
+    Args:
+        source: a module.
+        facts: what names and attributes are, wherever the module reads them: `{"policy": None}` settles
+            `self.policy is None`.
+        absent: names of classes, functions and methods that will not exist: nothing is an instance of them, calls come to None,
+            containers go without them, and branches that return them are never taken.
+
+    Raises:
+        SyntaxError: the source cannot be read.
+    """
+    text = source.encode()
+    while (edit := _Search(text, facts, frozenset(absent)).edit()) is not None:
+        text = text[: edit.start] + edit.text + text[edit.stop :]
+    return text.decode()
+
+
+class Text:
+    """A source text and where its nodes are.
+
+    Args:
+        text: UTF-8.
+    """
+
+    def __init__(self, text: bytes):
+        self.text, self.tree = text, ast.parse(text)
+        self.lines = [0]
+        for line in text.splitlines(keepends=True):
+            self.lines.append(self.lines[-1] + len(line))
+
+    def start(self, node: ast.AST) -> int:
+        return self.lines[node.lineno - 1] + node.col_offset
+
+    def stop(self, node: ast.AST) -> int:
+        return self.lines[node.end_lineno - 1] + node.end_col_offset
+
+    def of(self, node: ast.AST) -> bytes:
+        return self.text[self.start(node) : self.stop(node)]
+
+    def first_line(self, node: ast.AST) -> int:
+        """Index of the line that a statement begins on, decorators included."""
+        return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1
+
+    def whole_lines(self, first: ast.AST, last: ast.AST) -> tuple[int, int]:
+        """Where the lines of statements begin, and where the next one does."""
+        return self.lines[self.first_line(first)], self.lines[last.end_lineno]
+
+    def lines_with_comments(self, node: ast.AST) -> tuple[int, int]:
+        """The same of one statement with the comments above it."""
+        first, (start, stop) = self.first_line(node), self.whole_lines(node, node)
+        while first and self.text[self.lines[first - 1] : start].lstrip().startswith(b"#"):
+            first -= 1
+            start = self.lines[first]
+        return start, stop
+
+
+class _Search:
+    """Finds the next thing to take out, the outermost first."""
+
+    def __init__(self, text: bytes, facts, absent):
+        self.at, self.facts, self.absent = Text(text), facts, absent
+
+    def edit(self) -> Edit | None:
+        for node in ast.walk(self.at.tree):
+            for field in ("body", "orelse", "finalbody"):
+                suite = getattr(node, field, None)
+                if isinstance(suite, list) and (edit := self._suite(suite)) is not None:
+                    return edit
+            if (edit := self._expression(node)) is not None:
+                return edit
+        return None
+
+    # -- statements --------------------------------------------------------------------------------------------------
+
+    def _suite(self, suite: list[ast.stmt]) -> Edit | None:
+        for i, statement in enumerate(suite):
+            if isinstance(statement, ast.If):
+                value = False if self._returns_absent(statement.body) else self.value(statement.test)
+                if value is not UNKNOWN:
+                    return self._branch(statement, bool(value), is_alone=len(suite) == 1)
+            if isinstance(statement, ast.Expr) and self._is_idle(statement.value):
+                start, stop = self.at.lines_with_comments(statement)
+                return Edit(start, stop, b" " * statement.col_offset + b"pass\n" if len(suite) == 1 else b"")
+            if isinstance(statement, (ast.Return, ast.Raise, ast.Continue, ast.Break)) and suite[i + 1 :]:
+                start, stop = self.at.lines[statement.end_lineno], self.at.lines[suite[-1].end_lineno]
+                return Edit(start, stop, b"")
+        return None
+
+    def _is_idle(self, node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and self._is_absent(node.func)
+
+    def _returns_absent(self, body: list[ast.stmt]) -> bool:
+        only = body[-1]
+        return isinstance(only, ast.Return) and isinstance(only.value, ast.Name) and only.value.id in self.absent
+
+    def _branch(self, node: ast.If, is_taken: bool, is_alone: bool) -> Edit:
+        """Put what an `if` comes to in its place."""
+        at, indent = self.at, node.col_offset
+        start, stop = at.whole_lines(node, node)
+        is_elif = at.text[at.start(node) :].startswith(b"elif")
+        body = node.body if is_taken else node.orelse
+        if not body:
+            return Edit(start, stop, b" " * indent + b"pass\n" if is_alone and not is_elif else b"")
+        chain = not is_taken and len(body) == 1 and at.text[at.start(body[0]) :].startswith(b"elif")
+        if chain:
+            rest = at.text[at.whole_lines(body[0], body[0])[0] : stop]
+            return Edit(start, stop, rest if is_elif else rest.replace(b"elif", b"if", 1))
+        first = at.lines_with_comments(body[0])[0]
+        lines = at.text[first : at.lines[body[-1].end_lineno]]
+        if is_elif:
+            return Edit(start, stop, b" " * indent + b"else:\n" + lines)
+        return Edit(start, stop, _dedented(lines, body[0].col_offset - indent))
+
+    # -- expressions -------------------------------------------------------------------------------------------------
+
+    def _expression(self, node: ast.AST) -> Edit | None:
+        at = self.at
+        if isinstance(node, ast.IfExp) and (value := self.value(node.test)) is not UNKNOWN:
+            return self._put(node, at.of(node.body if value else node.orelse))
+        if isinstance(node, (ast.BoolOp, ast.Compare, ast.UnaryOp, ast.Call)):
+            value = UNKNOWN if isinstance(getattr(node, "op", None), (ast.USub, ast.UAdd)) else self.value(node)
+            if value is not UNKNOWN:
+                return self._put(node, repr(value).encode())
+        if isinstance(node, ast.BoolOp):
+            # the others say what comes out
+            idle = isinstance(node.op, ast.And)
+            left = [v for v in node.values if (known := self.value(v)) is UNKNOWN or bool(known) is not idle]
+            if len(left) < len(node.values):
+                word = b" and " if idle else b" or "
+                return self._put(node, word.join(self._operand(v) for v in left))
+        if isinstance(node, ast.Dict):
+            gone = [i for i, v in enumerate(node.values) if self._is_absent(v)]
+            if gone:
+                pairs = [i for i in range(len(node.values)) if i not in gone]
+                inner = b", ".join(at.of(node.keys[i]) + b": " + at.of(node.values[i]) for i in pairs)
+                return self._put(node, b"{" + inner + b"}")
+        if isinstance(node, (ast.Tuple, ast.List)) and any(map(self._is_absent, node.elts)):
+            left = [at.of(e) for e in node.elts if not self._is_absent(e)]
+            inner = b", ".join(left) + (b"," if isinstance(node, ast.Tuple) and len(left) == 1 else b"")
+            return self._put(node, b"(%s)" % inner if isinstance(node, ast.Tuple) else b"[%s]" % inner)
+        return None
+
+    def _operand(self, node: ast.AST) -> bytes:
+        """An operand of `and` or `or`, in the brackets that it may have had."""
+        text = self.at.of(node)
+        return b"(" + text + b")" if isinstance(node, (ast.BoolOp, ast.IfExp, ast.NamedExpr)) else text
+
+    def _put(self, node: ast.AST, text: bytes) -> Edit:
+        return Edit(self.at.start(node), self.at.stop(node), text)
+
+    def _is_absent(self, node: ast.AST) -> bool:
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+        return name in self.absent
+
+    def value(self, node: ast.AST) -> Any:
+        """What an expression is, or UNKNOWN."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            return self.facts.get(node.id, UNKNOWN)
+        if isinstance(node, ast.Attribute):
+            return self.facts.get(node.attr, UNKNOWN)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            value = self.value(node.operand)
+            return UNKNOWN if value is UNKNOWN else not value
+        if isinstance(node, ast.BoolOp):
+            values = [self.value(v) for v in node.values]
+            decides = isinstance(node.op, ast.Or)
+            if any(v is not UNKNOWN and bool(v) is decides for v in values):
+                return decides
+            return UNKNOWN if any(v is UNKNOWN for v in values) else not decides
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            left, right = self.value(node.left), self.value(node.comparators[0])
+            if UNKNOWN not in (left, right) and type(node.ops[0]) in _COMPARE:
+                return _COMPARE[type(node.ops[0])](left, right)
+        if isinstance(node, ast.NamedExpr):
+            return self.value(node.value)
+        if isinstance(node, ast.Call) and self._is_absent(node.func):
+            return None
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            if self._is_absent(node.args[1]):
+                return False
+        return UNKNOWN
+
+
+def _dedented(lines: bytes, by: int) -> bytes:
+    """Lines further to the left by as many spaces, as far as they have them."""
+    moved = [line[by:] if line[:by].isspace() else line.lstrip(b" ") for line in lines.splitlines(keepends=True)]
+    return b"".join(moved)

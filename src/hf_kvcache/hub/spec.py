@@ -1,0 +1,44 @@
+"""A cache as plain values, and back: what `config.json` says of it."""
+
+from __future__ import annotations
+
+from hf_kvcache.cache import KVCache
+from hf_kvcache.codecs.base import codec_from_spec
+from hf_kvcache.policies.base import policy_from_spec
+
+_PLAIN = ("window", "n_sink", "min_length", "exact_prefill", "compact", "edge_layers")
+
+
+def spec_of(cache: KVCache) -> dict:
+    """The arguments that make an empty cache like this one, as JSON has them.
+
+    Returns:
+        `policy`, `codec` and `edge_codec` as their `spec()`, the other arguments of `KVCache` as they are, and only
+        what is not their default.
+    """
+    plain = KVCache()
+    spec = {name: getattr(cache, name) for name in _PLAIN if getattr(cache, name) != getattr(plain, name)}
+    if cache.policy is not None:
+        spec["policy"] = cache.policy.spec()
+    for name in ("codec", "edge_codec"):
+        if getattr(cache, name) is not None:
+            spec[name] = [side.spec() for side in getattr(cache, name)]
+    return spec
+
+
+def cache_of(spec: dict, **options) -> KVCache:
+    """An empty cache of what `spec_of` returned.
+
+    Args:
+        spec: see there.
+        options: further arguments of `KVCache`, such as `config`.
+
+    Raises:
+        ValueError, TypeError: the spec says something impossible, or speaks of what this code does not have.
+    """
+    arguments = dict(spec)
+    policy = policy_from_spec(arguments.pop("policy", None))
+    for name in ("codec", "edge_codec"):
+        if name in arguments:
+            arguments[name] = tuple(codec_from_spec(side) for side in arguments[name])
+    return KVCache(policy, **arguments, **options)
