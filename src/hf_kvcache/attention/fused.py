@@ -80,15 +80,15 @@ def _attend_projected(op, q, store, scaling, mask, softcap):
 def _op(keys: str, values: str):
     """The function below that reads these formats, or None."""
     if keys in ("int/channel", "int") and values == "int":
-        return integers
+        return attend_integers
     if "lowrank" in keys + values and keys.removesuffix(">int") in (*_LATENTS, "lowrank/rope"):
-        return lowrank if values.removesuffix(">int") in _LATENTS else None
+        return attend_lowrank if values.removesuffix(">int") in _LATENTS else None
     if keys in ROWS and values in ROWS and (keys, values) != ("dense", "dense"):
-        return sparse
+        return attend_sparse
     return None
 
 
-def integers(q, store, dense, *, scaling, mask, softcap):
+def attend_integers(q, store, dense, *, scaling, mask, softcap):
     """`quant_attention` over a store whose keys and values are integers."""
     k, v = store.encoded("k"), store.encoded("v")
     return quant_attention(
@@ -105,7 +105,7 @@ def integers(q, store, dense, *, scaling, mask, softcap):
     )
 
 
-def sparse(q, store, dense, *, scaling, mask, softcap):
+def attend_sparse(q, store, dense, *, scaling, mask, softcap):
     """`sparse_attention` over a store of independent rows: sparse, quantised per token, both, or dense on one side."""
     return sparse_attention(
         q,
@@ -119,7 +119,7 @@ def sparse(q, store, dense, *, scaling, mask, softcap):
     )
 
 
-def lowrank(q, store, dense, *, scaling, mask, softcap):
+def attend_lowrank(q, store, dense, *, scaling, mask, softcap):
     """`lowrank_attention` over a store with latents on one side at least; `dense` is merged by the caller."""
     keys, values = (as_latents(codec, store.encoded(side)) for side, codec in (("k", store.keys), ("v", store.values)))
     first = store.keys.first if isinstance(store.keys, Chain) else store.keys

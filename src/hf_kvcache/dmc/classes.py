@@ -20,7 +20,7 @@ from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD
 from hf_kvcache.dmc.retrofitting import retrofit
 from hf_kvcache.dmc.settings import DEFAULTS, Settings
-from hf_kvcache.hub.citizen import CacheModel, with_cache
+from hf_kvcache.hub.citizen import TakesCache, with_cache
 
 MODULE = "modeling_kv_dmc"  # of the file that a folder brings along
 _CODE = '''"""Needs hf_kvcache (pip install hf_kvcache): {title} decides which tokens keep a row of its KV cache."""
@@ -74,7 +74,7 @@ class _Config:
         """Nothing: saving would copy this file instead of `modeling_kv_dmc.py`."""
 
 
-class _Model(CacheModel):
+class _Model(TakesCache):
     """Mixed into a base model: decides, and takes our cache where transformers would make one of its own."""
 
     def __init__(self, config, *args, **kwargs):

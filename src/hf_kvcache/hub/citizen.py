@@ -7,18 +7,11 @@ import inspect
 
 import torch
 
-
-class CacheConfig:
-    """Mixed into the config of a base model.
-
-    Attributes:
-        kv_cache: the arguments of its cache, see `spec_of`.
-    """
-
-    kv_cache = None
+from hf_kvcache.hub.children import add_children
+from hf_kvcache.hub.spec import cache_of
 
 
-class CacheModel:
+class TakesCache:
     """Mixed into a base model: takes our cache where transformers would make one of its own."""
 
     def new_cache(self):
@@ -37,6 +30,38 @@ class CacheModel:
             model_kwargs["past_key_values"] = self.new_cache()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+class CacheModel(TakesCache):
+    """The same of an exported model, whose config says what its cache is: `kv_cache` and `kv_adapter`."""
+
+    # what is fitted or trained beside the model is as precise as it was made
+    _keep_in_fp32_modules_strict = {"kv_lowrank", "kv_retain"}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # damaged ones are found now
+        self.new_cache()
+        add_children(self, config.kv_adapter)
+
+    @classmethod
+    def from_pretrained(cls, source, *args, output_loading_info: bool = False, **kwargs):
+        """As of any model; what its cache needs must be among the weights.
+
+        Raises:
+            ValueError: it is not.
+        """
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        missing = [name for name in info["missing_keys"] if ".kv_" in name]
+        if missing:
+            raise ValueError(f"{source} lacks {len(missing)} weights of its cache, such as {min(missing)}")
+        return (model, info) if output_loading_info else model
+
+    def new_cache(self):
+        config = self.config.get_text_config(decoder=True)
+        if not isinstance(config.kv_cache, dict):
+            raise ValueError(f"kv_cache of the config does not describe a cache: {config.kv_cache!r:.80}")
+        return cache_of(config.kv_cache, config=config)
 
 
 def with_cache(base: type):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_kvcache.hub.fold import Edit, Text, fold
+from hf_kvcache.hub.fold import Edit, Text, fold, unused
 from hf_kvcache.hub.library import PACKAGE, Module, imported, where
 from hf_kvcache.hub.shake import Shaken
 
@@ -16,20 +18,18 @@ HEADER = "# SPDX-License-Identifier: Apache-2.0\n# From {module}, hf_kvcache {ve
 
 # where the library finds modules by their names
 _BY_NAME = {
-    'f"hf_kvcache.kernels.{op}.{\'triton_kernel\' if backend == \'triton\' else backend}"': (
-        'f"{__name__}_{op}_{\'triton_kernel\' if backend == \'triton\' else backend}"'
+    "f\"hf_kvcache.kernels.{op}.{'triton_kernel' if backend == 'triton' else backend}\"": (
+        "f\"{__name__}_{op}_{'triton_kernel' if backend == 'triton' else backend}\""
     ),
 }
+_SECTION = re.compile(rb"\n\s*(Args|Returns|Raises|Attributes|Class attributes):\n")
 WIDTH = 120  # of a line
 
-_TRITON = "import triton\nimport triton.language as tl\n"
 # transformers refuses files that import what is not installed, unless they say that they can do without
-_GUARDED = """try:
-    import triton
-    import triton.language as tl
-except ImportError as error:
-    raise ImportError("these kernels need Triton; without it, PyTorch serves") from error
-"""
+_GUARD = (
+    "except ImportError as error:\n",
+    '    raise ImportError("these kernels need Triton; without it, PyTorch serves") from error\n',
+)
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,22 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
         ValueError: what is to be left out is needed.
     """
     absent = {path.partition(":")[2].rpartition(".")[2] for path in recipe.absent}
-
-    def read(name: str) -> Module:
-        return Module(name, fold(where(name).read_text(), recipe.facts, absent))
-
-    shaken = Shaken(read, recipe.roots, {*recipe.dropped, *recipe.absent})
+    while True:
+        shaken = Shaken(functools.partial(_read, recipe.facts, absent), recipe.roots, {*recipe.dropped, *recipe.absent})
+        # what has come to do nothing need not be called
+        more = shaken.idle() - absent
+        if not more:
+            break
+        absent |= more
     files = {}
     for name, module in shaken.modules.items():
         body = _Flat(module, shaken, set(recipe.absent)).source()
         files[f"{flat(name)}.py"] = HEADER.format(module=name, version=version) + body
     return files
+
+
+def _read(facts: Mapping[str, Any], absent: set[str], name: str) -> Module:
+    return Module(name, fold(where(name).read_text(), facts, absent))
 
 
 class _Flat:
@@ -81,10 +87,12 @@ class _Flat:
     def source(self) -> str:
         text = _apply(self.module.text, self._unneeded())
         text = _apply(text, self._untyped(text))
+        text = _apply(text, brief(text))
+        text = _apply(text, unused(text))
         source = _apply(text, self._imports(text)).text.decode()
         for old, new in _BY_NAME.items():
             source = source.replace(old, new)
-        return _tidy(source.replace(_TRITON, _GUARDED))
+        return _tidy(source)
 
     # -- what goes ---------------------------------------------------------------------------------------------------
 
@@ -133,45 +141,53 @@ class _Flat:
             for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
                 for name in ast.walk(part) if isinstance(part, ast.AST) else ():
                     if isinstance(name, ast.Name) and name.id in gone:
-                        edits.append(Edit(text.start(name), text.stop(name), b"object"))
+                        edits.append(Edit(text.start(name), text.stop(name), b"Any"))
         return edits
 
     # -- imports -----------------------------------------------------------------------------------------------------
 
     def _imports(self, text: Text) -> list[Edit]:
-        """Imports of what is left: of other libraries as they are, of ours relative and sorted behind them."""
+        """The imports that are left, in the order that linters ask for; ours are relative."""
         used = {node.id for node in ast.walk(text.tree) if isinstance(node, ast.Name)}
-        edits, top = [], []
+        edits, lines, first = [], [], None
         for statement in ast.walk(text.tree):
             if not isinstance(statement, (ast.Import, ast.ImportFrom)):
                 continue
             if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
+                first = statement
                 continue
             names = {
                 bound: self._origin(bound)
                 for bound in imported(statement)
                 if bound in used and self._origin(bound) is not None
             }
-            is_ours = isinstance(statement, ast.ImportFrom) and where(statement.module) is not None
-            if not is_ours and len(names) == len(statement.names):
-                continue
-            lines = _import_lines(names) if is_ours else _without(statement, names)
+            found = _import_lines(names) if _is_ours(statement) else _without(statement, names)
             if statement.col_offset:
-                lines = [" " * statement.col_offset + line for line in lines]
-            elif is_ours:
-                top, lines = [*top, *lines], []
-            edits.append(Edit(*text.whole_lines(statement, statement), "".join(lines).encode()))
-        return edits + self._block(text, top)
+                inner = "".join(" " * statement.col_offset + line for line in found)
+                edits.append(Edit(*text.whole_lines(statement, statement), inner.encode()))
+            else:
+                lines += found
+                edits.append(Edit(*text.whole_lines(statement, statement), b""))
+        if "Any" in used and "Any" not in self.module.imports:
+            lines.append("from typing import Any\n")
+        at = text.lines[first.end_lineno]
+        return [*edits, Edit(at, at, _block(lines).encode())]
 
-    def _block(self, text: Text, lines: list[str]) -> list[Edit]:
-        """Imports of ours, behind the last of other libraries."""
-        foreign = [line for line in lines if not line.split()[1].startswith(".")]
-        ours = sorted(set(lines) - set(foreign), key=lambda line: (line.split()[1] != ".", line.lower()))
-        if not lines:
-            return []
-        last = [s for s in text.tree.body if isinstance(s, (ast.Import, ast.ImportFrom)) and not _is_ours(s)][-1]
-        at = text.lines[last.end_lineno]
-        return [Edit(at, at, "".join([*foreign, "\n" * bool(ours), *ours]).encode())]
+
+def _block(lines: list[str]) -> str:
+    """Imports in sections: the standard library, others, Triton if it is there, ours."""
+    sections: dict[int, set[str]] = {}
+    for line in lines:
+        module = line.split()[1]
+        top = module.partition(".")[0]
+        section = 3 if module.startswith(".") else 0 if top in sys.stdlib_module_names else 2 if top == "triton" else 1
+        sections.setdefault(section, set()).add(line)
+    ordered = {k: sorted(v, key=lambda line: (line.split()[0] == "from", line.lower())) for k, v in sections.items()}
+    if 3 in ordered:
+        ordered[3].sort(key=lambda line: (line.split()[1] != ".", line.lower()))
+    if 2 in ordered:
+        ordered[2] = ["try:\n", *(f"    {line}" for line in ordered[2]), *_GUARD]
+    return "".join("\n" + "".join(ordered[k]) for k in sorted(ordered))
 
 
 def _is_ours(statement: ast.stmt) -> bool:
@@ -215,6 +231,27 @@ def _apply(text: Text, edits: list[Edit]) -> Text:
 
 def _tidy(source: str) -> str:
     """Blank lines as they should be where something has been taken out."""
-    source = re.sub(r"\n{3,}(?=[ \t])", "\n\n", source)  # inside of what is indented: one
+    source = re.sub(r"\n{3,}(?=[ \t])", "\n\n", source)  # one within a definition
     source = re.sub(r"\n{4,}", "\n\n\n", source)
-    return re.sub(r"\n+\Z", "\n", source)
+    lines, body = source.splitlines(keepends=True), ast.parse(source).body
+    ends = [s.end_lineno for s in body if isinstance(s, (ast.Import, ast.ImportFrom, ast.Try))]
+    after = next((s for s in body if s.lineno > ends[-1]), None)
+    n_blank = 2 if isinstance(after, (ast.FunctionDef, ast.ClassDef)) else 1
+    rest = "".join(lines[ends[-1] :]).strip("\n")
+    return "".join(lines[: ends[-1]]) + ("\n" * n_blank + rest + "\n" if rest else "")
+
+
+def brief(text: Text) -> list[Edit]:
+    """Docstrings without their sections: what arguments are is told where the library is documented."""
+    edits = []
+    for node in ast.walk(text.tree):
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or ast.get_docstring(node) is None:
+            continue
+        doc = node.body[0]
+        whole = text.of(doc)
+        if (section := _SECTION.search(whole)) is not None:
+            kept = whole[: section.start()].rstrip()
+            width = len(kept.rpartition(b"\n")[2]) + (0 if b"\n" in kept else doc.col_offset)
+            quotes = b'"""' if width + 3 <= WIDTH else b"\n" + b" " * doc.col_offset + b'"""'
+            edits.append(Edit(text.start(doc), text.stop(doc), kept + quotes))
+    return edits

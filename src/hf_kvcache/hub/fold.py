@@ -38,14 +38,14 @@ def fold(source: str, facts: Mapping[str, Any], absent: Collection[str] = ()) ->
         source: a module.
         facts: what names and attributes are, wherever the module reads them: `{"policy": None}` settles
             `self.policy is None`.
-        absent: names of classes, functions and methods that will not exist: nothing is an instance of them, calls come to None,
-            containers go without them, and branches that return them are never taken.
+        absent: names of classes, functions and methods that will not exist: nothing is an instance of them, calls come
+            to None, containers go without them, and branches that return them are never taken.
 
     Raises:
         SyntaxError: the source cannot be read.
     """
     text = source.encode()
-    while (edit := _Search(text, facts, frozenset(absent)).edit()) is not None:
+    while (edit := _Search(Text(text), dict(facts), frozenset(absent)).edit()) is not None:
         text = text[: edit.start] + edit.text + text[edit.stop :]
     return text.decode()
 
@@ -90,19 +90,32 @@ class Text:
 
 
 class _Search:
-    """Finds the next thing to take out, the outermost first."""
+    """Finds the next thing to take out, the outermost first.
 
-    def __init__(self, text: bytes, facts, absent):
-        self.at, self.facts, self.absent = Text(text), facts, absent
+    Args:
+        at: the text.
+        facts, absent: see `fold`.
+    """
 
-    def edit(self) -> Edit | None:
-        for node in ast.walk(self.at.tree):
+    def __init__(self, at: Text, facts: Mapping[str, Any], absent: frozenset[str]):
+        self.at, self.facts, self.absent = at, facts, absent
+
+    def edit(self, within: ast.AST | None = None) -> Edit | None:
+        todo = [self.at.tree if within is None else within]
+        while todo:
+            node = todo.pop(0)
+            if isinstance(node, ast.FunctionDef) and node is not within:
+                local = _Search(self.at, self.facts | _constants(node), self.absent - _stored(node))
+                if (edit := local.edit(node)) is not None:
+                    return edit
+                continue
             for field in ("body", "orelse", "finalbody"):
                 suite = getattr(node, field, None)
                 if isinstance(suite, list) and (edit := self._suite(suite)) is not None:
                     return edit
             if (edit := self._expression(node)) is not None:
                 return edit
+            todo += ast.iter_child_nodes(node)
         return None
 
     # -- statements --------------------------------------------------------------------------------------------------
@@ -113,7 +126,10 @@ class _Search:
                 value = False if self._returns_absent(statement.body) else self.value(statement.test)
                 if value is not UNKNOWN:
                     return self._branch(statement, bool(value), is_alone=len(suite) == 1)
-            if isinstance(statement, ast.Expr) and self._is_idle(statement.value):
+            if isinstance(statement, ast.ImportFrom) and statement.col_offset:
+                if all(alias.name in self.absent for alias in statement.names):
+                    return self._put(statement, b'raise ImportError("this repository does without it")')
+            if self._is_idle(statement):
                 start, stop = self.at.lines_with_comments(statement)
                 return Edit(start, stop, b" " * statement.col_offset + b"pass\n" if len(suite) == 1 else b"")
             if isinstance(statement, (ast.Return, ast.Raise, ast.Continue, ast.Break)) and suite[i + 1 :]:
@@ -121,8 +137,12 @@ class _Search:
                 return Edit(start, stop, b"")
         return None
 
-    def _is_idle(self, node: ast.AST) -> bool:
-        return isinstance(node, ast.Call) and self._is_absent(node.func)
+    def _is_idle(self, statement: ast.stmt) -> bool:
+        """Whether a statement does nothing: a call of what is absent, a loop around nothing."""
+        if isinstance(statement, ast.For):
+            return all(isinstance(inner, ast.Pass) for inner in statement.body)
+        call = statement.value if isinstance(statement, ast.Expr) else None
+        return isinstance(call, ast.Call) and self._is_absent(call.func)
 
     def _returns_absent(self, body: list[ast.stmt]) -> bool:
         only = body[-1]
@@ -152,6 +172,8 @@ class _Search:
         at = self.at
         if isinstance(node, ast.IfExp) and (value := self.value(node.test)) is not UNKNOWN:
             return self._put(node, at.of(node.body if value else node.orelse))
+        if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Name) and self._is_absent(node.body):
+            return self._put(node, at.of(node.orelse))
         if isinstance(node, (ast.BoolOp, ast.Compare, ast.UnaryOp, ast.Call)):
             value = UNKNOWN if isinstance(getattr(node, "op", None), (ast.USub, ast.UAdd)) else self.value(node)
             if value is not UNKNOWN:
@@ -185,7 +207,7 @@ class _Search:
 
     def _is_absent(self, node: ast.AST) -> bool:
         name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
-        return name in self.absent
+        return name in self.absent and isinstance(node.ctx, ast.Load)
 
     def value(self, node: ast.AST) -> Any:
         """What an expression is, or UNKNOWN."""
@@ -216,6 +238,54 @@ class _Search:
             if self._is_absent(node.args[1]):
                 return False
         return UNKNOWN
+
+
+def _stored(function: ast.FunctionDef) -> set[str]:
+    """Names that are local to a function."""
+    names = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
+    return names | {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+
+
+def _constants(function: ast.FunctionDef) -> dict[str, Any]:
+    """Local names that are a constant throughout."""
+    stores = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
+    stores += [arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)]
+    found = {}
+    for statement in function.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
+            target = statement.targets[0]
+            if isinstance(target, ast.Name) and stores.count(target.id) == 1:
+                found[target.id] = statement.value.value
+    return found
+
+
+def does_nothing(node: ast.AST) -> bool:
+    """Whether a node is a function that returns at once."""
+    if not isinstance(node, ast.FunctionDef):
+        return False
+    body = node.body[ast.get_docstring(node) is not None :]
+    return bool(body) and all(
+        isinstance(s, ast.Pass) or (isinstance(s, ast.Return) and _is_none(s.value)) for s in body
+    )
+
+
+def _is_none(node: ast.expr | None) -> bool:
+    return node is None or (isinstance(node, ast.Constant) and node.value is None)
+
+
+def unused(text: Text) -> list[Edit]:
+    """Assignments of constants to local names that nothing reads."""
+    edits = []
+    for function in ast.walk(text.tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        read = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        for statement in function.body:
+            if isinstance(statement, ast.Assign) and all(isinstance(t, ast.Name) for t in statement.targets):
+                plain = isinstance(statement.value, (ast.Constant, ast.Name, ast.Attribute))
+                if plain and not any(t.id in read for t in statement.targets):
+                    edits.append(Edit(*text.lines_with_comments(statement), b""))
+    return edits
 
 
 def _dedented(lines: bytes, by: int) -> bytes:

@@ -39,7 +39,7 @@ class Module:
         self.units: dict[str, ast.stmt] = {}
         self.imports: dict[str, tuple[str, str | None]] = {}
         for statement in self.text.tree.body:
-            for bound in _bound(statement):
+            for bound in defined(statement):
                 self.units[bound] = statement
         for statement in ast.walk(self.text.tree):
             self.imports |= imported(statement)
@@ -63,7 +63,8 @@ def imported(statement: ast.AST) -> dict[str, tuple[str, str | None]]:
     return found
 
 
-def _bound(statement: ast.stmt) -> list[str]:
+def defined(statement: ast.stmt) -> list[str]:
+    """Names that a top-level statement binds, imports aside."""
     if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
         return [statement.name]
     targets = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
+from hf_kvcache.hub.fold import does_nothing
 from hf_kvcache.hub.library import Module, where
 
 OPS = "hf_kvcache.kernels"
@@ -39,6 +40,19 @@ class Shaken:
             self.define(module, path.partition(".")[0])
             self._names.update(path.split(".")[1:])
         self._run()
+
+    def idle(self) -> set[str]:
+        """Names of reached methods that do nothing, wherever they are, and that nobody else asks for."""
+        nothing, something = set(), set()
+        for module, cls in self._classes:
+            asked = _asked_of(module.name, cls.name)
+            for statement in cls.body:
+                name = getattr(statement, "name", None)
+                if name is None or (module.name, cls.name, name) not in self.members:
+                    continue
+                is_idle = name not in asked and does_nothing(statement)
+                (nothing if is_idle else something).add(name)
+        return nothing - something
 
     # -- reaching ----------------------------------------------------------------------------------------------------
 
@@ -152,7 +166,9 @@ def _targets(statement: ast.stmt) -> set[str]:
 
 
 def _is_typing(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.If) and isinstance(statement.test, ast.Name) and statement.test.id == "TYPE_CHECKING"
+    return (
+        isinstance(statement, ast.If) and isinstance(statement.test, ast.Name) and statement.test.id == "TYPE_CHECKING"
+    )
 
 
 def _asked_of(module: str, cls: str) -> frozenset[str]:
@@ -160,11 +176,3 @@ def _asked_of(module: str, cls: str) -> frozenset[str]:
     found = getattr(importlib.import_module(module), cls)
     foreign = [base for base in found.__mro__ if not base.__module__.startswith("hf_kvcache") and base is not object]
     return frozenset(name for base in foreign for name in vars(base))
-
-
-def kept(shaken: Shaken) -> Mapping[str, set[str]]:
-    """Names of definitions that are needed, by module."""
-    found: dict[str, set[str]] = {}
-    for module, name in shaken.defined:
-        found.setdefault(module, set()).add(name)
-    return found

@@ -1,0 +1,117 @@
+"""What a repository's model carries for its cache: modules on its attention modules, filled from its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hf_kvcache.adapters.capture import Capture, sources
+from hf_kvcache.adapters.modules import CHILD, RETAIN_CHILD, attentions
+from hf_kvcache.adapters.scoring import score
+from hf_kvcache.codecs.basis import Basis
+from hf_kvcache.dmc.retrofitting import retrofit
+from hf_kvcache.dmc.settings import Settings
+
+_BLOCK = 4096  # tokens scored at a time
+
+
+class BasisChild(nn.Module):
+    """Bases of one attention module, as low-rank caches ask for them.
+
+    Args:
+        shapes: of `{k,v}_{down,up,mean}`, see `Basis`.
+        rope: whether keys are projected before RoPE ("pre") or after it ("post").
+    """
+
+    def __init__(self, shapes: dict[str, list[int]], rope: str):
+        super().__init__()
+        self.rope = rope
+        self._made: dict[str, Basis] = {}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+
+    def basis(self, side: str) -> Basis | None:
+        """Of keys ("k") or values ("v"), or None; the same object every time, so that caches share what they place."""
+        tensors = {part: getattr(self, f"{side}_{part}", None) for part in ("down", "up", "mean")}
+        if tensors["down"] is None:
+            return None
+        if side not in self._made or self._made[side].down.data_ptr() != tensors["down"].data_ptr():
+            self._made[side] = Basis(**{part: None if t is None else t.detach() for part, t in tensors.items()})
+        return self._made[side]
+
+    def __getstate__(self):
+        # what is derived from the parameters need not be copied or pickled
+        return super().__getstate__() | {"_made": {}}
+
+
+class HeadsChild(nn.Module):
+    """Retaining heads of one attention module, as policies ask for them (Locret, Huang et al. 2024).
+
+    Args:
+        shapes: of `fc1` `[d_r, F]` and `fc2` `[Hkv, d_r]`.
+        attention: the module; hooks on its projections keep their outputs while it runs.
+        activation, feature_point: see `RetainingHeads`.
+    """
+
+    is_active = True
+
+    def __init__(self, shapes: dict[str, list[int]], attention: nn.Module, activation: str, feature_point: str):
+        super().__init__()
+        self.activation, self._sources, self._capture = activation, sources(attention, feature_point), Capture()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+        attention.register_forward_pre_hook(self._before)
+        attention.register_forward_hook(self._after, always_call=True)
+
+    def scores(self) -> torch.Tensor:
+        """How much later tokens will look at every token of the current call, float32 `[B, Hkv, S]`."""
+        parts = self._capture.parts()
+        fc1 = self.fc1.to(parts[0])
+        blocks = zip(*(part.split(_BLOCK, 1) for part in parts))
+        return torch.cat([score(torch.cat(block, -1), fc1, self.fc2, self.activation) for block in blocks], -1)
+
+    def _before(self, attention: nn.Module, args) -> None:
+        self._capture.watch(attention, self._sources)
+        self._capture.arm()
+
+    def _after(self, attention: nn.Module, args, output) -> None:
+        self._capture.drop()
+
+
+def basis_children(model: nn.Module, spec: dict) -> None:
+    """Hang a `BasisChild` on the attention modules that `spec["shapes"]` names by layer."""
+    for i, attention in attentions(model).items():
+        if (shapes := spec["shapes"].get(str(i))) is not None:
+            setattr(attention.module, CHILD, BasisChild(shapes, spec["rope"]))
+
+
+def heads_children(model: nn.Module, spec: dict) -> None:
+    """The same with `HeadsChild`."""
+    for i, attention in attentions(model).items():
+        if (shapes := spec["shapes"].get(str(i))) is not None:
+            knobs = spec["activation"], spec["feature_point"]
+            setattr(attention.module, RETAIN_CHILD, HeadsChild(shapes, attention.module, *knobs))
+
+
+def retrofit_children(model: nn.Module, spec: dict) -> None:
+    """Let the model decide which tokens keep a row."""
+    retrofit(model, Settings.from_dict(spec["settings"]))
+
+
+KINDS = {"basis": basis_children, "heads": heads_children, "retrofit": retrofit_children}
+
+
+def add_children(model: nn.Module, spec: dict | None) -> None:
+    """Give a model what its cache needs; the values are loaded like all its weights.
+
+    Args:
+        spec: `kind`, a key of `KINDS`, and what that takes; None for nothing.
+
+    Raises:
+        ValueError: it does not describe anything of this kind.
+    """
+    if spec is None:
+        return
+    if not isinstance(spec, dict) or spec.get("kind") not in KINDS:
+        raise ValueError(f"kv_adapter of the config is none of {', '.join(KINDS)}: {spec!r:.80}")
+    KINDS[spec["kind"]](model, spec)

@@ -1,0 +1,295 @@
+"""Models as repositories that bring the code of their cache: loaded anywhere, with `trust_remote_code=True`.
+
+    config.json                 the base model's, `model_type` and `auto_map` of its own, `kv_cache` and `kv_adapter`
+    modeling_<family>_<base>.py classes that take the cache unasked
+    *.py                        what they need of this library, flat, with the Triton kernels
+    model.safetensors           all weights, those of an adapter among them
+    README.md                   the model card
+
+The code needs torch and transformers; Triton where there is a GPU, else it runs in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_kvcache.adapters.errors import AdapterError
+from hf_kvcache.adapters.modules import (
+    CHILD,
+    CHILDREN,
+    RETAIN_CHILD,
+    RETROFIT_CHILD,
+    attached_basis,
+    attached_heads,
+    attached_retrofit,
+    full_attentions,
+)
+from hf_kvcache.cache import KVCache
+from hf_kvcache.codecs.base import Chain
+from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.hub.card import card_of
+from hf_kvcache.hub.flatten import flatten
+from hf_kvcache.hub.library import defined
+from hf_kvcache.hub.recipes import classes_in, recipe_of
+from hf_kvcache.hub.spec import spec_of
+from hf_kvcache.policies.learned import Learned
+from hf_kvcache.policies.locret import Locret
+
+FAMILIES = ("palu", "mustafar", "locret", "dmc", "dms", "quant", "kv")
+_OWN = ("model_type", "architectures", "auto_map", "transformers_version", "kv_cache", "kv_adapter")
+_NAME = re.compile(r"[a-z][a-z0-9]*")
+
+_MODELING = '''"""{causal_lm}: {base} with the KV cache of `config.kv_cache`, made by hf_kvcache {version}."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import {theirs}
+
+{imports}
+
+# cache_of and the dispatcher find these by their names; transformers fetches the files that are named here
+if TYPE_CHECKING:
+{mentions}
+assert {parts}
+
+
+class {family}{config}({config}):
+    """That of {base}.
+
+    Attributes:
+        kv_cache: the arguments of the cache.
+        kv_adapter: what the model carries for it, or None.
+    """
+
+    model_type = "{model_type}"
+    kv_cache = None
+    kv_adapter = None
+
+
+class {family}{model}(CacheModel, {model}):
+    config_class = {family}{config}
+    forward = with_cache({model})
+
+
+class {causal_lm}(CacheModel, {base}):
+    config_class = {family}{config}
+    forward = with_cache({base})
+'''
+
+
+def family_of(cache: KVCache) -> str:
+    """The name of the family that a cache belongs to: "palu" for latents, "mustafar" for sparse rows, and so on."""
+    if cache.policy is not None:
+        return {"Locret": "locret", "DMC": "dmc", "DMS": "dms"}.get(type(cache.policy).__name__, "kv")
+    formats = " ".join(side.format for side in cache.codec or ())
+    kinds = {"lowrank": "palu", "sparse": "mustafar", "int": "quant"}
+    return next((family for kind, family in kinds.items() if kind in formats), "kv")
+
+
+def export(
+    model: torch.nn.Module,
+    cache: KVCache,
+    directory: str | os.PathLike,
+    *,
+    tokenizer=None,
+    family: str | None = None,
+    command: str | None = None,
+) -> Path:
+    """Write a repository whose model has caches like this one.
+
+    Args:
+        model: a causal language model of transformers; what its cache goes by (bases, retaining heads, a retrofit) must
+            hang on it, or be given to the cache.
+        cache: what `generate` will use, empty.
+        directory: created if need be; files of the same names are replaced.
+        tokenizer: saved beside it.
+        family: how the model type begins; see `family_of`.
+        command: that made it, for the card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: the model has no class of its own in transformers, or lacks what the cache goes by.
+        ValueError: the cache cannot be described.
+    """
+    from hf_kvcache import __version__
+
+    family = family_of(cache) if family is None else family
+    if not _NAME.fullmatch(family):
+        raise ValueError(f"family={family!r} must be a lower-case word: the model type begins with it")
+    base, plain, config = _bases(model)
+    adapter, tensors = _adapter(model, cache)
+    spec = spec_of(cache)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = flatten(recipe_of(cache, None if adapter is None else adapter["kind"]), __version__)
+    prefix = family.upper() if len(family) == 3 else family.capitalize()
+    names = {
+        "base": base.__name__,
+        "model": plain.__name__,
+        "config": config.__name__,
+        "causal_lm": prefix + base.__name__,
+        "family": prefix,
+        "model_type": f"{family}_{config.model_type}",
+        "version": __version__,
+    }
+    module = f"modeling_{names['model_type']}"
+    files[f"{module}.py"] = _modeling(files, cache, names)
+    weights = {name: t for name, t in model.state_dict().items() if not _is_of_child(name)} | tensors
+    _save_weights(model, weights, directory)
+    values = {key: value for key, value in model.config.to_dict().items() if key not in _OWN}
+    values |= {
+        "model_type": names["model_type"],
+        "architectures": [names["causal_lm"]],
+        "auto_map": {
+            "AutoConfig": f"{module}.{prefix}{names['config']}",
+            "AutoModel": f"{module}.{prefix}{names['model']}",
+            "AutoModelForCausalLM": f"{module}.{names['causal_lm']}",
+        },
+        "kv_cache": spec,
+        "kv_adapter": adapter,
+        "hf_kvcache_version": __version__,
+    }
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(card_of(model, cache, names, family, command))
+    return directory
+
+
+def _save_weights(model, weights: dict[str, torch.Tensor], directory: Path) -> None:
+    """Weights and generation config, as transformers writes them."""
+    model.save_pretrained(directory, state_dict=weights)
+
+
+def _bases(model) -> tuple[type, type, type]:
+    """The classes that transformers has for a model: with a head, without, and of its config."""
+    kind = getattr(model.config, "base_model_type", model.config.model_type)
+    config = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None
+    mappings = AutoModelForCausalLM._model_mapping, AutoModel._model_mapping
+    if config is None or any(config not in mapping for mapping in mappings):
+        raise AdapterError(f"transformers has no causal language model of type {kind!r}")
+    base, plain = (found[0] if isinstance(found := mapping[config], tuple) else found for mapping in mappings)
+    if not isinstance(model, base):
+        raise AdapterError(f"{type(model).__name__} is not what AutoModelForCausalLM makes of {kind!r}")
+    return base, plain, config
+
+
+def _is_of_child(name: str) -> bool:
+    return any(f".{child}." in name for child in CHILDREN)
+
+
+def _adapter(model, cache: KVCache) -> tuple[dict | None, dict[str, torch.Tensor]]:
+    """What the config says of what the model carries for this cache, and its tensors under the names of weights."""
+    found = full_attentions(model)
+    if isinstance(cache.policy, Learned):
+        return _retrofit(found, cache.policy)
+    if isinstance(cache.policy, Locret):
+        return _heads(found)
+    codecs = [codec.first if isinstance(codec, Chain) else codec for codec in cache.codec or ()]
+    lowrank = {side: codec for side, codec in zip("kv", codecs) if isinstance(codec, LowRank)}
+    return _basis(found, lowrank) if lowrank else (None, {})
+
+
+def _basis(found, codecs: dict[str, LowRank]):
+    tensors, shapes, ropes = {}, {}, set()
+    for i, attention in found.items():
+        for side, codec in codecs.items():
+            bases = codec.bases
+            of = attached_basis(attention.module, side) if bases is None else (bases.of(i, side), bases.rope)
+            if of is None or of[0] is None:
+                raise AdapterError(
+                    f"layer {i} has no basis for its {'keys' if side == 'k' else 'values'}: a repository ships "
+                    "calibrated ones (`hf-kvcache calibrate lowrank`), attached to the model or given to the cache"
+                )
+            basis, rope = of
+            ropes.add(rope)
+            for part, t in basis.tensors.items():
+                shapes.setdefault(str(i), {})[f"{side}_{part}"] = list(t.shape)
+                tensors[f"{attention.name}.{CHILD}.{side}_{part}"] = t.detach().float().cpu().contiguous()
+    return {"kind": "basis", "rope": ropes.pop(), "shapes": shapes}, tensors
+
+
+def _heads(found):
+    tensors, shapes, settings = {}, {}, None
+    for i, attention in found.items():
+        heads = attached_heads(attention.module)
+        if heads is None:
+            raise AdapterError(
+                f"layer {i} has no retaining heads, which Locret goes by: attach them "
+                "(hf_kvcache.adapters.attach(model, folder)) before exporting"
+            )
+        settings = heads.settings
+        for part, t in zip(("fc1", "fc2"), heads.weights()):
+            shapes.setdefault(str(i), {})[part] = list(t.shape)
+            tensors[f"{attention.name}.{RETAIN_CHILD}.{part}"] = t.detach().float().cpu().contiguous()
+    knobs = {name: settings[name] for name in ("activation", "feature_point")}
+    return {"kind": "heads", "shapes": shapes} | knobs, tensors
+
+
+def _retrofit(found, policy: Learned):
+    tensors, settings = {}, set()
+    for i, attention in found.items():
+        child = attached_retrofit(attention.module)
+        if child is None or child.settings.method != policy.method:
+            raise AdapterError(f"layer {i} is not retrofitted for {policy.method.upper()}; `hf-kvcache train dmc` does")
+        settings.add(child.settings)
+        for part, t in zip(("decision", "importance"), child.rows()):
+            if t is not None:
+                tensors[f"{attention.name}.{RETROFIT_CHILD}.{part}"] = t.detach().cpu().contiguous()
+    if len(settings) > 1:
+        raise AdapterError(f"the layers of the model have different settings: {settings}")
+    return {"kind": "retrofit", "settings": settings.pop().to_dict()}, tensors
+
+
+def _modeling(files: dict[str, str], cache: KVCache, names: dict[str, str]) -> str:
+    """The file that `auto_map` names."""
+    parts = classes_in(cache)
+    imports = {"hub_citizen": ["CacheModel", "with_cache"]}
+    for module, name in parts:
+        imports.setdefault(module, []).append(name)
+    lines = [f"from .{module} import {', '.join(sorted(imports[module]))}" for module in sorted(imports)]
+    reached = _reached(files, imports)
+    hidden = [stem for stem in _stems(files) if stem not in reached]
+    mentions = [f"    from .{stem} import {_some(files[f'{stem}.py'])} as {stem}  # noqa: F401" for stem in hidden]
+    values = names | {
+        "theirs": ", ".join(sorted(names[name] for name in ("config", "model", "base"))),
+        "imports": "\n".join(lines),
+        "mentions": "\n".join(mentions),
+        "parts": ", ".join(sorted(name for _, name in parts)),
+    }
+    return _MODELING.format(**values)
+
+
+def _stems(files) -> list[str]:
+    return sorted(name.removesuffix(".py") for name in files)
+
+
+def _reached(files: dict[str, str], start) -> set[str]:
+    """Files that transformers finds by the relative imports in others."""
+    found, todo = set(), list(start)
+    while todo:
+        stem = todo.pop()
+        if stem not in found and f"{stem}.py" in files:
+            found.add(stem)
+            todo += re.findall(r"^\s*from\s+\.(\S+)\s+import", files[f"{stem}.py"], re.MULTILINE)
+    return found
+
+
+def _some(source: str) -> str:
+    """A name that a file defines."""
+    bound = [name for statement in ast.parse(source).body for name in defined(statement)]
+    return min(bound, key=lambda name: name.startswith("_"))
