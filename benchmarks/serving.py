@@ -80,7 +80,7 @@ def _times(options, contestants, sizes, held, fixed, n_tokens) -> list[dict]:
 @torch.no_grad()
 def retrofit_prefill(options) -> list[dict]:
     """Reading a prompt with one such layer, where decisions fall at random at every ratio."""
-    n_tokens = 8192 if options.device == "cpu" else 32768
+    n_tokens = 6144 if options.device == "cpu" else 32768
     contestants, rows = {}, {}
     for (name, ratio), plan in ({(STOCK, 1): None} | {(m, r): p for m, p in METHODS.items() for r in RATIOS}).items():
         layer, rotary = _layers(plan, 1, options.device)
