@@ -10,6 +10,7 @@ from transformers import CohereConfig, Glm4MoeConfig, Olmo2Config, SmolLM3Config
 
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.dmc import retrofit, retrofits, zero_rows
+from hf_kvcache.dmc.merging import merge
 
 MORE = {
     # every second layer without RoPE
@@ -128,3 +129,21 @@ def test_biases_are_zeroed_too():
     cache.reset()
     feed(model, cache, *inputs, [12])
     assert (lengths(cache) == 12).all()
+
+
+@torch.no_grad()
+def test_values_of_a_fused_projection_are_merged():
+    model = new("phi3")
+    attention = model.model.layers[0].self_attn
+    n_kv = 2 * attention.head_dim
+    seen = {}
+    # hooks run in order: what the projection gave, then what ours has made of it
+    attention.qkv_proj.register_forward_hook(lambda m, i, o: seen.update(before=o), prepend=True)
+    attention.qkv_proj.register_forward_hook(lambda m, i, o: seen.update(after=o))
+    model(batch([16])[0], use_cache=False)
+    call = retrofits(model)[0].call
+    values = seen["before"][..., -n_kv:].unflatten(-1, (2, -1)).transpose(1, 2)
+    means = merge(values, call.omega, call.alpha, call.settings.window).transpose(1, 2).flatten(2)
+    assert call.alpha.any()
+    torch.testing.assert_close(seen["after"][..., -n_kv:], means, rtol=0, atol=1e-12)
+    assert (means - seen["before"][..., -n_kv:]).abs().max() > 0.01

@@ -377,19 +377,31 @@ def test_gradients_flow_within_a_call_and_end_at_what_is_cached(method, window):
     model = retrofitted(method, n_layers=2, lean=[0.3, 0.0], **knobs).requires_grad_(True)
     ids, _, _ = batch([20])
 
-    def gradients(**kwargs):
+    def gradients(new, **kwargs):
         model.zero_grad()
-        model(ids[:, start : start + n], **kwargs).logits.square().sum().backward()
+        model(new, **kwargs).logits.square().sum().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     cache = new_cache(method)
     for start, n in ((0, 12), (12, 1), (13, 1), (14, 4)):
-        found = gradients(past_key_values=cache)
+        new = ids[:, start : start + n]
+        found = gradients(new, past_key_values=cache)
         if not start:
-            expected = gradients(use_cache=False)
+            expected = gradients(new, use_cache=False)
             # rows of linear decisions are reached by relaxed ones alone
             assert found.keys() == expected.keys()
             for name in found:
                 torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-10)
         assert all(found[f"model.layers.0.self_attn.{name}_proj.weight"].any() for name in "qkvo")
         assert not any(t.requires_grad for t in state(cache).values())
+
+
+def test_an_empty_cache_of_another_kind_is_refused_at_once(model, method):
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot go on in a KVCache"):
+        model(batch([5])[0], past_key_values=kv.KVCache())
+
+
+def test_training_does_without_a_cache(model, method):
+    training = copy.deepcopy(model).train()
+    with pytest.raises(RuntimeError, match=r"call model.eval\(\) to generate"):
+        training(batch([5])[0], past_key_values=new_cache(method))

@@ -128,5 +128,12 @@ def test_text_beyond_ascii_stays_in_place():
 
 
 def test_an_import_of_what_is_absent_fails_where_it_may():
-    source = "def f():\n    try:\n        from a import fast\n    except ImportError:\n        return None\n    return fast\n"
+    source = """
+    def f():
+        try:
+            from a import fast
+        except ImportError:
+            return None
+        return fast
+    """
     assert 'raise ImportError("this repository does without it")' in folded(source, absent={"fast"})
