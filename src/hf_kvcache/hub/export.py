@@ -12,6 +12,7 @@ The code needs torch and transformers; Triton where there is a GPU, else it runs
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import os
 import re
@@ -44,7 +45,16 @@ from hf_kvcache.policies.learned import Learned
 from hf_kvcache.policies.locret import Locret
 
 FAMILIES = ("palu", "mustafar", "locret", "dmc", "dms", "quant", "kv")
-_OWN = ("model_type", "architectures", "auto_map", "transformers_version", "kv_cache", "kv_adapter")
+_OWN = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "kv_cache",
+    "kv_adapter",
+    "kv_dmc",
+    "kv_dmc_facts",
+)
 _NAME = re.compile(r"[a-z][a-z0-9]*")
 
 _MODELING = '''"""{causal_lm}: {base} with the KV cache of `config.kv_cache`, made by hf_kvcache {version}."""
@@ -60,7 +70,8 @@ from transformers import {theirs}
 # cache_of and the dispatcher find these by their names; transformers fetches the files that are named here
 if TYPE_CHECKING:
 {mentions}
-assert {parts}
+
+__all__ = [{all}]
 
 
 class {family}{config}({config}):
@@ -147,7 +158,7 @@ def export(
     module = f"modeling_{names['model_type']}"
     files[f"{module}.py"] = _modeling(files, cache, names)
     weights = {name: t for name, t in model.state_dict().items() if not _is_of_child(name)} | tensors
-    _save_weights(model, weights, directory)
+    _save_weights(model, base, config, weights, directory)
     values = {key: value for key, value in model.config.to_dict().items() if key not in _OWN}
     values |= {
         "model_type": names["model_type"],
@@ -170,9 +181,13 @@ def export(
     return directory
 
 
-def _save_weights(model, weights: dict[str, torch.Tensor], directory: Path) -> None:
-    """Weights and generation config, as transformers writes them."""
-    model.save_pretrained(directory, state_dict=weights)
+def _save_weights(model, base: type, config: type, weights: dict[str, torch.Tensor], directory: Path) -> None:
+    """Weights and generation config, as transformers writes them for the base model."""
+    plain = copy.copy(model)
+    plain.__class__ = base
+    plain.config = config(**{key: value for key, value in model.config.to_dict().items() if key not in _OWN})
+    plain._hf_peft_config_loaded = False
+    plain.save_pretrained(directory, state_dict=weights)
 
 
 def _bases(model) -> tuple[type, type, type]:
@@ -265,11 +280,12 @@ def _modeling(files: dict[str, str], cache: KVCache, names: dict[str, str]) -> s
     reached = _reached(files, imports)
     hidden = [stem for stem in _stems(files) if stem not in reached]
     mentions = [f"    from .{stem} import {_some(files[f'{stem}.py'])} as {stem}  # noqa: F401" for stem in hidden]
+    own = [names["causal_lm"], *(names["family"] + names[name] for name in ("config", "model"))]
     values = names | {
         "theirs": ", ".join(sorted(names[name] for name in ("config", "model", "base"))),
         "imports": "\n".join(lines),
         "mentions": "\n".join(mentions),
-        "parts": ", ".join(sorted(name for _, name in parts)),
+        "all": ", ".join(f'"{name}"' for name in sorted([*own, *(name for _, name in parts)])),
     }
     return _MODELING.format(**values)
 

@@ -18,6 +18,8 @@ HEADER = "# SPDX-License-Identifier: Apache-2.0\n# From {module}, hf_kvcache {ve
 
 # where the library finds modules by their names
 _BY_NAME = {
+    # without a compiler
+    'if device.type == "cuda" else "native"': 'if device.type == "cuda" else "reference"',
     "f\"hf_kvcache.kernels.{op}.{'triton_kernel' if backend == 'triton' else backend}\"": (
         "f\"{__name__}_{op}_{'triton_kernel' if backend == 'triton' else backend}\""
     ),
@@ -177,7 +179,7 @@ class _Flat:
 def _block(lines: list[str]) -> str:
     """Imports in sections: the standard library, others, Triton if it is there, ours."""
     sections: dict[int, set[str]] = {}
-    for line in lines:
+    for line in _joined(lines):
         module = line.split()[1]
         top = module.partition(".")[0]
         section = 3 if module.startswith(".") else 0 if top in sys.stdlib_module_names else 2 if top == "triton" else 1
@@ -188,6 +190,26 @@ def _block(lines: list[str]) -> str:
     if 2 in ordered:
         ordered[2] = ["try:\n", *(f"    {line}" for line in ordered[2]), *_GUARD]
     return "".join("\n" + "".join(ordered[k]) for k in sorted(ordered))
+
+
+def _joined(lines: list[str]) -> list[str]:
+    """One statement for all names of a module."""
+    names, others = {}, []
+    for line in lines:
+        word, module, *rest = line.split(maxsplit=3)
+        if word == "from" and "(" not in line and module != ".":
+            names.setdefault(module, set()).update(part.strip() for part in rest[1].split(","))
+        else:
+            others.append(line)
+    return others + [_from(module, parts) for module, parts in names.items()]
+
+
+def _from(module: str, parts) -> str:
+    parts = sorted(parts, key=lambda part: (not part.split()[0].isupper(), not part[0].isupper(), part))
+    line = f"from {module} import {', '.join(parts)}\n"
+    return (
+        line if len(line) <= WIDTH + 1 else f"from {module} import (\n" + "".join(f"    {p},\n" for p in parts) + ")\n"
+    )
 
 
 def _is_ours(statement: ast.stmt) -> bool:
@@ -203,13 +225,7 @@ def _import_lines(names: dict[str, tuple[str, str | None]]) -> list[str]:
             lines.append(f"from . import {target}" + (f" as {bound}\n" if bound != target else "\n"))
         else:
             of.setdefault(source, []).append(name if name == bound else f"{name} as {bound}")
-    for source, parts in of.items():
-        module = f".{flat(source)}" if where(source) is not None else source
-        parts = sorted(parts, key=lambda part: (not part.split()[0].isupper(), not part[0].isupper(), part))
-        line = f"from {module} import {', '.join(parts)}\n"
-        if len(line) > WIDTH + 1:
-            line = f"from {module} import (\n" + "".join(f"    {part},\n" for part in parts) + ")\n"
-        lines.append(line)
+    lines += [_from(f".{flat(m)}" if where(m) is not None else m, parts) for m, parts in of.items()]
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 UNKNOWN = object()
@@ -63,6 +64,21 @@ class Text:
         for line in text.splitlines(keepends=True):
             self.lines.append(self.lines[-1] + len(line))
 
+    @cached_property
+    def tests(self) -> set[int]:
+        """Expressions of which only the truth counts, by id."""
+        todo = [
+            node.test for node in ast.walk(self.tree) if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert))
+        ]
+        todo += [test for node in ast.walk(self.tree) for test in getattr(node, "ifs", ())]
+        todo += [n.operand for n in ast.walk(self.tree) if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.Not)]
+        found = set()
+        while todo:
+            node = todo.pop()
+            found.add(id(node))
+            todo += node.values if isinstance(node, ast.BoolOp) else []
+        return found
+
     def start(self, node: ast.AST) -> int:
         return self.lines[node.lineno - 1] + node.col_offset
 
@@ -99,6 +115,7 @@ class _Search:
 
     def __init__(self, at: Text, facts: Mapping[str, Any], absent: frozenset[str]):
         self.at, self.facts, self.absent = at, facts, absent
+        self.tests = at.tests
 
     def edit(self, within: ast.AST | None = None) -> Edit | None:
         todo = [self.at.tree if within is None else within]
@@ -123,7 +140,7 @@ class _Search:
     def _suite(self, suite: list[ast.stmt]) -> Edit | None:
         for i, statement in enumerate(suite):
             if isinstance(statement, ast.If):
-                value = False if self._returns_absent(statement.body) else self.value(statement.test)
+                value = False if self._returns_absent(statement.body) else self.value(statement.test, True)
                 if value is not UNKNOWN:
                     return self._branch(statement, bool(value), is_alone=len(suite) == 1)
             if isinstance(statement, ast.ImportFrom) and statement.col_offset:
@@ -170,20 +187,28 @@ class _Search:
 
     def _expression(self, node: ast.AST) -> Edit | None:
         at = self.at
-        if isinstance(node, ast.IfExp) and (value := self.value(node.test)) is not UNKNOWN:
+        if isinstance(node, ast.IfExp) and (value := self.value(node.test, True)) is not UNKNOWN:
             return self._put(node, at.of(node.body if value else node.orelse))
         if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Name) and self._is_absent(node.body):
             return self._put(node, at.of(node.orelse))
+        is_test = id(node) in self.tests
         if isinstance(node, (ast.BoolOp, ast.Compare, ast.UnaryOp, ast.Call)):
-            value = UNKNOWN if isinstance(getattr(node, "op", None), (ast.USub, ast.UAdd)) else self.value(node)
+            is_number = isinstance(getattr(node, "op", None), (ast.USub, ast.UAdd))
+            value = UNKNOWN if is_number else self.value(node, is_test)
             if value is not UNKNOWN:
                 return self._put(node, repr(value).encode())
         if isinstance(node, ast.BoolOp):
-            # the others say what comes out
-            idle = isinstance(node.op, ast.And)
-            left = [v for v in node.values if (known := self.value(v)) is UNKNOWN or bool(known) is not idle]
+            # the others say what comes out; the last one is what comes out, unless only its truth counts
+            passed = isinstance(node.op, ast.And)
+            left = [
+                v
+                for v in node.values
+                if (v is node.values[-1] and not is_test)
+                or (known := self.value(v, is_test)) is UNKNOWN
+                or bool(known) is not passed
+            ]
             if len(left) < len(node.values):
-                word = b" and " if idle else b" or "
+                word = b" and " if passed else b" or "
                 return self._put(node, word.join(self._operand(v) for v in left))
         if isinstance(node, ast.Dict):
             gone = [i for i, v in enumerate(node.values) if self._is_absent(v)]
@@ -209,8 +234,8 @@ class _Search:
         name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
         return name in self.absent and isinstance(node.ctx, ast.Load)
 
-    def value(self, node: ast.AST) -> Any:
-        """What an expression is, or UNKNOWN."""
+    def value(self, node: ast.AST, is_test: bool = False) -> Any:
+        """What an expression is, or UNKNOWN; where only its truth counts (`is_test`), something as true or false."""
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name):
@@ -218,17 +243,18 @@ class _Search:
         if isinstance(node, ast.Attribute):
             return self.facts.get(node.attr, UNKNOWN)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            value = self.value(node.operand)
+            value = self.value(node.operand, True)
             return UNKNOWN if value is UNKNOWN else not value
         if isinstance(node, ast.BoolOp):
-            values = [self.value(v) for v in node.values]
             decides = isinstance(node.op, ast.Or)
-            if any(v is not UNKNOWN and bool(v) is decides for v in values):
-                return decides
-            return UNKNOWN if any(v is UNKNOWN for v in values) else not decides
+            values = [self.value(v, is_test) for v in node.values]
+            for i, value in enumerate(values):
+                if value is not UNKNOWN and bool(value) is decides and (is_test or UNKNOWN not in values[:i]):
+                    return value
+            return UNKNOWN if any(value is UNKNOWN for value in values) else values[-1]
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             left, right = self.value(node.left), self.value(node.comparators[0])
-            if UNKNOWN not in (left, right) and type(node.ops[0]) in _COMPARE:
+            if left is not UNKNOWN and right is not UNKNOWN and type(node.ops[0]) in _COMPARE:
                 return _COMPARE[type(node.ops[0])](left, right)
         if isinstance(node, ast.NamedExpr):
             return self.value(node.value)

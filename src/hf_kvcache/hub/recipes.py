@@ -112,7 +112,7 @@ def _without_codecs(cache: KVCache, parts: list, facts: dict) -> list[str]:
         absent.append("stores.uniform:UniformStore.note_queries")
     if not any(codec.projects for codec in codecs):
         facts["projects"] = False
-        absent += [f"codecs.base:Codec.{name}" for name in ("query_offset", "project_query")]
+        absent.append("codecs.base:Codec.query_offset")
     if cache.exact_prefill:
         facts["exact_prefill"] = True
         absent.append("layer:KVLayer.project_new")

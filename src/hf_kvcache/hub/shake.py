@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 from hf_kvcache.hub.fold import does_nothing
@@ -33,6 +34,7 @@ class Shaken:
         self.defined: set[tuple[str, str]] = set()
         self.members: set[tuple[str, str, str]] = set()
         self._names: set[str] = set()
+        self._prefixes: tuple[str, ...] = ()
         self._classes: list[tuple[Module, ast.ClassDef]] = []
         self._work: list[tuple[Module, ast.AST]] = []
         for root in roots:
@@ -113,7 +115,8 @@ class Shaken:
             return False
         if isinstance(statement, ast.FunctionDef):
             is_dunder = name.startswith("__") and name.endswith("__")
-            if not (is_dunder or name in self._names or name in _asked_of(module.name, cls.name)):
+            is_named = name in self._names or (self._prefixes and name.startswith(self._prefixes))
+            if not (is_dunder or is_named or name in _asked_of(module.name, cls.name)):
                 return False
         elif isinstance(statement, ast.Expr):
             return False
@@ -133,6 +136,10 @@ class Shaken:
                     self.define(module.imports[of][0], child.attr)
             elif isinstance(child, ast.Constant) and isinstance(child.value, str) and child.value.isidentifier():
                 self._names.add(child.value)
+            elif isinstance(child, ast.JoinedStr) and isinstance(child.values[0], ast.Constant):
+                # getattr(self, f"_on_{role}")
+                if re.fullmatch(r"_\w+_", start := child.values[0].value):
+                    self._prefixes = *self._prefixes, start
             elif isinstance(child, (ast.Import, ast.ImportFrom)):
                 for bound in [alias.asname or alias.name for alias in child.names]:
                     self._import(module, bound)
