@@ -46,6 +46,7 @@ from hf_kvcache.policies.locret import Locret
 
 FAMILIES = ("palu", "mustafar", "locret", "dmc", "dms", "quant", "kv")
 _OWN = (
+    "_name_or_path",
     "model_type",
     "architectures",
     "auto_map",
@@ -57,7 +58,8 @@ _OWN = (
 )
 _NAME = re.compile(r"[a-z][a-z0-9]*")
 
-_MODELING = '''"""{causal_lm}: {base} with the KV cache of `config.kv_cache`, made by hf_kvcache {version}."""
+_MODELING = '''# SPDX-License-Identifier: Apache-2.0
+"""{causal_lm}: {base} with the KV cache of `config.kv_cache`, made by hf_kvcache {version}."""
 
 from __future__ import annotations
 
@@ -177,7 +179,10 @@ def export(
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(card_of(model, cache, names, family, command))
+    source = model.config.name_or_path
+    base_model = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else None
+    described = json.dumps(spec, indent=2)
+    (directory / "README.md").write_text(card_of(base_model, names, family, described, command))
     return directory
 
 

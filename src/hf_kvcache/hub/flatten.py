@@ -193,12 +193,14 @@ def _block(lines: list[str]) -> str:
 
 
 def _joined(lines: list[str]) -> list[str]:
-    """One statement for all names of a module."""
+    """One statement for all names of a module, but for those that are renamed."""
     names, others = {}, []
     for line in lines:
         word, module, *rest = line.split(maxsplit=3)
-        if word == "from" and "(" not in line and module != ".":
-            names.setdefault(module, set()).update(part.strip() for part in rest[1].split(","))
+        if word == "from" and module != "." and " as " not in line:
+            names.setdefault(module, set()).update(
+                part.strip() for part in rest[1].strip("()\n ").split(",") if part.strip()
+            )
         else:
             others.append(line)
     return others + [_from(module, parts) for module, parts in names.items()]
@@ -225,7 +227,11 @@ def _import_lines(names: dict[str, tuple[str, str | None]]) -> list[str]:
             lines.append(f"from . import {target}" + (f" as {bound}\n" if bound != target else "\n"))
         else:
             of.setdefault(source, []).append(name if name == bound else f"{name} as {bound}")
-    lines += [_from(f".{flat(m)}" if where(m) is not None else m, parts) for m, parts in of.items()]
+    for source, parts in of.items():
+        module = f".{flat(source)}" if where(source) is not None else source
+        lines += [_from(module, [part]) for part in parts if " as " in part]
+        plain = [part for part in parts if " as " not in part]
+        lines += [_from(module, plain)] if plain else []
     return lines
 
 

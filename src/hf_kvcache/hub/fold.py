@@ -300,7 +300,7 @@ def _is_none(node: ast.expr | None) -> bool:
 
 
 def unused(text: Text) -> list[Edit]:
-    """Assignments of constants to local names that nothing reads."""
+    """Assignments to local names that nothing reads, where finding the value does nothing else."""
     edits = []
     for function in ast.walk(text.tree):
         if not isinstance(function, ast.FunctionDef):
@@ -308,8 +308,8 @@ def unused(text: Text) -> list[Edit]:
         read = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
         for statement in function.body:
             if isinstance(statement, ast.Assign) and all(isinstance(t, ast.Name) for t in statement.targets):
-                plain = isinstance(statement.value, (ast.Constant, ast.Name, ast.Attribute))
-                if plain and not any(t.id in read for t in statement.targets):
+                does = any(isinstance(n, (ast.Call, ast.Await, ast.Yield)) for n in ast.walk(statement.value))
+                if not does and not any(t.id in read for t in statement.targets):
                     edits.append(Edit(*text.lines_with_comments(statement), b""))
     return edits
 

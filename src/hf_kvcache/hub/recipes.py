@@ -16,8 +16,17 @@ _CACHE, _LAYER, _STORE = f"{_P}cache:KVCache.", f"{_P}layer:KVLayer.", f"{_P}sto
 
 _ADAPTERS = {"basis": "basis_children", "heads": "heads_children", "retrofit": "retrofit_children"}
 
-# a second, faster kernel of the same rows needs as much text as the first; backends by name are for tests
-_LEFT_OUT = ("kernels.sparse_attention:gluon_kernel", "kernels:forced_backend")
+# a second, faster kernel of the same rows, as long as the first; backends by name; the mask of an attention
+# implementation that only the library registers; training on GPUs; checks of what our own code passes to ops
+_LEFT_OUT = (
+    "kernels.sparse_attention:gluon_kernel",
+    "kernels:forced_backend",
+    "attention.mask:KVMask",
+    "attention.flex:serves",
+    "kernels.dense_attention:check_operands",
+    "kernels.quant_attention:_check_packed",
+    "kernels.sparse_attention:_check_rows",
+)
 
 ROOTS = (
     f"{_P}hub.citizen:CacheModel.from_pretrained._prepare_cache_for_generation._keep_in_fp32_modules_strict",
@@ -28,7 +37,9 @@ ROOTS = (
     f"{_LAYER}crop.batch_repeat_interleave.reorder_cache.offload.prefetch",
 )
 # saving caches, models in pieces: what the library is for
-DROPPED = tuple(f"{_CACHE}{name}" for name in ("save", "load", "check_model", "expect", "fingerprint"))
+DROPPED = (f"{_P}codecs.base:Codec.__rshift__",) + tuple(
+    f"{_CACHE}{name}" for name in ("save", "load", "check_model", "expect", "fingerprint")
+)
 
 
 def recipe_of(cache: KVCache, adapter: str | None = None) -> Recipe:

@@ -1,0 +1,77 @@
+"""Run as a script: loads exported repositories where hf_kvcache, PEFT and Triton cannot be found.
+
+python bare.py JOBS.json: `{"work": folder, "repositories": {name: {"where", "dtype", "inputs", ...}}}` -> JSON lines
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+HIDDEN = ("hf_kvcache", "peft", "triton")
+
+
+class Hiding:
+    """A finder that does not find some packages."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM, pipeline  # noqa: E402
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+
+
+def load(where, dtype, kind=AutoModelForCausalLM, **kwargs):
+    return kind.from_pretrained(where, dtype=getattr(torch, dtype), trust_remote_code=True, **kwargs).eval()
+
+
+def tokens(model, job, **kwargs):
+    inputs = {name: torch.tensor(values) for name, values in job["inputs"].items()}
+    out = model.generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True, **kwargs)
+    return out.sequences.tolist(), out.past_key_values
+
+
+def run(job, work: Path) -> dict:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = load(job["where"], job["dtype"])
+        found, cache = tokens(model, job)
+    answer = {
+        "tokens": found,
+        "nbytes": cache.nbytes,
+        "nbytes_dense": cache.nbytes_dense,
+        "cache": type(cache).__name__,
+        "class": type(model).__name__,
+        "warnings": [str(w.message) for w in said if "kvcache" in str(w.message) or "kernel" in str(w.message)],
+    }
+    if job.get("thoroughly"):
+        plain = load(job["where"], job["dtype"], AutoModel)
+        with torch.no_grad():
+            answer["cache of AutoModel"] = type(plain(torch.tensor([[5, 6, 7]])).past_key_values).__name__
+        answer["sampled beams"] = len(tokens(model, job, num_beams=2)[0])
+        # saved again, by transformers alone
+        model.save_pretrained(work / "again")
+        answer["saved again"] = tokens(load(work / "again", job["dtype"]), job)[0]
+    if job.get("text"):
+        writes = pipeline("text-generation", model=job["where"], dtype="float32", trust_remote_code=True)
+        answer["text"] = writes(job["text"], max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    return answer
+
+
+if __name__ == "__main__":
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    for name, job in jobs["repositories"].items():
+        print("ANSWER " + json.dumps({name: run(job, Path(jobs["work"]))}), flush=True)

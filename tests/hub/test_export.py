@@ -1,0 +1,230 @@
+"""Exported repositories of the embedded model, loaded where hf_kvcache, PEFT and Triton cannot be found."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stand_in import serve
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_kvcache as kv
+from hf_kvcache.adapters import AdapterError, Bases, attach
+from hf_kvcache.codecs.basis import Basis
+from hf_kvcache.dmc import Settings, retrofit, retrofits
+from hf_kvcache.hub.export import export
+from hf_kvcache.kernels import use_backend
+from hf_kvcache.models import embedded_heads, embedded_model
+
+DTYPES = ("float32", "bfloat16")
+# bytes of code; kernels of latents, and of rows in pages, are long
+LIMITS = {"quant": 123_000, "mustafar": 125_000, "locret": 117_000, "palu": 172_000, "palu4": 214_000}
+LIMITS |= {"dmc": 242_000, "dms": 242_000, "kv": 145_000}
+
+
+def plain(dtype="bfloat16"):
+    return AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=getattr(torch, dtype)).eval()
+
+
+def bases(config):
+    """Of random orthogonal directions."""
+    generator, layers = torch.Generator().manual_seed(0), {}
+    for i in range(config.num_hidden_layers):
+        for side in "kv":
+            draw = torch.randn(config.num_key_value_heads, config.head_dim, config.head_dim, generator=generator)
+            q = torch.linalg.qr(draw)[0][..., : config.head_dim // 2]
+            layers.setdefault(i, {})[side] = Basis(q, q.transpose(1, 2).unsqueeze(1).contiguous())
+    return Bases(layers=layers, rope="pre")
+
+
+def with_bases(model):
+    attach(model, bases(model.config))
+    return model
+
+
+def with_heads(model):
+    attach(model, embedded_heads())
+    return model
+
+
+def retrofitted(method):
+    def make(model):
+        retrofit(model, Settings(method=method, decision="linear", offset=0.5, scale=5.0, window=8))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for child in retrofits(model).values():
+                for rows in child.rows():
+                    if rows is not None:
+                        rows.copy_(torch.randn(rows.shape, generator=generator) * 0.1)
+        return model
+
+    return make
+
+
+FAMILIES = {
+    "quant": (lambda model: model, lambda: kv.QuantCache(4)),
+    "mustafar": (lambda model: model, lambda: kv.SparseCache(0.5)),
+    "palu": (with_bases, lambda: kv.LowRankCache()),
+    "palu4": (with_bases, lambda: kv.LowRankCache(bits=4)),
+    "locret": (with_heads, lambda: kv.LocretCache(budget=128)),
+    "dmc": (retrofitted("dmc"), kv.DMCCache),
+    "dms": (retrofitted("dms"), kv.DMSCache),
+    "kv": (lambda model: model, lambda: kv.QuantCache(8, policy=kv.KeyDiff(budget=160), window=32)),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """Two prompts of different lengths, padded on the left."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model(), padding_side="left")
+    texts = ["The sea was calm that night, and nobody spoke of the storm. " * 14, "He went home to the village. " * 22]
+    return dict(tokenizer(texts, return_tensors="pt", padding=True))
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exported")
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    for name, (prepare, make) in FAMILIES.items():
+        export(prepare(plain()), make(), root / name, tokenizer=tokenizer)
+    return root
+
+
+@pytest.fixture(scope="module")
+def answers(repositories, inputs, tmp_path_factory):
+    """What a process that does not have the library finds."""
+    work = tmp_path_factory.mktemp("bare")
+    given = {name: t.tolist() for name, t in inputs.items()}
+    jobs = {
+        f"{name} {dtype}": {"where": str(repositories / name), "dtype": dtype, "inputs": given}
+        for name in FAMILIES
+        for dtype in DTYPES
+    }
+    jobs["quant float32"] |= {"thoroughly": True}
+    hub = {"someone/quant": repositories / "quant", "someone/palu": repositories / "palu"}
+    for name in hub:
+        jobs[name] = {"where": name, "dtype": "float32", "inputs": given, "text": "The sea was calm"}
+    (work / "jobs.json").write_text(json.dumps({"work": str(work), "repositories": jobs}))
+    with serve(hub) as address:
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(work / "home"), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        command = [sys.executable, str(Path(__file__).with_name("bare.py")), str(work / "jobs.json")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=work)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    return {name: answer for line in lines for name, answer in json.loads(line.removeprefix("ANSWER ")).items()}
+
+
+def expected(name, dtype, inputs):
+    """Tokens and bytes of the library, in plain PyTorch as without a compiler."""
+    prepare, make = FAMILIES[name]
+    model, cache = prepare(plain(dtype)), make()
+    with use_backend("reference"):
+        out = model.generate(**inputs, past_key_values=cache, max_new_tokens=12, do_sample=False)
+    return out.tolist(), cache
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_and_bytes_are_those_of_the_library(answers, inputs, name, dtype):
+    answer = answers[f"{name} {dtype}"]
+    tokens, cache = expected(name, dtype, inputs)
+    assert answer["tokens"] == tokens
+    assert (answer["nbytes"], answer["nbytes_dense"]) == (cache.nbytes, cache.nbytes_dense)
+    assert answer["cache"] == "KVCache" and answer["nbytes"] < 0.9 * answer["nbytes_dense"]
+    assert answer["warnings"] == []
+
+
+def test_everything_that_transformers_does_with_a_model(answers):
+    answer = answers["quant float32"]
+    assert answer["class"] == "QuantLlamaForCausalLM"
+    assert answer["cache of AutoModel"] == "KVCache"
+    assert answer["sampled beams"] == 2
+    assert answer["saved again"] == answer["tokens"]
+
+
+@pytest.mark.parametrize("name", ["quant", "palu"])
+def test_from_the_hub(answers, name):
+    local, hub = answers[f"{name} float32"], answers[f"someone/{name}"]
+    assert (hub["tokens"], hub["nbytes"]) == (local["tokens"], local["nbytes"])
+    assert hub["text"].startswith("The sea was calm") and len(hub["text"]) > len("The sea was calm")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_trust_nothing_is_loaded(repositories, name):
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(repositories / name, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_are_clean_and_need_nothing_else(repositories, name):
+    files = sorted((repositories / name).glob("*.py"))
+    ruff = [sys.executable, "-m", "ruff", "check", "--config", str(Path(__file__).parents[2] / "pyproject.toml")]
+    done = subprocess.run([*ruff, *map(str, files)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    allowed = {*sys.stdlib_module_names, "torch", "transformers", "triton"}
+    for file in files:
+        source = file.read_text()
+        assert source.startswith("# SPDX-License-Identifier: Apache-2.0\n"), file.name
+        for node in ast.walk(ast.parse(source)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert {module.partition(".")[0] for module in modules} <= allowed, file.name
+    assert sum(file.stat().st_size for file in files) < LIMITS[name]
+
+
+@pytest.mark.parametrize("name", ["quant", "palu"])
+def test_beside_the_library(repositories, inputs, name):
+    # both register themselves with the attention functions of transformers
+    before, _ = expected(name, "float32", inputs)
+    model = AutoModelForCausalLM.from_pretrained(repositories / name, trust_remote_code=True, dtype=torch.float32)
+    with use_backend("reference"):
+        ours = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    assert not isinstance(ours.past_key_values, kv.KVCache)
+    assert ours.sequences.tolist() == before == expected(name, "float32", inputs)[0]
+
+
+def test_what_is_missing_is_named(repositories, tmp_path):
+    broken = shutil.copytree(repositories / "palu", tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    gone = {name: t for name, t in weights.items() if ".kv_lowrank.k_down" not in name}
+    assert len(gone) < len(weights)
+    save_file(gone, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 4 weights of its cache"):
+        AutoModelForCausalLM.from_pretrained(broken, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"kv_cache": None}, "does not describe a cache"),
+        ({"kv_cache": {"codec": [{"codec": "os.system"}, {"codec": "Quantize"}]}}, "no codec is called 'os.system'"),
+        ({"kv_cache": {"window": -1}}, "must not be negative"),
+    ],
+)
+def test_a_damaged_config(repositories, tmp_path, change, message):
+    broken = shutil.copytree(repositories / "quant", tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text()) | change
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(broken, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (kv.LowRankCache, "calibrate lowrank"),
+        (lambda: kv.LocretCache(budget=256), "retaining heads"),
+        (kv.DMCCache, "not retrofitted for DMC"),
+    ],
+)
+def test_a_model_that_lacks_what_its_cache_goes_by(tmp_path, make, message):
+    with pytest.raises(AdapterError, match=message):
+        export(plain(), make(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
