@@ -15,6 +15,7 @@ from stand_in import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_kvcache as kv
+from hf_kvcache import compat
 from hf_kvcache.adapters import AdapterError, Bases, attach
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.dmc import Settings, retrofit, retrofits
@@ -77,6 +78,15 @@ FAMILIES = {
     "dms": (retrofitted("dms"), kv.DMSCache),
     "kv": (lambda model: model, lambda: kv.QuantCache(8, policy=kv.KeyDiff(budget=160), window=32)),
 }
+
+
+@pytest.fixture(autouse=True)
+def attention_functions():
+    """Repositories that are loaded here wrap them, and other tests look at what is wrapped."""
+    before = compat.attention_functions()
+    yield
+    for name, function in before.items():
+        compat.register_attention(name, function)
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def save(model: torch.nn.Module, directory: str | os.PathLike, tokenizer=None, *
     settings = _settings(model)
     base_model_type = getattr(model.config, "base_model_type", model.config.model_type)
     classes = classes_of(settings.method, base_model_type)
-    if type(model) not in (classes.causal_lm, classes.causal_lm.__mro__[2]):
+    if type(model) not in (classes.causal_lm, classes.causal_lm.__bases__[1]):
         raise AdapterError(
             f"{type(model).__name__} is not what AutoModelForCausalLM makes of {base_model_type!r}, so it would load "
             "as something else"
