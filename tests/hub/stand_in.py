@@ -1,5 +1,6 @@
-"""A stand-in for the Hub that serves folders: what `from_pretrained` asks of it."""
+"""A stand-in for the Hub: what `from_pretrained` and uploads ask of it, on folders."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 COMMIT = "c0ffee" + "0" * 34
 
 
-def _handler(repositories: dict[str, Path]):
+def _handler(repositories: dict[str, Path], root: Path | None):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -20,8 +21,47 @@ def _handler(repositories: dict[str, Path]):
         def do_GET(self):
             self.answer(has_body=True)
 
+        def do_POST(self):
+            parts, body = self.path.partition("?")[0].strip("/").split("/"), self.body()
+            if parts == ["api", "repos", "create"]:
+                asked = json.loads(body)
+                name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+                repositories.setdefault(name, root / name).mkdir(parents=True, exist_ok=True)
+                return self.say({"url": f"http://127.0.0.1/{name}", "name": name, "id": name})
+            if parts == ["api", "validate-yaml"]:
+                return self.say({"errors": [], "warnings": []})
+            folder = repositories.get("/".join(parts[2:4]))
+            if folder is None:
+                return self.refuse("RepoNotFound")
+            if parts[4] == "preupload":
+                files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+                return self.say({"files": [f | {"shouldIgnore": False} for f in files], "commitOid": COMMIT})
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    file = folder / line["value"]["path"]
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+            url = f"http://127.0.0.1/{'/'.join(parts[2:4])}/commit/{COMMIT}"
+            return self.say({"commitUrl": url, "commitOid": COMMIT, "success": True})
+
+        def body(self):
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            chunks = []
+            while size := int(self.rfile.readline(), 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(chunks)
+
+        def say(self, answer):
+            content = json.dumps(answer).encode()
+            self.send(200, content, {"Content-Type": "application/json"}, len(content))
+
         def answer(self, has_body):
             parts = self.path.partition("?")[0].strip("/").split("/")
+            if parts == ["api", "whoami-v2"]:
+                return self.say({"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
             if parts[:2] == ["api", "models"]:
                 return self.describe("/".join(parts[2:4]), parts[4:], has_body)
             folder = repositories.get("/".join(parts[:2]))
@@ -66,9 +106,9 @@ def _handler(repositories: dict[str, Path]):
 
 
 @contextmanager
-def serve(repositories: dict[str, Path]):
-    """The address of a server of these folders, by the names of their repositories."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(repositories))
+def serve(repositories: dict[str, Path], root: Path | None = None):
+    """The address of a server of these folders, by the names of their repositories; new ones go below `root`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(repositories, root))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
