@@ -48,7 +48,8 @@ def run(job, work: Path) -> dict:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         model = load(job["where"], job["dtype"])
-        found, cache = tokens(model, job)
+        custom = {"custom_generate": job["custom"], "trust_remote_code": True} if "custom" in job else {}
+        found, cache = tokens(model, job, **custom)
     answer = {
         "tokens": found,
         "nbytes": cache.nbytes,

@@ -50,8 +50,9 @@ def load_model(args: argparse.Namespace):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        # the model first: it makes the type of a retrofit known
         model = _from_pretrained(where, dtype=dtype, attn_implementation=args.attn)
+        tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model {str(where)!r}: {str(error).splitlines()[0]}") from error
     model = model.to(device).eval()

@@ -3,8 +3,10 @@
     hf-kvcache export --method quant:bits=4 --out llama-4bit
     hf-kvcache export --method palu --adapter my-bases --out llama-palu
     hf-kvcache export --model my-dmc --method dmc --out llama-dmc
+    hf-kvcache export --method quant:bits=4 --any-model --out kv-4bit
 
-`AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True).generate(...)` then uses that cache.
+`AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True).generate(...)` then uses that cache, and with
+`--any-model` any `model.generate(..., custom_generate=OUT, trust_remote_code=True)`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="palu, mustafar, locret, dmc, dms, quant with arguments (quant:bits=4), or a cache as in `compare`",
     )
     group.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    group.add_argument(
+        "--any-model", action="store_true", help="no model, but a `custom_generate` repository for those that have one"
+    )
+    group.add_argument("--license", metavar="ID", help="licence of the weights, as the Hub writes it (apache-2.0)")
+    group.add_argument("--no-measure", action="store_true", help="leave bytes, quality and speed out of the model card")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,13 +44,70 @@ def run(args: argparse.Namespace) -> None:
     spec = parse_specs([NAMES.get(name, name) + colon + rest])[0]
     if spec.is_peer:
         raise UserError(f"--method {args.method}: that is transformers' own cache, which needs no repository")
-    model, tokenizer = load_model(args)
-    from hf_kvcache.hub.export import export
+    from hf_kvcache.hub.export import export, export_generate
 
-    command = shlex.join(["hf-kvcache", *sys.argv[1:]])
+    if args.any_model:
+        try:
+            return _say(export_generate(spec.build(), args.out))
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(str(error)) from error
+    model, tokenizer = load_model(args)
+    facts = {"command": shlex.join(["hf-kvcache", *sys.argv[1:]]), "license": args.license}
     try:
-        where = export(model, spec.build(model.config), args.out, tokenizer=tokenizer, command=command)
+        # first, because what cannot be exported is found at once
+        where = export(model, spec.build(model.config), args.out, tokenizer=tokenizer, **facts)
+        if not args.no_measure:
+            facts["measured"] = measure(model, tokenizer, spec)
+            export(model, spec.build(model.config), args.out, tokenizer=tokenizer, **facts)
     except (ValueError, TypeError, OSError) as error:
         raise UserError(str(error)) from error
-    code = sum(path.stat().st_size for path in where.glob("*.py"))
-    print(json.dumps({"directory": str(where), "files": len(list(where.iterdir())), "bytes_of_code": code}))
+    return _say(where)
+
+
+def _say(where) -> None:
+    files = [path for path in where.rglob("*") if path.is_file()]
+    code = sum(path.stat().st_size for path in files if path.suffix == ".py")
+    print(json.dumps({"directory": str(where), "files": len(files), "bytes_of_code": code}))
+
+
+def measure(model, tokenizer, spec) -> dict:
+    """What the card's table says, from a small `compare`."""
+    import torch
+    import transformers
+
+    from hf_kvcache.eval.compare import Settings, compare, with_baseline
+    from hf_kvcache.models import embedded_prose
+
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    n_tokens = min(1024, most - 32)
+    settings = Settings(
+        context=n_tokens,
+        eval_context=n_tokens,
+        n_new=32,
+        n_windows=2,
+        n_prompts=2,
+        attention=model.config._attn_implementation,
+    )
+    dense, ours = compare(model, tokenizer, embedded_prose().read_text(), with_baseline([spec]), settings)
+    for row in (dense, ours):
+        if row.error:
+            raise UserError(f"{row.cache} could not be measured ({row.error}); --no-measure leaves that out")
+    device = model.device
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return vars(settings) | {
+        "n_tokens": settings.context + settings.n_new,
+        "n_prefix": settings.n_prefix,
+        "dense_bytes": dense.nbytes,
+        "dense_perplexity": dense.perplexity,
+        "dense_retrieval": dense.retrieval,
+        "nbytes": ours.nbytes,
+        "bytes_ratio": ours.bytes_ratio,
+        "perplexity": ours.perplexity,
+        "kl": ours.kl,
+        "retrieval": ours.retrieval,
+        "speedup": ours.speedup,
+        "device": named,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

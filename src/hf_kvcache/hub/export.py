@@ -17,6 +17,7 @@ import json
 import os
 import re
 from pathlib import Path
+from pprint import pformat
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
@@ -37,7 +38,7 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.hub.card import card_of
-from hf_kvcache.hub.flatten import flatten
+from hf_kvcache.hub.flatten import WIDTH, flatten
 from hf_kvcache.hub.library import defined
 from hf_kvcache.hub.recipes import classes_in, recipe_of
 from hf_kvcache.hub.spec import spec_of
@@ -100,6 +101,32 @@ class {causal_lm}(CacheModel, {base}):
 '''
 
 
+_GENERATE = '''# SPDX-License-Identifier: Apache-2.0
+"""`generate` with the KV cache of `CACHE`, for any model; made by hf_kvcache {version}."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+{imports}
+
+# cache_of and the dispatcher find these by their names; transformers fetches the files that are named here
+if TYPE_CHECKING:
+{mentions}
+
+__all__ = [{all}]
+
+# the arguments of the cache
+CACHE = {spec}
+
+
+def generate(model, inputs=None, past_key_values=None, **kwargs):
+    """As `model.generate`, which it calls; `past_key_values` goes on with a cache of an earlier call."""
+    cache = cache_of(CACHE, config=model.config) if past_key_values is None else past_key_values
+    return type(model).generate(model, inputs, past_key_values=cache, **kwargs)
+'''
+
+
 def family_of(cache: KVCache) -> str:
     """The name of the family that a cache belongs to: "palu" for latents, "mustafar" for sparse rows, and so on."""
     if cache.policy is not None:
@@ -117,6 +144,8 @@ def export(
     tokenizer=None,
     family: str | None = None,
     command: str | None = None,
+    license: str | None = None,
+    measured: dict | None = None,
 ) -> Path:
     """Write a repository whose model has caches like this one.
 
@@ -127,7 +156,7 @@ def export(
         directory: created if need be; files of the same names are replaced.
         tokenizer: saved beside it.
         family: how the model type begins; see `family_of`.
-        command: that made it, for the card.
+        command, license, measured: what the card says, see `card_of`.
 
     Returns:
         The folder.
@@ -182,8 +211,45 @@ def export(
     source = model.config.name_or_path
     base_model = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else None
     described = json.dumps(spec, indent=2)
-    (directory / "README.md").write_text(card_of(base_model, names, family, described, command))
+    (directory / "README.md").write_text(card_of(base_model, names, family, described, command, license, measured))
     return directory
+
+
+def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
+    """Write a repository whose `generate` gives any model a cache like this one.
+
+    `model.generate(**inputs, custom_generate=where, trust_remote_code=True)` then uses it.
+
+    Args:
+        cache: empty; a method that needs nothing of the model.
+        directory: created if need be.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the cache goes by something that a model carries.
+    """
+    from hf_kvcache import __version__
+
+    if isinstance(cache.policy, (Learned, Locret)):
+        raise ValueError(f"{type(cache.policy).__name__} goes by what a model carries: export that model")
+    files = flatten(recipe_of(cache, is_of_model=False), __version__)
+    imports, mentions, parts = _found(files, cache, {"hub_spec": ["cache_of"]})
+    values = {
+        "version": __version__,
+        "imports": imports,
+        "mentions": mentions,
+        "spec": pformat(spec_of(cache), width=WIDTH),
+    }
+    files["generate.py"] = _GENERATE.format(
+        **values, all=", ".join(f'"{name}"' for name in sorted([*parts, "generate"]))
+    )
+    folder = Path(directory) / "custom_generate"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return Path(directory)
 
 
 def _save_weights(model, base: type, config: type, weights: dict[str, torch.Tensor], directory: Path) -> None:
@@ -277,22 +343,27 @@ def _retrofit(found, policy: Learned):
 
 def _modeling(files: dict[str, str], cache: KVCache, names: dict[str, str]) -> str:
     """The file that `auto_map` names."""
+    imports, mentions, parts = _found(files, cache, {"hub_citizen": ["CacheModel", "with_cache"]})
+    own = [names["causal_lm"], *(names["family"] + names[name] for name in ("config", "model"))]
+    values = names | {
+        "theirs": ", ".join(sorted(names[name] for name in ("config", "model", "base"))),
+        "imports": imports,
+        "mentions": mentions,
+        "all": ", ".join(f'"{name}"' for name in sorted([*own, *parts])),
+    }
+    return _MODELING.format(**values)
+
+
+def _found(files: dict[str, str], cache: KVCache, imports: dict[str, list[str]]) -> tuple[str, str, list[str]]:
+    """Imports of the file that transformers loads first: what it uses, what is found by name, names of the latter."""
     parts = classes_in(cache)
-    imports = {"hub_citizen": ["CacheModel", "with_cache"]}
     for module, name in parts:
         imports.setdefault(module, []).append(name)
     lines = [f"from .{module} import {', '.join(sorted(imports[module]))}" for module in sorted(imports)]
     reached = _reached(files, imports)
     hidden = [stem for stem in _stems(files) if stem not in reached]
     mentions = [f"    from .{stem} import {_some(files[f'{stem}.py'])} as {stem}  # noqa: F401" for stem in hidden]
-    own = [names["causal_lm"], *(names["family"] + names[name] for name in ("config", "model"))]
-    values = names | {
-        "theirs": ", ".join(sorted(names[name] for name in ("config", "model", "base"))),
-        "imports": "\n".join(lines),
-        "mentions": "\n".join(mentions),
-        "all": ", ".join(f'"{name}"' for name in sorted([*own, *(name for _, name in parts)])),
-    }
-    return _MODELING.format(**values)
+    return "\n".join(lines), "\n".join(mentions), [name for _, name in parts]
 
 
 def _stems(files) -> list[str]:

@@ -28,9 +28,11 @@ _LEFT_OUT = (
     "kernels.sparse_attention:_check_rows",
 )
 
-ROOTS = (
+MODEL_ROOTS = (
     f"{_P}hub.citizen:CacheModel.from_pretrained._prepare_cache_for_generation._keep_in_fp32_modules_strict",
     f"{_P}hub.citizen:with_cache",
+)
+ROOTS = (
     f"{_P}hub.spec:cache_of",
     f"{_CACHE}nbytes.nbytes_dense.compression_ratio",
     # transformers' cache calls them on its layers
@@ -42,15 +44,16 @@ DROPPED = (f"{_P}codecs.base:Codec.__rshift__",) + tuple(
 )
 
 
-def recipe_of(cache: KVCache, adapter: str | None = None) -> Recipe:
-    """What the repository of a model needs that is to have caches like this one.
+def recipe_of(cache: KVCache, adapter: str | None = None, is_of_model: bool = True) -> Recipe:
+    """What a repository needs that is to make caches like this one.
 
     Args:
         cache: empty.
         adapter: what the model carries for it, a key of `children.KINDS`, or None.
+        is_of_model: whether it is the repository of a model, whose classes take the cache.
     """
     parts, facts, absent = list(_parts(cache)), {"_expected": None, "offloading": False}, list(_LEFT_OUT)
-    roots = [*ROOTS, *(_path(type(part)) for part in parts)]
+    roots = [*(MODEL_ROOTS if is_of_model else ()), *ROOTS, *(_path(type(part)) for part in parts)]
     absent += [f"hub.children:{function}" for kind, function in _ADAPTERS.items() if kind != adapter]
     absent += ["hub.children:add_children"] if adapter is None else []
     absent += _without_policy(facts) if cache.policy is None else []
