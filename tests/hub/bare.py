@@ -58,6 +58,11 @@ def run(job, work: Path) -> dict:
         "class": type(model).__name__,
         "warnings": [str(w.message) for w in said if "kvcache" in str(w.message) or "kernel" in str(w.message)],
     }
+    if "custom" not in job:
+        try:
+            AutoModelForCausalLM.from_pretrained(job["where"], trust_remote_code=False)
+        except ValueError as error:
+            answer["without trust"] = str(error)
     if job.get("thoroughly"):
         plain = load(job["where"], job["dtype"], AutoModel)
         with torch.no_grad():

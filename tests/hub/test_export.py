@@ -19,7 +19,7 @@ from hf_kvcache import compat
 from hf_kvcache.adapters import AdapterError, Bases, attach
 from hf_kvcache.cli import main
 from hf_kvcache.codecs.basis import Basis
-from hf_kvcache.dmc import Settings, retrofit, retrofits
+from hf_kvcache.dmc import Settings, load, retrofit, retrofits
 from hf_kvcache.hub.export import export, export_generate
 from hf_kvcache.kernels import use_backend
 from hf_kvcache.models import embedded_heads, embedded_model
@@ -206,9 +206,18 @@ def test_the_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_without_trust_nothing_is_loaded(repositories, name):
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
-        AutoModelForCausalLM.from_pretrained(repositories / name, trust_remote_code=False)
+def test_without_trust_nothing_is_loaded(answers, name):
+    # transformers' own message
+    assert "trust_remote_code=True" in answers[f"{name} float32"]["without trust"]
+
+
+@pytest.mark.parametrize("name", ["dmc", "dms"])
+def test_the_library_loads_retrofits_without_their_code(repositories, inputs, name):
+    model = load(repositories / name, dtype=torch.float32).eval()
+    assert type(model).__module__.startswith("hf_kvcache.")
+    with use_backend("reference"):
+        tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False).tolist()
+    assert tokens == expected(name, "float32", inputs)[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

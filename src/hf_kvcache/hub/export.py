@@ -37,6 +37,7 @@ from hf_kvcache.adapters.modules import (
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain
 from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.card import card_of
 from hf_kvcache.hub.flatten import WIDTH, flatten
 from hf_kvcache.hub.library import defined
@@ -203,6 +204,11 @@ def export(
         "kv_adapter": adapter,
         "hf_kvcache_version": __version__,
     }
+    if adapter is not None and adapter["kind"] == "retrofit":
+        # `dmc.load` reads the folder, too
+        known = getattr(model.config, "kv_dmc_facts", None) or {}
+        digest = Settings.from_dict(adapter["settings"]).digest
+        values |= {"kv_dmc": adapter["settings"], "kv_dmc_facts": known | {"digest": digest}}
     for name, text in files.items():
         (directory / name).write_text(text)
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
