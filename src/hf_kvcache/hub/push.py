@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 
 from hf_kvcache.adapters.errors import AdapterError
 
@@ -20,7 +20,7 @@ def push(
     token: str | None = None,
     message: str | None = None,
 ) -> str:
-    """Upload a folder that `export` wrote, its card checked by the Hub first.
+    """Upload a folder that `export` wrote; the Hub checks its card before it takes anything.
 
     Args:
         directory: the folder.
@@ -40,7 +40,6 @@ def push(
     """
     directory = Path(directory)
     check_exported(directory)
-    ModelCard.load(directory / "README.md").validate()
     api = HfApi(token=token)
     name = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if revision is not None:
