@@ -67,7 +67,7 @@ def run(job, work: Path) -> dict:
         plain = load(job["where"], job["dtype"], AutoModel)
         with torch.no_grad():
             answer["cache of AutoModel"] = type(plain(torch.tensor([[5, 6, 7]])).past_key_values).__name__
-        answer["sampled beams"] = len(tokens(model, job, num_beams=2)[0])
+        answer["rows of beams"] = len(tokens(model, job, num_beams=2)[0])
         # saved again, by transformers alone
         model.save_pretrained(work / "again")
         answer["saved again"] = tokens(load(work / "again", job["dtype"]), job)[0]

@@ -21,6 +21,7 @@ from hf_kvcache.cli import main
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.dmc import Settings, load, retrofit, retrofits
 from hf_kvcache.hub.export import export, export_generate
+from hf_kvcache.hub.spec import cache_of, spec_of
 from hf_kvcache.kernels import use_backend
 from hf_kvcache.models import embedded_heads, embedded_model
 
@@ -160,7 +161,7 @@ def test_everything_that_transformers_does_with_a_model(answers):
     answer = answers["quant float32"]
     assert answer["class"] == "QuantLlamaForCausalLM"
     assert answer["cache of AutoModel"] == "KVCache"
-    assert answer["sampled beams"] == 2
+    assert answer["rows of beams"] == 2
     assert answer["saved again"] == answer["tokens"]
 
 
@@ -189,9 +190,12 @@ def test_the_command(tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["export", "--method", "quant:bits=4", "--out", out, "--license", "mit"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "Made by `hf-kvcache export --method quant:bits=4 --out out --license mit`." in card
     assert "license: mit" in card and "| bytes after 1,056 tokens |" in card
     assert main(["export", "--method", "mustafar:sparsity=0.5", "--out", out, "--no-measure"]) == 0
     assert "--no-measure" in (tmp_path / "out" / "README.md").read_text()
+    # nothing of the first export is left
+    assert not list((tmp_path / "out").glob("*quant_llama.py")) and list((tmp_path / "out").glob("*mustafar_llama.py"))
     assert main(["export", "--method", "keydiff:budget=64", "--any-model", "--out", out]) == 0
     assert (tmp_path / "out" / "custom_generate" / "generate.py").exists()
     capsys.readouterr()
@@ -288,3 +292,17 @@ def test_a_model_that_lacks_what_its_cache_goes_by(tmp_path, make, message):
     with pytest.raises(AdapterError, match=message):
         export(plain(), make(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_one_repository_cannot_carry(tmp_path):
+    both = kv.KVCache(policy=kv.LocretCache(budget=256).policy, codec=kv.LowRank(0.5), window=32)
+    with pytest.raises(AdapterError, match="carries one of them"):
+        export(with_heads(plain()), both, tmp_path / "out")
+    with pytest.raises(ValueError, match="goes with a machine"):
+        export(plain(), kv.QuantCache(4, offloading=True), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_room_to_grow_is_part_of_the_description():
+    cache = cache_of(json.loads(json.dumps(spec_of(kv.QuantCache(4, max_length=500, n_sink=4)))))
+    assert (cache.max_length, cache.n_sink, cache.window) == (500, 4, 64)

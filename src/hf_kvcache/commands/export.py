@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
+from pathlib import Path
 
 from hf_kvcache.commands import UserError
 from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         except (ValueError, TypeError, OSError) as error:
             raise UserError(str(error)) from error
     model, tokenizer = load_model(args)
-    facts = {"command": shlex.join(["hf-kvcache", *sys.argv[1:]]), "license": args.license}
+    facts = {"command": _command(args), "license": args.license}
     try:
         # first, because what cannot be exported is found at once
         where = export(model, spec.build(model.config), args.out, tokenizer=tokenizer, **facts)
@@ -62,6 +62,17 @@ def run(args: argparse.Namespace) -> None:
     except (ValueError, TypeError, OSError) as error:
         raise UserError(str(error)) from error
     return _say(where)
+
+
+def _command(args: argparse.Namespace) -> str:
+    """What was typed, for others to read: folders by their last name only."""
+    parts = ["hf-kvcache", "export"]
+    for option in ("model", "dtype", "adapter", "method", "out", "license"):
+        value = getattr(args, option)
+        if value is not None:
+            is_folder = option == "out" or Path(value).exists()
+            parts += [f"--{option}", Path(value).name if is_folder else value]
+    return shlex.join(parts)
 
 
 def _say(where) -> None:

@@ -1,4 +1,4 @@
-"""What makes a model of transformers take a cache of ours unasked: mixed into its config and its classes."""
+"""What makes a model of transformers take a cache of ours unasked: mixed into its classes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from hf_kvcache.hub.spec import cache_of
 
 
 class TakesCache:
-    """Mixed into a base model: takes our cache where transformers would make one of its own."""
-
-    def new_cache(self):
-        """The cache that goes with this model, empty."""
-        raise NotImplementedError
+    """Mixed into a base model: takes what its `new_cache()` makes where transformers would make a cache of its own."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
@@ -58,6 +54,7 @@ class CacheModel(TakesCache):
         return (model, info) if output_loading_info else model
 
     def new_cache(self):
+        """The cache that goes with this model, empty."""
         config = self.config.get_text_config(decoder=True)
         if not isinstance(config.kv_cache, dict):
             raise ValueError(f"kv_cache of the config does not describe a cache: {config.kv_cache!r:.80}")

@@ -46,7 +46,6 @@ from hf_kvcache.hub.spec import spec_of
 from hf_kvcache.policies.learned import Learned
 from hf_kvcache.policies.locret import Locret
 
-FAMILIES = ("palu", "mustafar", "locret", "dmc", "dms", "quant", "kv")
 _OWN = (
     "_name_or_path",
     "model_type",
@@ -154,7 +153,7 @@ def export(
         model: a causal language model of transformers; what its cache goes by (bases, retaining heads, a retrofit) must
             hang on it, or be given to the cache.
         cache: what `generate` will use, empty.
-        directory: created if need be; files of the same names are replaced.
+        directory: created if need be; files of the same names are replaced, code of an earlier export goes.
         tokenizer: saved beside it.
         family: how the model type begins; see `family_of`.
         command, license, measured: what the card says, see `card_of`.
@@ -163,8 +162,9 @@ def export(
         The folder.
 
     Raises:
-        AdapterError: the model has no class of its own in transformers, or lacks what the cache goes by.
-        ValueError: the cache cannot be described.
+        AdapterError: the model has no class of its own in transformers, lacks what the cache goes by, or would have to
+            carry two things for it.
+        ValueError: the cache does what a repository cannot describe.
     """
     from hf_kvcache import __version__
 
@@ -209,6 +209,7 @@ def export(
         known = getattr(model.config, "kv_dmc_facts", None) or {}
         digest = Settings.from_dict(adapter["settings"]).digest
         values |= {"kv_dmc": adapter["settings"], "kv_dmc_facts": known | {"digest": digest}}
+    _clear(directory)
     for name, text in files.items():
         (directory / name).write_text(text)
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -253,9 +254,18 @@ def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
     )
     folder = Path(directory) / "custom_generate"
     folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
     for name, text in files.items():
         (folder / name).write_text(text)
     return Path(directory)
+
+
+def _clear(folder: Path) -> None:
+    """Take away the code of an earlier export, which may have been of another cache."""
+    for path in folder.glob("*.py"):
+        head = path.read_text().splitlines()[:2]
+        if head[:1] == ["# SPDX-License-Identifier: Apache-2.0"] and "hf_kvcache" in "".join(head[1:]):
+            path.unlink()
 
 
 def _save_weights(model, base: type, config: type, weights: dict[str, torch.Tensor], directory: Path) -> None:
@@ -289,11 +299,22 @@ def _adapter(model, cache: KVCache) -> tuple[dict | None, dict[str, torch.Tensor
     found = full_attentions(model)
     if isinstance(cache.policy, Learned):
         return _retrofit(found, cache.policy)
+    firsts = {name: _firsts(getattr(cache, name)) for name in ("codec", "edge_codec")}
+    lowrank = {side: codec for side, codec in zip("kv", firsts["codec"]) if isinstance(codec, LowRank)}
+    if any(isinstance(codec, LowRank) for codec in firsts["edge_codec"]):
+        raise AdapterError("edge_codec has latents, whose bases an exported model does not carry")
     if isinstance(cache.policy, Locret):
+        if lowrank:
+            raise AdapterError(
+                "Locret over latents asks for retaining heads and bases; a repository carries one of them"
+            )
         return _heads(found)
-    codecs = [codec.first if isinstance(codec, Chain) else codec for codec in cache.codec or ()]
-    lowrank = {side: codec for side, codec in zip("kv", codecs) if isinstance(codec, LowRank)}
     return _basis(found, lowrank) if lowrank else (None, {})
+
+
+def _firsts(pair) -> list:
+    """The codecs of keys and values, of chains the first."""
+    return [codec.first if isinstance(codec, Chain) else codec for codec in pair or ()]
 
 
 def _basis(found, codecs: dict[str, LowRank]):
@@ -312,6 +333,10 @@ def _basis(found, codecs: dict[str, LowRank]):
             for part, t in basis.tensors.items():
                 shapes.setdefault(str(i), {})[f"{side}_{part}"] = list(t.shape)
                 tensors[f"{attention.name}.{CHILD}.{side}_{part}"] = t.detach().float().cpu().contiguous()
+    if len(ropes) > 1:
+        raise AdapterError(
+            "some bases are of rows before RoPE and some of rows after it; a repository carries one kind"
+        )
     return {"kind": "basis", "rope": ropes.pop(), "shapes": shapes}, tensors
 
 

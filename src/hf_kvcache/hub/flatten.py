@@ -59,7 +59,7 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
     """The files of a repository by name, without the modeling file.
 
     Raises:
-        ValueError: what is to be left out is needed.
+        ValueError: nothing is left of a class that is needed.
     """
     absent = {path.partition(":")[2].rpartition(".")[2] for path in recipe.absent}
     while True:
@@ -71,7 +71,7 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
         absent |= more
     files = {}
     for name, module in shaken.modules.items():
-        body = _Flat(module, shaken, set(recipe.absent)).source()
+        body = _Flat(module, shaken).source()
         files[f"{flat(name)}.py"] = HEADER.format(module=name, version=version) + body
     return files
 
@@ -83,8 +83,8 @@ def _read(facts: Mapping[str, Any], absent: set[str], name: str) -> Module:
 class _Flat:
     """One module on its way to a file."""
 
-    def __init__(self, module: Module, shaken: Shaken, absent: set[str]):
-        self.module, self.shaken, self.absent = module, shaken, absent
+    def __init__(self, module: Module, shaken: Shaken):
+        self.module, self.shaken = module, shaken
 
     def source(self) -> str:
         text = _apply(self.module.text, self._unneeded())

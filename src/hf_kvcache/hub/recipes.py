@@ -12,7 +12,7 @@ from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.learned import Learned
 
 _P = "hf_kvcache."
-_CACHE, _LAYER, _STORE = f"{_P}cache:KVCache.", f"{_P}layer:KVLayer.", f"{_P}stores.uniform:UniformStore."
+_CACHE, _LAYER = f"{_P}cache:KVCache.", f"{_P}layer:KVLayer."
 
 _ADAPTERS = {"basis": "basis_children", "heads": "heads_children", "retrofit": "retrofit_children"}
 
@@ -92,9 +92,15 @@ def _path(cls: type) -> str:
 
 def _without_policy(facts: dict) -> list[str]:
     facts |= dict(
-        policy=None, _policy=None, evicted_at=None, _queries=None, _is_due=False, tracked={}, shares_rows=False
+        policy=None,
+        _policy=None,
+        evicted_at=None,
+        _queries=None,
+        _is_due=False,
+        tracked={},
+        shares_rows=False,
+        n_queries=0,
     )
-    facts["n_queries"] = 0
     return [
         "policies.base:Policy",
         "policies.base:policy_from_spec",

@@ -16,8 +16,9 @@ OPS = "hf_kvcache.kernels"
 class Shaken:
     """What can be reached from some definitions: `defined` (module, name), `members` (module, class, name).
 
-    A member of a class is reached when its name is used anywhere on something, or when a class that is not ours asks
-    for it: names say more than needed, never less.
+    A member of a class is reached when its name is used anywhere on something, or when a base class that is not ours
+    has it: a common name keeps more than is needed. What others call on mixins, and on layers of ours that their base
+    class does not have, must be among the roots.
 
     Args:
         read: gives a `Module` by its name.

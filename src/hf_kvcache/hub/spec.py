@@ -6,7 +6,7 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import codec_from_spec
 from hf_kvcache.policies.base import policy_from_spec
 
-_PLAIN = ("window", "n_sink", "min_length", "exact_prefill", "compact", "edge_layers")
+_PLAIN = ("window", "n_sink", "min_length", "exact_prefill", "compact", "edge_layers", "max_length")
 
 
 def spec_of(cache: KVCache) -> dict:
@@ -15,7 +15,12 @@ def spec_of(cache: KVCache) -> dict:
     Returns:
         `policy`, `codec` and `edge_codec` as their `spec()`, the other arguments of `KVCache` as they are, and only
         what is not their default.
+
+    Raises:
+        ValueError: it is offloaded, which goes with a machine and not with a model.
     """
+    if cache.offloading:
+        raise ValueError("offloading=True goes with a machine; leave it out of what is exported")
     plain = KVCache()
     spec = {name: getattr(cache, name) for name in _PLAIN if getattr(cache, name) != getattr(plain, name)}
     if cache.policy is not None:
