@@ -346,7 +346,10 @@ class KVCache(Cache):
     def fingerprint(self) -> dict | None:
         """What identifies the model whose tokens these are; None before the first use or when the model is gone."""
         module = self._model() if self._model is not None else None
-        return self._expected if module is None else persist.fingerprint(module)
+        return self._expected if module is None else self._fingerprint(module)
+
+    def _fingerprint(self, module: torch.nn.Module) -> dict:
+        return persist.fingerprint(module) | persist.whose(self.layers[self.first_layer], module)
 
     def expect(self, model: dict | None) -> None:
         """Refuse models with another fingerprint from now on."""
@@ -354,14 +357,17 @@ class KVCache(Cache):
 
     def check_model(self, module: torch.nn.Module, what: str) -> None:
         """Raise `CacheFileError` unless `module` is of the model that `what` was made with."""
-        found = persist.fingerprint(module)
+        found = self._fingerprint(module)
         if self._expected is not None and found != self._expected:
-            differing = ", ".join(key for key in found if found[key] != self._expected.get(key))
+            either = found | self._expected
+            differing = ", ".join(key for key in either if found.get(key) != self._expected.get(key))
             raise persist.CacheFileError(f"{what} was made with another model (differs in: {differing})")
         self._expected = None
 
     def save(self, directory: str | os.PathLike) -> Path:
         """Write the cache to a folder, atomically; `KVCache.load` goes on from there.
+
+        Under tensor parallelism every process writes a folder of its own, and reads it again.
 
         Returns:
             The folder, with `manifest.json` and one safetensors file.

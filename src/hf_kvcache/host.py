@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -11,6 +12,7 @@ from hf_kvcache import compat
 from hf_kvcache.adapters.modules import attached_basis
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.rope import Rope
+from hf_kvcache.shards import Shard, shard_of_heads
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +22,7 @@ class Host:
     Attributes:
         module: the attention module.
         layer_idx: its place in the model.
-        n_kv_heads, head_dim, dtype, device: of the rows it produces.
+        n_kv_heads, head_dim, dtype, device: of the rows it produces, in this process.
         ropes: rotary embeddings already built, by kind of layer; the layers of a cache share them.
         depth: which of the full-attention layers it is, and how many there are.
     """
@@ -33,6 +35,11 @@ class Host:
     device: torch.device
     ropes: MutableMapping = field(default_factory=dict)
     depth: tuple[int, int] = (0, 1)
+
+    @cached_property
+    def shard(self) -> Shard:
+        """Which of the model's KV heads these are."""
+        return shard_of_heads(self.module, self.n_kv_heads)
 
     def rope(self) -> Rope | None:
         """The layer's RoPE, or None for a layer without.
@@ -64,6 +71,7 @@ class Host:
             found, made_for = attached_basis(self.module, side) or (None, None)
         if found is None:
             return None
+        found = found.own(self.shard)
         if found.n_groups * found.width != self.n_kv_heads * self.head_dim:
             raise ValueError(
                 f"layer {self.layer_idx}: the basis is of {found.n_groups} groups of {found.width} channels, the model "

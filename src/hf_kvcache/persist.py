@@ -22,6 +22,7 @@ from hf_kvcache.adapters.base_weights import weights_digest
 from hf_kvcache.codecs.base import codec_from_spec
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import policy_from_spec
+from hf_kvcache.shards import WHOLE, shard_of_heads
 from hf_kvcache.slots import layer_class
 from hf_kvcache.stores.shared import SharedStore
 
@@ -137,6 +138,12 @@ def fingerprint(module: torch.nn.Module) -> dict:
         "hidden_size": getattr(config, "hidden_size", None),
         "weights": weights_digest(module),
     }
+
+
+def whose(layer: KVLayer, module: torch.nn.Module) -> dict:
+    """Which of the model's heads a layer has rows of, where several processes share them; empty elsewhere."""
+    shard = shard_of_heads(module, layer.n_kv_heads) if layer.is_initialized else WHOLE
+    return {} if shard.count == 1 else {"shard": f"{shard.rank} of {shard.count}"}
 
 
 def _groups(cache) -> list[list[int]]:

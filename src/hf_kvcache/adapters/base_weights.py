@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from hf_kvcache.adapters.modules import CHILDREN
+from hf_kvcache.shards import full
 
 
 def base_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -27,7 +28,7 @@ def weights_digest(module: torch.nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(base_parameters(module)):
-        flat = parameter.detach().flatten()
+        flat = full(parameter.detach()).flatten()
         sample = flat[:: max(flat.numel() // 256, 1)][:256].to(torch.bfloat16)
         digest.update(name.encode() + sample.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]

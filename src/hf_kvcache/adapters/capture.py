@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_kvcache.adapters.errors import AdapterError
+from hf_kvcache.shards import WHOLE, Shard, shard_of
 
 FEATURE_POINTS = ("projection", "norm")
 
@@ -39,6 +40,9 @@ class Capture:
 
     Nothing is computed until somebody asks. The modules are looked up whenever a call begins, so that a projection
     which PEFT has wrapped or unwrapped since is followed.
+
+    Attributes:
+        attention: the module, from `arm` to `drop`.
     """
 
     def __init__(self):
@@ -46,6 +50,7 @@ class Capture:
         self._ids: dict[str, int] = {}
         self._seen: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}
         self._is_armed = False
+        self.attention: nn.Module | None = None
 
     def watch(self, attention: nn.Module, names: dict[str, str]) -> None:
         """Have hooks on these modules (from `sources`) of an attention module, and on no others."""
@@ -58,14 +63,14 @@ class Capture:
             self._handles.append(module.register_forward_hook(getattr(self, f"_take_{role}")))
             self._ids[role] = self._handles[-1].id
 
-    def arm(self) -> None:
+    def arm(self, attention: nn.Module) -> None:
         """A call of the attention module begins."""
         self.drop()
-        self._is_armed = True
+        self._is_armed, self.attention = True, attention
 
     def drop(self) -> None:
         """It is over: forget what was seen, and look at nothing until the next one."""
-        self._seen, self._is_armed = {}, False
+        self._seen, self._is_armed, self.attention = {}, False, None
 
     def release(self) -> None:
         """Take all hooks off."""
@@ -91,6 +96,18 @@ class Capture:
             parts = [q, k, last[..., q.shape[-1] + k.shape[-1] :] if fused else last]
         return parts if torch.is_grad_enabled() else [part.detach() for part in parts]
 
+    def parts_of_all_heads(self, n_features: int) -> tuple[list[torch.Tensor], Shard]:
+        """The same where each of several processes computes some of the heads, and which heads are this one's.
+
+        Args:
+            n_features: channels of all heads together. What other processes computed comes without its graph.
+        """
+        parts = self.parts()
+        if not parts:
+            return [], WHOLE
+        shard = shard_of(self.attention, n_features // sum(part.shape[-1] for part in parts))
+        return [shard.all_heads(part, -1) for part in parts], shard
+
     # -- hooks: methods, so that copies of a model get their own ------------------------------------------------------
 
     def _take(self, role, inputs, output) -> None:
@@ -111,7 +128,7 @@ class Capture:
 
     def __getstate__(self):
         # activations are neither copied nor pickled
-        return vars(self) | {"_seen": {}, "_is_armed": False}
+        return vars(self) | {"_seen": {}, "_is_armed": False, "attention": None}
 
 
 def _rows(t: torch.Tensor, strides: tuple[int, ...], n_tokens: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from hf_kvcache.adapters.peft_types import peft_type, register
 from hf_kvcache.adapters.retaining import RetainingHeads
 from hf_kvcache.adapters.retaining_files import PARTS, settings_of
 from hf_kvcache.adapters.scoring import score
+from hf_kvcache.shards import WHOLE, Shard
 
 RETAINING_HEAD = peft_type(retaining_files.PEFT_TYPE)
 _BLOCK = 4096  # tokens whose features are in memory at once
@@ -127,15 +128,17 @@ class RetainingHeadLayer(tuner.ChildLayer):
     def features(self) -> torch.Tensor:
         """Queries, keys and values of the tokens of the current call, `[B, S, F]` in the dtype of the model.
 
+        Of all heads, under tensor parallelism, too; then without the graph of other processes.
+
         In the order q, k, v, heads after heads, before RoPE; with their graph if gradients are enabled.
 
         Raises:
             RuntimeError: the attention module is not running, or its projections have not run yet.
         """
-        return torch.cat(self._parts(), -1)
+        return torch.cat(self._parts()[0], -1)
 
     def scores(self, features: torch.Tensor | None = None) -> torch.Tensor:
-        """How much later tokens will look at every token, float32 `[B, Hkv, S]`.
+        """How much later tokens will look at every token, float32 `[B, Hkv, S]`, by the KV heads of this process.
 
         Args:
             features: `[B, S, F]`; those of the tokens of the current call unless told.
@@ -144,23 +147,24 @@ class RetainingHeadLayer(tuner.ChildLayer):
             RuntimeError: there are no heads, they are disabled, or nothing has been captured.
         """
         self._check_active()
-        parts = self._parts() if features is None else [features]
+        parts, shard = self._parts() if features is None else ([features], WHOLE)
         fc1, fc2 = self.weights()
         # cast once, not for every block
-        fc1 = fc1.to(parts[0])
+        fc1, fc2 = fc1.to(parts[0]), shard.own(fc2, 0)
         blocks = zip(*(part.split(_BLOCK, 1) for part in parts))
         found = [score(torch.cat(block, -1), fc1, fc2, self.settings["activation"]) for block in blocks]
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
-    def _parts(self) -> list[torch.Tensor]:
+    def _parts(self) -> tuple[list[torch.Tensor], Shard]:
+        """What the features of all heads consist of, and which heads this process has the keys and values of."""
         self._check_active()
-        parts = self._capture.parts()
+        parts, shard = self._capture.parts_of_all_heads(self.weights()[0].shape[1])
         if not parts:
             raise RuntimeError(
                 "no features have been captured: scores and features are there only while the attention module runs, "
                 "after its projections (a hook on the module needs prepend=True)"
             )
-        return parts
+        return parts, shard
 
     def _check_active(self) -> None:
         if not self.is_active:
@@ -173,7 +177,7 @@ class RetainingHeadLayer(tuner.ChildLayer):
         if self.is_active:
             # PEFT may have wrapped or unwrapped a projection since
             self._capture.watch(attention, self._sources[self.current])
-            self._capture.arm()
+            self._capture.arm(attention)
 
     def _after(self, attention: nn.Module, args, output) -> None:
         self._capture.drop()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_kvcache.codecs.rotation import mixing
+from hf_kvcache.shards import Shard
 
 # directions with less than this share of the largest deviation are as good as empty: no latent may be scaled up by more
 FLOOR = 1e-5
@@ -64,6 +65,24 @@ class Basis:
         if rank > self.rank:
             raise ValueError(f"a basis of rank {self.rank} has no {rank} directions; calibrate with a larger rank")
         return self if rank == self.rank else Basis(self.down[..., :rank], self.up[:, :, :rank], self.mean)
+
+    def own(self, shard: Shard) -> Basis:
+        """The groups of heads that a process holds.
+
+        Raises:
+            ValueError: a group has heads of several processes.
+        """
+        if shard.count == 1:
+            return self
+        key = shard.rank, shard.count
+        if key not in self._placed:
+            if self.n_groups % shard.count:
+                raise ValueError(
+                    f"the basis has {self.n_groups} groups of {self.group_size} heads, which cannot be shared out "
+                    f"among {shard.count} processes; use one with a smaller group_size"
+                )
+            self._placed[key] = Basis(**{name: shard.own(t, 0) for name, t in self.tensors.items()})
+        return self._placed[key]
 
     def mixed(self) -> Basis:
         """The same subspace with latents that share out the energy of the leading ones, so that they round well.

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_kvcache.dmc.settings import Settings
+from hf_kvcache.shards import WHOLE, Shard
 
 EPSILON = 2.0**-7  # no token weighs nothing: the step of bfloat16, as in the released code
 
@@ -16,7 +17,7 @@ def precise(x: torch.Tensor) -> torch.Tensor:
 
 
 def decide(
-    settings: Settings, decision: torch.Tensor, importance: torch.Tensor | None = None
+    settings: Settings, decision: torch.Tensor, importance: torch.Tensor | None = None, shard: Shard = WHOLE
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Logits of the decisions, and how much tokens weigh in a mean (DMC, Nawrot et al. 2024).
 
@@ -28,13 +29,14 @@ def decide(
         decision: raw values of the deciding channel, `[B, Hkv, S]`.
         importance: raw values of the weighing channel, `[B, Hkv, S]`, the mean over the query heads of a group; None
             for DMS.
+        shard: which of the model's KV heads these are.
 
     Returns:
         Logits, float32 `[B, Hkv, S]`, and weights, float32 `[B, Hkv, S]` in `(0, 1 + 2^-7)`, or None.
     """
     logits = settings.scale * precise(decision) - settings.offset
     if settings.per == "layer":
-        logits = logits.mean(1, keepdim=True).expand_as(logits)
+        logits = shard.mean(logits.mean(1, keepdim=True)).expand_as(logits)
     if importance is None:
         return logits, None
     return logits, torch.sigmoid(precise(importance) + settings.offset) + EPSILON

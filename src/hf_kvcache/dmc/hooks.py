@@ -19,6 +19,7 @@ from hf_kvcache.attention.mask import new_token_padding
 from hf_kvcache.dmc.decisions import decide, harden, opens, relax
 from hf_kvcache.dmc.merging import merge
 from hf_kvcache.dmc.settings import Settings
+from hf_kvcache.shards import WHOLE, Shard, shard_of
 
 if TYPE_CHECKING:
     from hf_kvcache.slots import SlotLayer
@@ -67,9 +68,9 @@ class Call:
         self.logits = self.omega = self.p = self.left = self.alpha = None
         self.n_merged = 0
 
-    def resolve(self, decision, importance, noise) -> None:
+    def resolve(self, decision, importance, noise, shard: Shard = WHOLE) -> None:
         """Make decisions of raw values `[B, Hkv, S]`."""
-        self.logits, self.omega = decide(self.settings, decision, importance)
+        self.logits, self.omega = decide(self.settings, decision, importance, shard)
         opening = None
         if self.layer is None or self.is_real is not None or not self.layer.all_begun:
             opening = opens(self.logits, self.is_real, None if self.layer is None else self.layer.has_begun)
@@ -102,6 +103,8 @@ class Hooks:
         self._on_attention: list[torch.utils.hooks.RemovableHandle] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._ids: dict[str, int] = {}
+        self._attention: nn.Module | None = None
+        self._raw: tuple[torch.Tensor | None, ...] | None = None
         self._query: torch.Tensor | None = None
         self._keep: tuple | None = None
         self._served: str | None = None
@@ -112,6 +115,7 @@ class Hooks:
             self._on_attention = [attention.register_forward_pre_hook(self._before, with_kwargs=True)]
             seen = attentions(attention)[attention.layer_idx]
             self._n_kv_heads, self._head_dim = seen.n_kv_heads, seen.head_dim
+            self._n_groups = attention.num_key_value_groups
             self._arguments = list(signature(attention.forward).parameters)
             self._names = sources(attention, "norm" if has_norms(attention) else "projection")
             self._watch(attention)
@@ -138,8 +142,8 @@ class Hooks:
     def _before(self, attention: nn.Module, args, kwargs) -> None:
         from hf_kvcache.slots import layer_of
 
-        self.call = self._query = None
-        owner = self.owner
+        self.call = self._query = self._raw = None
+        self._attention, owner = attention, self.owner
         if not owner.is_active:
             return
         self._watch(attention)
@@ -167,15 +171,25 @@ class Hooks:
         if layer is not None and owner.training:
             raise RuntimeError("relaxed decisions are for training, without a cache; call model.eval() to generate")
         if settings.decision != "borrowed":
-            decision, importance = (None if w is None else self._project(hidden, w) for w in owner.rows())
-            self._resolve(decision, importance)
+            self._raw = tuple(None if w is None else self._project(hidden, w) for w in owner.rows())
 
     @staticmethod
     def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden, weight.to(hidden.dtype)).transpose(1, 2)  # [B, Hkv, S]
 
+    def _decide(self, n_kv_heads: int) -> None:
+        """Decisions that are not borrowed were made for all heads: the projections say how many are here."""
+        if self._raw is not None:
+            shard = self._shard(n_kv_heads)
+            own = [None if x is None else shard.own(x, 1) for x in self._raw]
+            self._raw = None
+            self._resolve(*own)
+
+    def _shard(self, n_kv_heads: int) -> Shard:
+        return shard_of(self._attention, self._n_kv_heads // n_kv_heads)
+
     def _resolve(self, decision, importance) -> None:
-        self.call.resolve(decision, importance, self.owner.noise)
+        self.call.resolve(decision, importance, self.owner.noise, self._shard(decision.shape[1]))
         if self.call.layer is not None:
             self.call.layer.begin(self.call)
 
@@ -198,7 +212,7 @@ class Hooks:
         """Projections in one; norms after it bring their own hooks for queries and keys."""
         if self.call is None:
             return None
-        n_kv = self._n_kv_heads * self._head_dim
+        n_kv = output.shape[-1] // (self._n_groups + 2)
         q, k, v = output.split([output.shape[-1] - 2 * n_kv, n_kv, n_kv], -1)
         if "q" not in self._names:
             q, k = self._on_q(module, inputs, q), self._on_k(module, inputs, k)
@@ -209,9 +223,10 @@ class Hooks:
 
     def _queries(self, q: torch.Tensor) -> torch.Tensor:
         settings = self.call.settings
+        self._decide(q.shape[2] // self._n_groups)
         if not settings.ablates:
             return q
-        grouped = q.unflatten(2, (self._n_kv_heads, -1))  # [B, S, Hkv, G, D]
+        grouped = q.unflatten(2, (-1, self._n_groups))  # [B, S, Hkv, G, D]
         if settings.merges:
             self._query = grouped[..., settings.neuron].mean(-1)
             return self._without(q)
@@ -223,6 +238,7 @@ class Hooks:
 
     def _keys(self, k: torch.Tensor) -> torch.Tensor:
         call, settings = self.call, self.call.settings
+        self._decide(k.shape[2])
         if not settings.merges:
             return k
         if self.owner.compresses and settings.decision == "borrowed":
@@ -233,6 +249,7 @@ class Hooks:
         return call.merged(k, "k") if self.owner.compresses else k
 
     def _values(self, v: torch.Tensor) -> torch.Tensor:
+        self._decide(v.shape[2])
         if self.call.p is None:
             raise RuntimeError(_ORDER.format("values before keys are normalised"))
         return self.call.merged(v, "v")
@@ -249,7 +266,7 @@ class Hooks:
 
     def __getstate__(self):
         # activations are neither copied nor pickled
-        return vars(self) | {"call": None, "_query": None}
+        return vars(self) | {"call": None, "_query": None, "_raw": None, "_attention": None}
 
 
 _ORDER = 'this model computes {}, so decisions cannot be read in time; use decision="linear"'

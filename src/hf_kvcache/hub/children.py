@@ -65,14 +65,14 @@ class HeadsChild(nn.Module):
 
     def scores(self) -> torch.Tensor:
         """How much later tokens will look at every token of the current call, float32 `[B, Hkv, S]`."""
-        parts = self._capture.parts()
-        fc1 = self.fc1.to(parts[0])
+        parts, shard = self._capture.parts_of_all_heads(self.fc1.shape[1])
+        fc1, fc2 = self.fc1.to(parts[0]), shard.own(self.fc2, 0)
         blocks = zip(*(part.split(_BLOCK, 1) for part in parts))
-        return torch.cat([score(torch.cat(block, -1), fc1, self.fc2, self.activation) for block in blocks], -1)
+        return torch.cat([score(torch.cat(block, -1), fc1, fc2, self.activation) for block in blocks], -1)
 
     def _before(self, attention: nn.Module, args) -> None:
         self._capture.watch(attention, self._sources)
-        self._capture.arm()
+        self._capture.arm(attention)
 
     def _after(self, attention: nn.Module, args, output) -> None:
         self._capture.drop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from hf_kvcache.policies.ragged import Ragged
 from hf_kvcache.policies.wrapper import Wrapper
@@ -28,6 +29,15 @@ class AdaKV(Wrapper, Ragged):
         if not 0 <= self.floor <= 1:
             raise ValueError(f"AdaKV: floor={self.floor} is not in [0, 1]")
 
+    @property
+    def needs(self):
+        return self.scorer.needs | {"model"}
+
+    def for_model(self, host):
+        bound = super().for_model(host)
+        bound.shard = host.shard
+        return bound
+
     def tokens_to_keep(self, tokens_seen):
         # layers may have budgets of their own
         return self.scorer.tokens_to_keep(tokens_seen)
@@ -37,12 +47,14 @@ class AdaKV(Wrapper, Ragged):
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
         worth = self.worth(scores, positions, tokens_seen)
-        n_free = worth.shape[-1] - n_fixed
-        free = worth[..., :n_free]
+        n_own = worth.shape[-1] - n_fixed
+        # the heads of other processes may hold more rows
+        n_free = self.shard.largest(n_own, worth.device)
+        free = self.shard.all_heads(pad(worth[..., :n_own], (0, n_free - n_own), value=float("-inf")), 1)
         n_keep = min(max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), n_free)
         safe = free.topk(min(round(self.floor * self.tokens_to_keep(tokens_seen)), n_keep), -1).indices
         free = free.scatter(-1, safe, float("inf"))
         best = free.flatten(1).topk(free.shape[1] * n_keep, -1, sorted=False).indices
         is_wanted = torch.zeros_like(free.flatten(1), dtype=torch.bool).scatter_(1, best, True).view_as(free)
-        is_wanted = torch.nn.functional.pad(is_wanted, (0, n_fixed), value=True)
+        is_wanted = pad(self.shard.own(is_wanted, 1)[..., :n_own], (0, n_fixed), value=True)
         return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
+
+from hf_kvcache.shards import WHOLE, Shard
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Policy:
         takes_budget: "yes", "no", or "maybe" where a budget is only an upper bound.
         folds: whether `fold` changes rows, which have to be dense for that.
         waits: whether a prompt is only evicted from when its next chunk, or the first decoding step, has come.
+        shard: which of the model's KV heads are seen, see `for_model`.
     """
 
     budget: int | None = None
@@ -47,6 +51,7 @@ class Policy:
     takes_budget: ClassVar[str] = "yes"
     folds: ClassVar[bool] = False
     waits: ClassVar[bool] = False
+    shard: ClassVar[Shard] = WHOLE
 
     def __post_init__(self):
         name = type(self).__name__
@@ -67,7 +72,11 @@ class Policy:
 
     def for_model(self, host) -> Policy:
         """This policy with what it takes from the model (a `host.Host`) filled in: one layer's own copy."""
-        return self
+        if "model" not in self.needs:
+            return self
+        bound = copy.copy(self)
+        bound.shard = host.shard
+        return bound
 
     def tokens_to_keep(self, tokens_seen: int) -> int:
         """The budget in tokens after `tokens_seen` tokens; all of them where there is none."""

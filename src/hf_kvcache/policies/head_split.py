@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -37,9 +36,10 @@ class HeadSplit(Ragged):
 
     def for_model(self, host):
         place, n_places = host.depth
-        if len(self.gates) != n_places or any(len(own) != host.n_kv_heads for own in self.gates):
-            raise ValueError(f"HeadSplit: gates must be [{n_places}, {host.n_kv_heads}] for this model")
-        bound = copy.copy(self)
+        n_heads = host.n_kv_heads * host.shard.count
+        if len(self.gates) != n_places or any(len(own) != n_heads for own in self.gates):
+            raise ValueError(f"HeadSplit: gates must be [{n_places}, {n_heads}] for this model")
+        bound = super().for_model(host)
         bound.place = place
         return bound
 
@@ -47,6 +47,6 @@ class HeadSplit(Ragged):
         return torch.zeros(view.positions.shape, device=view.device)
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
-        keeps_all = torch.tensor([gate >= self.threshold for gate in self.gates[self.place]], device=positions.device)
-        is_wanted = keeps_all.view(1, -1, 1).expand(positions.shape)
+        gates = self.shard.own(torch.tensor(self.gates[self.place], device=positions.device), 0)
+        is_wanted = (gates >= self.threshold).view(1, -1, 1).expand(positions.shape)
         return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +39,7 @@ class NACL(WindowPolicy):
             raise ValueError(f"NACL: random_share={self.random_share} is not in [0, 1]")
 
     def for_model(self, host):
-        bound = copy.copy(self)
+        bound = super().for_model(host)
         bound.layer_idx = host.layer_idx
         return bound
 
@@ -54,6 +53,6 @@ class NACL(WindowPolicy):
         n_keep = max(n_keep - n_fixed, 0)
         n_top = min(max(n_keep - n_drawn, 0), n_free)
         top = worth[..., :n_free].topk(n_top, dim=-1, sorted=False).indices
-        noise = uniform((self.seed, self.layer_idx, tokens_seen), scores)
+        noise = uniform((self.seed, self.layer_idx, tokens_seen), scores, self.shard)
         gumbel = -torch.log(-torch.log(noise))
         return best((worth + gumbel).scatter(-1, top, float("inf")), n_keep, n_fixed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 from hf_kvcache.policies.snapkv import SnapKV
@@ -33,7 +32,7 @@ class PyramidKV(SnapKV):
             raise ValueError(f"PyramidKV: beta={self.beta} must be at least 1")
 
     def for_model(self, host):
-        bound = copy.copy(self)
+        bound = super().for_model(host)
         bound.depth = host.depth
         return bound
 

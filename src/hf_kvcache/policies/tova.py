@@ -17,8 +17,9 @@ class TOVA(Policy):
     `interval=1`, and protects nothing, which is `n_sink=0, n_recent=0`.
     """
 
+    needs = frozenset({"model"})
     n_queries = 1
 
     def score(self, view):  # -> [B, Hkv, N]
         mass = newest_mass(view, 1)
-        return mass.mean(1, keepdim=True).expand_as(mass)
+        return self.shard.mean(mass.mean(1, keepdim=True)).expand_as(mass)

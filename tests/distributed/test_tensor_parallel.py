@@ -1,0 +1,93 @@
+"""Two processes share a model: caches hold the KV heads of their process, and nothing else changes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import ARCHITECTURES, SIZES, new_model
+from sharded import JOBS, RETROFITS, answers
+from tiny_heads import heads_of
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_kvcache import dmc
+from hf_kvcache.dmc import Settings, retrofit, retrofits
+from hf_kvcache.shards import shard_of
+
+ONE_BY_ONE = [name for name in JOBS if name not in ("saved", "spanning")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """All models that jobs name, in a folder."""
+    folder = tmp_path_factory.mktemp("models")
+    for arch in ("llama", "qwen3", "gemma2", "phi3"):
+        new_model(ARCHITECTURES[arch](), "sdpa" if arch != "gemma2" else "eager").save_pretrained(folder / arch)
+    four = LlamaConfig(**SIZES | dict(num_attention_heads=8, num_key_value_heads=4))
+    new_model(four, "sdpa").save_pretrained(folder / "four-heads")
+    for arch in ("llama", "qwen3"):
+        model = AutoModelForCausalLM.from_pretrained(folder / arch, dtype=torch.float32)
+        heads_of(model).save(folder / f"heads-{arch}", model)
+    for name, knobs in RETROFITS.items():
+        model = retrofitted(new_model(LlamaConfig(**SIZES), "sdpa"), Settings(offset=0.5, scale=5.0, **knobs))
+        dmc.save(model, folder / name)
+    return folder
+
+
+def retrofitted(model, settings):
+    retrofit(model, settings)
+    generator = torch.Generator().manual_seed(1)
+    for child in retrofits(model).values():
+        for rows in child.rows():
+            if rows is not None:
+                rows.data = torch.randn(rows.shape, generator=generator) * 0.2
+    return model
+
+
+@pytest.fixture(scope="module")
+def both(models, tmp_path_factory):
+    """Answers of two processes."""
+    out = tmp_path_factory.mktemp("answers")
+    script = Path(__file__).with_name("sharded.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, script, models, out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_two_processes_say_what_one_says(models, both, name):
+    [one], two = answers(models, [name]).values(), [answer[name] for answer in both]
+    is_gathered = name.startswith("phi3")
+    for answer in two:
+        assert answer["tokens"] == one["tokens"]
+        assert (answer["logits"] - one["logits"]).abs().max() < 1e-3
+        assert answer["heads"] == ({2} if is_gathered else {n // 2 for n in one["heads"]})
+    total = sum(answer["nbytes"] for answer in two)
+    if is_gathered:
+        assert total == 2 * one["nbytes"]
+    elif one["lengths"]:
+        # pools of pages grow in steps, larger ones than these few rows
+        for layer, lengths in enumerate(one["lengths"]):
+            assert torch.equal(torch.cat([answer["lengths"][layer] for answer in two], 1), lengths)
+    else:
+        assert total == one["nbytes"] + one["common"]
+
+
+def test_a_group_of_heads_that_spans_processes_is_refused(both):
+    for answer in both:
+        assert "1 groups of 4 heads, which cannot be shared out among 2 processes" in answer["spanning"]["error"]
+
+
+def test_a_saved_cache_is_that_of_its_process(both):
+    for answer in both:
+        assert answer["saved"]["goes on"]
+        assert "shard" in answer["saved"]["error"]
+
+
+def test_weights_that_do_not_say_whose_heads_these_are():
+    attention = new_model(LlamaConfig(**SIZES), "sdpa").model.layers[0].self_attn
+    assert shard_of(attention, 1).count == 1
+    with pytest.raises(ValueError, match="layer 0 computes one of 2 parts"):
+        shard_of(attention, 2)
