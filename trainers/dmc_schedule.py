@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +60,8 @@ class Schedule:
 class Conduct(TrainerCallback):
     """Puts the model in the state of its step; sees that the ends of phases are logged."""
 
-    def __init__(self, model, schedule: Schedule, whole=nullcontext):
-        self.model, self.schedule, self.whole = model, schedule, whole
+    def __init__(self, model, schedule: Schedule):
+        self.model, self.schedule = model, schedule
 
     def on_step_begin(self, args, state, control, **kwargs):
         now = self.schedule.at(state.global_step)
@@ -74,7 +73,6 @@ class Conduct(TrainerCallback):
         if state.global_step == self.schedule.zero_steps:
             is_borrowed = [c.settings.decision == "borrowed" for c in retrofits(self.model).values()]
             if is_borrowed and all(is_borrowed):
-                with self.whole():
-                    zero_rows(self.model)
+                zero_rows(self.model)
         if state.global_step in (self.schedule.end_of_ramp, self.schedule.n_steps):
             control.should_log = True

@@ -30,20 +30,13 @@ class RetrofitTrainer(Trainer):
         self._micro = (-1, 0)
         # the loss is a mean per batch, not a sum over tokens
         self.model_accepts_loss_kwargs = False
-        self.add_callback(Conduct(self.model, schedule, self.whole))
-
-    @contextmanager
-    def whole(self):
-        """Weights as they are without FSDP."""
-        if not self.is_fsdp_enabled:
-            yield
-            return
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        if not isinstance(self.model_wrapped, FullyShardedDataParallel):
-            raise ValueError("rows cannot be zeroed under FSDP 2: use fsdp_version 1, or --decision rows or linear")
-        with FullyShardedDataParallel.summon_full_params(self.model_wrapped):
-            yield
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(
+                "retrofits are trained under FSDP 2, of which trainers/configs/fsdp.yaml is an example; this is FSDP "
+                f"{plugin.fsdp_version}"
+            )
+        self.add_callback(Conduct(self.model, schedule))
 
     def _seed(self) -> int:
         """Of the noise of this batch: the same whether processes share batches or one has them in turn."""
@@ -79,7 +72,7 @@ class RetrofitTrainer(Trainer):
             loss = loss + self.method.hinge_weight * behind
         elif children:
             # DDP waits for the gradient of every weight
-            loss = loss + 0.0 * sum(w.sum() for child in children.values() for w in child.parameters())
+            loss = loss + 0.0 * sum(own_part(w).sum() for child in children.values() for w in child.parameters())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
@@ -132,6 +125,11 @@ class RetrofitTrainer(Trainer):
             optimizer = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.schedule.at(step).lr)
         return self.lr_scheduler
+
+
+def own_part(weight: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a weight, under FSDP 2."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 @contextmanager

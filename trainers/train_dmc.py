@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
 from hf_kvcache import compat
 from hf_kvcache.adapters import dmc_files
@@ -58,6 +58,8 @@ def main(args: list[str] | None = None) -> dict:
     model, dtype = load_model(texts.model, texts.attn, keeps_dtype=method.adapter and optimisation.bf16)
     tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     teacher = teacher_of(model, method, texts.attn)
+    # new weights (LoRA's) are drawn: in all processes, and when the run is repeated, the same
+    set_seed(optimisation.seed)
     prepare(model, method, optimisation)
     schedule = Schedule(
         optimisation.zero_steps,

@@ -63,6 +63,11 @@ class Shard:
 WHOLE = Shard()
 
 
+def is_sharded(module: torch.nn.Module) -> bool:
+    """Whether some weight of a module lies in several processes."""
+    return any(hasattr(weight, "device_mesh") for weight in module.parameters())
+
+
 def shard_of(module: torch.nn.Module, count: int) -> Shard:
     """The share that an attention module holds, whose projections give one `count`-th of the heads.
 
@@ -91,6 +96,18 @@ def shard_of_heads(module: torch.nn.Module, n_kv_heads: int) -> Shard:
     """The same of an attention module that gives rows of `n_kv_heads` KV heads."""
     n_all = getattr(module.config, "num_key_value_heads", None) or n_kv_heads
     return shard_of(module, max(n_all // n_kv_heads, 1))
+
+
+def clear_rows(weight: torch.Tensor, rows: list[int]) -> None:
+    """Set rows of a weight to zero, of which every process may hold some; all of them must ask for it together."""
+    if not hasattr(weight, "device_mesh"):
+        weight[rows] = 0
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    keep = torch.ones(len(weight), *[1] * (weight.dim() - 1), dtype=weight.dtype, device=weight.device)
+    keep[rows] = 0
+    weight.mul_(distribute_tensor(keep, weight.device_mesh, weight.placements))
 
 
 def full(weight: torch.Tensor) -> torch.Tensor:

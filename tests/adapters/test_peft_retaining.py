@@ -99,7 +99,7 @@ def test_a_fused_projection_with_norms():
 
     module, capture, x = Fused(), Capture(), torch.randn(2, 3, 8)
     capture.watch(module, sources(module, "norm"))
-    capture.arm()
+    capture.arm(module)
     qkv = module(x)
     q, k, v = capture.parts()
     assert torch.equal(q, module.q_norm(qkv[..., :16].unflatten(-1, (4, 4))).flatten(2))

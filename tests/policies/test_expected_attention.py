@@ -11,13 +11,14 @@ from transformers import Phi3Config
 import hf_kvcache as kv
 from hf_kvcache.policies import ExpectedAttention, expected_attention
 from hf_kvcache.rope import Rope
+from hf_kvcache.shards import WHOLE
 
 INV_FREQ = torch.tensor([1.0, 0.1, 0.01])  # of 8 channels 6 turn
 KNOBS = dict(budget=100, n_sink=2, n_recent=4)
 
 
 def bound(rope, **knobs):
-    return ExpectedAttention(**KNOBS | knobs).for_model(SimpleNamespace(rope=lambda: rope))
+    return ExpectedAttention(**KNOBS | knobs).for_model(SimpleNamespace(rope=lambda: rope, shard=WHOLE))
 
 
 def rotation(position, scaling):

@@ -8,6 +8,7 @@ from test_snapkv import votes
 from toys import assert_scores, feed, pairs
 
 from hf_kvcache.policies import NACL
+from hf_kvcache.shards import WHOLE
 
 KNOBS = dict(budget=22, n_queries=8, n_sink=2, n_recent=8)
 
@@ -48,7 +49,7 @@ def test_all_by_score_or_all_by_lot(toy, share):
 
 def test_draws_repeat_and_differ(toy):
     def of_layer(i, **knobs):
-        return NACL(**KNOBS, **knobs).for_model(SimpleNamespace(layer_idx=i))
+        return NACL(**KNOBS, **knobs).for_model(SimpleNamespace(layer_idx=i, shard=WHOLE))
 
     rows = kept(of_layer(1), toy)
     assert torch.equal(rows, kept(of_layer(1), toy))

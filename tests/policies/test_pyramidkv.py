@@ -8,12 +8,13 @@ import torch
 
 import hf_kvcache as kv
 from hf_kvcache.policies import PyramidKV, SnapKV
+from hf_kvcache.shards import WHOLE
 
 KNOBS = dict(n_sink=4, n_recent=8, n_queries=8)
 
 
 def budgets(policy, n_layers, tokens_seen):
-    layers = [policy.for_model(SimpleNamespace(depth=(i, n_layers))) for i in range(n_layers)]
+    layers = [policy.for_model(SimpleNamespace(depth=(i, n_layers), shard=WHOLE)) for i in range(n_layers)]
     return [layer.tokens_to_keep(tokens_seen) for layer in layers]
 
 

@@ -6,6 +6,7 @@ from cases import generate, prompt, tiny_model
 from toys import HEADS, feed, pairs
 
 import hf_kvcache as kv
+from hf_kvcache.shards import WHOLE
 
 KNOBS = dict(n_sink=2, n_recent=4)
 
@@ -48,7 +49,7 @@ def test_adakv_shares_the_budget_of_a_layer(floor):
 def test_adakv_follows_the_budgets_of_its_scorer():
     scorer = kv.PyramidKV(budget=44, n_queries=4, **KNOBS)
     policy = kv.AdaKV(budget=44, scorer=scorer, **KNOBS)
-    host = type("Host", (), {"depth": (0, 4)})()
+    host = type("Host", (), {"depth": (0, 4), "shard": WHOLE})()
     assert policy.for_model(host).tokens_to_keep(1000) == scorer.for_model(host).tokens_to_keep(1000) > 44
 
 

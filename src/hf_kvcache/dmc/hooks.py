@@ -19,7 +19,7 @@ from hf_kvcache.attention.mask import new_token_padding
 from hf_kvcache.dmc.decisions import decide, harden, opens, relax
 from hf_kvcache.dmc.merging import merge
 from hf_kvcache.dmc.settings import Settings
-from hf_kvcache.shards import WHOLE, Shard, shard_of
+from hf_kvcache.shards import WHOLE, Shard, is_sharded, shard_of
 
 if TYPE_CHECKING:
     from hf_kvcache.slots import SlotLayer
@@ -172,13 +172,15 @@ class Hooks:
             raise RuntimeError("relaxed decisions are for training, without a cache; call model.eval() to generate")
         if settings.decision != "borrowed":
             self._raw = tuple(None if w is None else self._project(hidden, w) for w in owner.rows())
+            if not is_sharded(attention):
+                self._decide(self._n_kv_heads)
 
     @staticmethod
     def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden, weight.to(hidden.dtype)).transpose(1, 2)  # [B, Hkv, S]
 
     def _decide(self, n_kv_heads: int) -> None:
-        """Decisions that are not borrowed were made for all heads: the projections say how many are here."""
+        """Decisions that are not borrowed are made for all heads; of several processes, each takes its own."""
         if self._raw is not None:
             shard = self._shard(n_kv_heads)
             own = [None if x is None else shard.own(x, 1) for x in self._raw]

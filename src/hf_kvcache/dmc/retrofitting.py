@@ -14,6 +14,7 @@ from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.dmc.decisions import logistic_noise
 from hf_kvcache.dmc.hooks import Call, Hooks
 from hf_kvcache.dmc.settings import Settings
+from hf_kvcache.shards import clear_rows
 
 
 class Retrofit(nn.Module):
@@ -123,8 +124,9 @@ def zero_rows(model: nn.Module) -> None:
     for i, child in retrofits(model).items():
         attention = attentions(model)[i]
         for role, heads in _borrowed(attention, child.settings).items():
+            channel = child.settings.neuron % attention.head_dim
             for tensor in _affine(attention.module, role):
-                tensor.unflatten(0, (-1, attention.head_dim))[heads, child.settings.neuron] = 0
+                clear_rows(tensor, [head * attention.head_dim + channel for head in heads])
 
 
 @torch.no_grad()

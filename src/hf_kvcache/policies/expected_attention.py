@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -45,7 +44,7 @@ class ExpectedAttention(Policy):
             raise ValueError("ExpectedAttention: n_future must be at least 1 and epsilon must not be negative")
 
     def for_model(self, host):
-        bound = copy.copy(self)
+        bound = super().for_model(host)
         bound.rope = host.rope()
         return bound
 
