@@ -53,6 +53,43 @@ def test_adapters_there_and_back(hub, name, n_tensors):
     root, answer = hub
     assert answer[name] == n_tensors
     assert not list((root / name).glob("*.bin")) and list((root / name).glob("*.safetensors"))
+    assert "pip install hf_kvcache" in json.loads((root / name / "adapter_config.json").read_text())["peft_type"]
+
+
+def test_a_folder_arrives_with_its_card(hub):
+    root, answer = hub
+    assert answer["carded"] == answer["heads"]
+    assert {file.name for file in (root / "carded").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    first = ModelCard.load(root / "carded" / "README.md").text.partition("```")[2]
+    assert first.startswith("bash\npip install hf_kvcache")
+
+
+@pytest.mark.parametrize("order", [0, 1], ids=["bases-first", "lora-first"])
+def test_kinds_and_a_lora_on_one_model(hub, order):
+    """Bases twice, heads and a LoRA, loaded in one order and in the other, switched and disabled."""
+    facts = hub[1]["mixed"][order]
+    ranks = {name: facts.pop(name) for name in list(facts) if name.startswith("rank")}
+    assert ranks == {
+        "rank of bases": 16,
+        "rank of fewer": 8,
+        "rank beside LoRA": 8,
+        "rank of none": None,
+        "rank after deletion": 16,
+    }
+    assert len(facts) == 8 and all(facts.values()), facts
+
+
+def test_kinds_and_a_lora_by_peft(hub):
+    assert hub[1]["nested"] == {"LoRA beneath": True, "fewer": 8, "bases": 16, "disabled": True}
+
+
+def test_decisions_and_a_lora_on_one_model(hub):
+    facts = hub[1]["deciding"]
+    assert len(facts) == 5 and all(facts.values()), facts
 
 
 def test_the_card(exported):

@@ -35,7 +35,7 @@ pip install hf_kvcache "peft>=0.21"
 import hf_kvcache as kv  # makes this kind of adapter known to PEFT and transformers
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({base!r})
+model = AutoModelForCausalLM.from_pretrained("{base}")
 kv.attach(model, "this repository")  # or a folder; PeftModel.from_pretrained and model.load_adapter do, too
 {cache}
 model.generate(**inputs, past_key_values=cache)
@@ -51,7 +51,7 @@ _TEXT = """---
 
 {loading}
 
-The adapter is for {base} alone, whose fingerprint it carries. It was made by hf_kvcache {version}.
+{fit} It was made by hf_kvcache {version}.
 """
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -87,8 +87,11 @@ def card_of(config: Mapping) -> str:
         tags=["kv-cache", "kv-cache-compression", "peft", tag],
     )
     base = _base(config) or "one model"
+    fit = f"The adapter is for {base} alone, whose fingerprint it carries: others are refused."
+    if config.get("fingerprint") is None:
+        fit = "The adapter says of no model that it is for that one: it fits all of its shapes."
     version = config.get("hf_kvcache_version")
-    return _TEXT.format(metadata=data.to_yaml(), what=what, loading=loading(config), base=base, version=version)
+    return _TEXT.format(metadata=data.to_yaml(), what=what, loading=loading(config), fit=fit, version=version)
 
 
 def loading(config: Mapping) -> str:
