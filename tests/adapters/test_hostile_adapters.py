@@ -24,6 +24,7 @@ from kinds import (
 )
 from safetensors.torch import load_file
 from tiny_bases import model_of
+from tiny_heads import watch
 
 from hf_kvcache.adapters import AdapterError, LowRankKVConfig, attach
 from hf_kvcache.adapters.modules import CHILDREN
@@ -119,6 +120,18 @@ def test_what_transformers_lets_through_is_not_used(kind, folder, damage):
     model = by_transformers(model_of(), folder)
     with pytest.raises(AdapterError, match="'kv': weights were missing in its file, or are NaN"):
         used(model, kind)
+
+
+def test_a_compiler_meets_heads_that_nobody_has_looked_at(tmp_path):
+    """Looking at their values would break its graph."""
+    KINDS["heads"][0](tmp_path)
+    model = by_attach(model_of(), tmp_path)
+    seen = watch(model, lambda child: child.scores())
+    with torch.no_grad():
+        torch.compile(model, backend="aot_eager", fullgraph=True)(prompt(1, 7), use_cache=False)
+        compiled = dict(seen)
+        model(prompt(1, 7), use_cache=False)
+    assert all(torch.allclose(compiled[i], seen[i], atol=1e-5) for i in (0, 1))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "wrong shape", "transposed", "pickle", "pickle in disguise"])

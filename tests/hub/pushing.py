@@ -3,6 +3,7 @@
 import json
 import sys
 import tempfile
+from pathlib import Path
 
 import peft
 import torch
@@ -99,16 +100,14 @@ def mixed(order):
     model.set_adapter("bases")
     facts["rank of bases"] = rank()
     same("without LoRA it is the base", logits(model), logits(plain))
-    same(
-        "latents of the base", logits(model, low_rank()), logits(plain, low_rank(bases=kv.Bases.load("someone/bases")))
-    )
+    bases, fewer = (low_rank(bases=kv.Bases.load(f"someone/{name}")) for name in ("bases", "fewer"))
+    same("latents of the base", logits(model, low_rank()), logits(plain, bases))
     model.set_adapter("fewer")
     facts["rank of fewer"] = rank()
     model.set_adapter("style")
     same("LoRA", logits(model), logits(styled))
     facts["LoRA differs"] = not torch.equal(logits(model), logits(plain))
     facts["rank beside LoRA"] = rank()
-    fewer = low_rank(bases=kv.Bases.load("someone/fewer"))
     same("latents beside LoRA", logits(model, low_rank()), logits(styled, fewer))
     same("heads beside LoRA", logits(model, locret()), logits(model_with("style", "heads"), locret()))
     model.disable_adapters()
@@ -154,6 +153,22 @@ def deciding():
     return facts
 
 
+def refusals():
+    """What loaders say of a repository with a pickle and without tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        RetainingHeads.load("someone/heads").save(folder)
+        Path(folder, "adapter_model.safetensors").rename(Path(folder, "adapter_model.bin"))
+        HfApi().create_repo("someone/pickled")
+        HfApi().upload_folder(repo_id="someone/pickled", folder_path=folder)
+    said = []
+    for load in (kv.attach, peft.PeftModel.from_pretrained):
+        try:
+            load(base(), "someone/pickled")
+        except kv.adapters.AdapterError as error:
+            said.append(str(error))
+    return said
+
+
 if __name__ == "__main__":
     answer = {"push": main(["push", sys.argv[1], "someone/exported", "--message", "first"])}
     for name in CONFIGS:
@@ -167,6 +182,7 @@ if __name__ == "__main__":
         HfApi().create_repo("someone/carded")
         HfApi().upload_folder(repo_id="someone/carded", folder_path=folder)
     answer["carded"] = len(RetainingHeads.load("someone/carded").tensors)
+    answer["pickled"] = refusals()
     order = ["bases", "heads", "style", "fewer"]
     answer["mixed"] = [mixed(order), mixed(order[::-1])]
     answer["nested"] = nested()

@@ -34,7 +34,9 @@ def hub(exported, tmp_path_factory):
         environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
         command = [sys.executable, str(Path(__file__).with_name("pushing.py")), str(exported)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+        # not where the repositories are: folders go before names on the Hub
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=elsewhere)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWER "))
     return root / "someone", json.loads(line.removeprefix("ANSWER "))
@@ -66,6 +68,12 @@ def test_a_folder_arrives_with_its_card(hub):
     }
     first = ModelCard.load(root / "carded" / "README.md").text.partition("```")[2]
     assert first.startswith("bash\npip install hf_kvcache")
+
+
+def test_a_pickle_on_the_hub_is_not_fetched(hub):
+    said = hub[1]["pickled"]
+    assert len(said) == 2 and all("no adapter on the Hub" in message and "safetensors" in message for message in said)
+    assert not list(hub[0].parent.glob("home/**/adapter_model.bin"))
 
 
 @pytest.mark.parametrize("order", [0, 1], ids=["bases-first", "lora-first"])
