@@ -203,6 +203,13 @@ def test_what_peft_writes_says_the_same(kind, folder, tmp_path):
     assert torch.equal(used(mine, kind), used(its, kind))
 
 
+def test_nothing_is_pickled(kind, folder, tmp_path):
+    model = peft.PeftModel.from_pretrained(model_of(), folder)
+    with pytest.raises(AdapterError, match="safetensors, and nothing else"):
+        model.save_pretrained(tmp_path / "again", safe_serialization=False)
+    assert not (tmp_path / "again" / CONFIG).exists()
+
+
 def test_a_config_alone_is_read(tmp_path):
     LowRankKVConfig(ranks_k=4).save_pretrained(tmp_path)
     assert LowRankKVConfig.from_pretrained(tmp_path).ranks_k == 4

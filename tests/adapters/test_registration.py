@@ -103,4 +103,6 @@ def test_attach_takes_what_the_hub_is_asked_with(folders):
     for kind in KINDS:
         model = model_of()
         kv.attach(model, folders, "mine", subfolder=kind)
+        with pytest.raises(TypeError, match="revison"):
+            kv.attach(model, folders, "other", subfolder=kind, revison="main")
         assert read_config(folders / kind / CONFIG)["peft_type"] == model.peft_config["mine"].peft_type.value

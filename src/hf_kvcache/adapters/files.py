@@ -10,6 +10,7 @@ only after names and shapes have been compared.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -18,7 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -28,6 +31,7 @@ from hf_kvcache.adapters.errors import AdapterError
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # what PEFT would read in place of missing tensors
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+HUB = frozenset(inspect.signature(huggingface_hub.hf_hub_download).parameters)  # what may be said of a source
 ROOT = "base_model.model."  # what PEFT puts before the name of every module
 DEFAULT_PATH = "model.layers.{}.self_attn"  # of the attention modules of the decoders of transformers
 
@@ -246,7 +250,10 @@ def find(source: str | os.PathLike, names: tuple[str, ...], hub: Mapping) -> tup
 
     Raises:
         AdapterError: one is missing, or `source` is neither a folder nor the name of a repository.
+        TypeError: `hub` has what `hf_hub_download` does not take.
     """
+    if unknown := hub.keys() - HUB:
+        raise TypeError(f"{', '.join(sorted(unknown))}: no such argument of an adapter, nor of hf_hub_download")
     folder = Path(source) / (hub.get("subfolder") or "")
     if folder.is_dir():
         for name in names:
@@ -256,11 +263,8 @@ def find(source: str | os.PathLike, names: tuple[str, ...], hub: Mapping) -> tup
         return tuple(folder / name for name in names)
     if not _HUB_ID.fullmatch(str(source)) or ".." in str(source):
         raise AdapterError(f"{source} is neither a folder nor the name of a repository on the Hub")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return tuple(Path(hf_hub_download(str(source), name, **hub)) for name in names)
+        return tuple(Path(huggingface_hub.hf_hub_download(str(source), name, **hub)) for name in names)
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise AdapterError(f"{source} is no folder, and no adapter on the Hub that can be reached: {error}") from error
 

@@ -5,14 +5,12 @@ PEFT calls a `BaseTunerLayer` a layer and a `BaseTuner` a model; both are found,
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from huggingface_hub import hf_hub_download
 from torch import nn
 
 from hf_kvcache.adapters import cards, files, fit
@@ -26,8 +24,6 @@ except ImportError as error:
     raise ImportError(
         'adapters on a model need PEFT: pip install "peft>=0.21" (their files are read and written without it)'
     ) from error
-
-_HUB = frozenset(inspect.signature(hf_hub_download).parameters)
 
 
 class ChildConfig(PeftConfig):
@@ -57,7 +53,7 @@ class ChildConfig(PeftConfig):
         Raises:
             AdapterError: as `files.Format.read`; tensors are pickled, damaged, or not those of the config.
         """
-        hub = {name: value for name, value in kwargs.items() if name in _HUB} | {"subfolder": subfolder}
+        hub = {name: value for name, value in kwargs.items() if name in files.HUB} | {"subfolder": subfolder}
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         is_alone = folder.is_dir() and not any((folder / name).exists() for name in (files.TENSORS, files.PICKLE))
         if not is_alone:
@@ -68,8 +64,16 @@ class ChildConfig(PeftConfig):
         return super().to_dict() | {"peft_type": files.written(self.kind.value)}
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As PEFT's, with a README; the tensors are there by now.
+
+        Raises:
+            AdapterError: they have been pickled (`safe_serialization=False`), and would never be read.
+        """
+        folder = Path(save_directory)
+        if (folder / files.PICKLE).exists() and not (folder / files.TENSORS).exists():
+            raise AdapterError(f"{folder} has its tensors pickled; adapters of ours are safetensors, and nothing else")
         super().save_pretrained(save_directory, **kwargs)
-        cards.write(Path(save_directory), super().to_dict() | {"peft_type": self.kind.value})
+        cards.write(folder, super().to_dict() | {"peft_type": self.kind.value})
 
     def complete(self, model: nn.Module) -> None:
         """`fill_in`, and what tells the model from others, unless the adapter comes from a file."""
