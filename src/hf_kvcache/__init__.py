@@ -1,8 +1,11 @@
 """KV-cache compression for Hugging Face transformers.
 
-`import hf_kvcache` makes `attn_implementation="hf_kvcache"` known to transformers and changes nothing else.
+`import hf_kvcache` makes `attn_implementation="hf_kvcache"` known to transformers and, where PEFT is installed, our
+kinds of adapters to PEFT; it changes nothing else.
 """
 
+from hf_kvcache.adapters import register as _register_adapters
+from hf_kvcache.adapters.attaching import attach
 from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.attention.interface import register as _register
 from hf_kvcache.cache import KVCache
@@ -91,6 +94,7 @@ __all__ = [
     "Streaming",
     "TOVA",
     "Threshold",
+    "attach",
     "embedded_heads",
     "embedded_model",
     "prefill",
@@ -99,3 +103,4 @@ __all__ = [
 ]
 
 _register()
+_register_adapters()

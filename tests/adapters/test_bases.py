@@ -116,7 +116,7 @@ def test_saving_again_replaces_and_leaves_nothing_behind(bases, model, saved):
     shorter = bases.truncated(3)
     shorter.save(saved, model)
     assert_same_bases(shorter, Bases.load(saved))
-    assert {file.name for file in saved.iterdir()} == {CONFIG, TENSORS}
+    assert {file.name for file in saved.iterdir()} == {CONFIG, TENSORS, "README.md"}
 
 
 def test_a_failed_save_keeps_the_old_adapter(bases, model, saved, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_failed_save_keeps_the_old_adapter(bases, model, saved, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         bases.truncated(3).save(saved, model)
     assert_same_bases(bases, Bases.load(saved))
-    assert {file.name for file in saved.iterdir()} == {CONFIG, TENSORS}
+    assert {file.name for file in saved.iterdir()} == {CONFIG, TENSORS, "README.md"}
 
 
 def test_a_save_that_dies_half_way_leaves_no_mixture(bases, model, saved, monkeypatch):

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from tiny_bases import FAMILIES, assert_same_bases, model_of, random_bases
 from transformers import AutoModelForCausalLM
 
-import hf_kvcache.adapters.lowrank  # noqa: F401  PEFT then knows the method
 from hf_kvcache.adapters import AdapterError, Bases, attach, attached_basis
 from hf_kvcache.adapters.modules import attentions, full_attentions
 

@@ -16,8 +16,6 @@ from tiny_bases import FAMILIES, model_of, random_bases
 from tiny_heads import assert_same_heads, assert_scores, by_hand, heads_of, hidden_states, watch
 from transformers import AutoModelForCausalLM
 
-import hf_kvcache.adapters.lowrank  # noqa: F401  PEFT then knows the method
-import hf_kvcache.adapters.retaining_peft  # noqa: F401  PEFT then knows the method
 from hf_kvcache.adapters import AdapterError, RetainingHeads, attach, attached_basis, attached_heads
 from hf_kvcache.adapters.base_weights import weights_digest
 from hf_kvcache.adapters.modules import attentions, full_attentions

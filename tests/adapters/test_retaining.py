@@ -131,7 +131,7 @@ def test_round_trip(arch, tmp_path, dtype):
     heads = heads_of(model, target="reconstruction").to(dtype)
     heads.save(tmp_path, model)
     assert_same_heads(heads, RetainingHeads.load(tmp_path), dtype)
-    assert {file.name for file in tmp_path.iterdir()} == {CONFIG, TENSORS}
+    assert {file.name for file in tmp_path.iterdir()} == {CONFIG, TENSORS, "README.md"}
 
 
 @pytest.mark.parametrize("arch", FAMILIES)

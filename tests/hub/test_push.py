@@ -34,7 +34,9 @@ def hub(exported, tmp_path_factory):
         environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
         command = [sys.executable, str(Path(__file__).with_name("pushing.py")), str(exported)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+        # not where the repositories are: folders go before names on the Hub
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=elsewhere)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("ANSWER "))
     return root / "someone", json.loads(line.removeprefix("ANSWER "))
@@ -53,6 +55,49 @@ def test_adapters_there_and_back(hub, name, n_tensors):
     root, answer = hub
     assert answer[name] == n_tensors
     assert not list((root / name).glob("*.bin")) and list((root / name).glob("*.safetensors"))
+    assert "pip install hf_kvcache" in json.loads((root / name / "adapter_config.json").read_text())["peft_type"]
+
+
+def test_a_folder_arrives_with_its_card(hub):
+    root, answer = hub
+    assert answer["carded"] == answer["heads"]
+    assert {file.name for file in (root / "carded").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    first = ModelCard.load(root / "carded" / "README.md").text.partition("```")[2]
+    assert first.startswith("bash\npip install hf_kvcache")
+
+
+def test_a_pickle_on_the_hub_is_not_fetched(hub):
+    said = hub[1]["pickled"]
+    assert len(said) == 2 and all("no adapter on the Hub" in message and "safetensors" in message for message in said)
+    assert not list(hub[0].parent.glob("home/**/adapter_model.bin"))
+
+
+@pytest.mark.parametrize("order", [0, 1], ids=["bases-first", "lora-first"])
+def test_kinds_and_a_lora_on_one_model(hub, order):
+    """Bases twice, heads and a LoRA, loaded in one order and in the other, switched and disabled."""
+    facts = hub[1]["mixed"][order]
+    ranks = {name: facts.pop(name) for name in list(facts) if name.startswith("rank")}
+    assert ranks == {
+        "rank of bases": 16,
+        "rank of fewer": 8,
+        "rank beside LoRA": 8,
+        "rank of none": None,
+        "rank after deletion": 16,
+    }
+    assert len(facts) == 8 and all(facts.values()), facts
+
+
+def test_kinds_and_a_lora_by_peft(hub):
+    assert hub[1]["nested"] == {"LoRA beneath": True, "fewer": 8, "bases": 16, "disabled": True}
+
+
+def test_decisions_and_a_lora_on_one_model(hub):
+    facts = hub[1]["deciding"]
+    assert len(facts) == 5 and all(facts.values()), facts
 
 
 def test_the_card(exported):

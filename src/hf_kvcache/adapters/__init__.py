@@ -6,6 +6,8 @@ without it.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from hf_kvcache.lazy import lazily
 
 # the function `decompose` is not among them: the submodule of that name would hide it
@@ -28,5 +30,20 @@ _HOME = {
     "save_adapter": "dmc_files",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "register"])
 __getattr__ = lazily(__name__, _HOME, globals())
+
+
+def register() -> bool:
+    """Make our kinds of adapters known to PEFT, and by it to transformers; `import hf_kvcache` does.
+
+    Returns:
+        Whether PEFT is there, and one that we know.
+    """
+    try:
+        for module in ("lowrank", "retaining_peft", "dmc_peft"):
+            import_module(f"{__name__}.{module}")
+    # it is optional, so a broken one breaks nothing else; `attach` says what is wrong with it
+    except Exception:
+        return False
+    return True

@@ -22,17 +22,18 @@ def attach(model: torch.nn.Module, adapter: Bases | RetainingHeads | str | os.Pa
         adapter: bases or retaining heads, checked against the model; or the folder or Hub repository to load them, or
             a retrofit, from.
         name: of the adapter; another than those of the adapters that are there.
-        more: of `lowrank.attach`, `retaining_peft.attach` or `dmc_peft.attach`.
+        more: `revision`, `token`, `subfolder` and the like for the Hub; `trainable=True` for heads or a retrofit.
 
     Raises:
         AdapterError: the adapter cannot be loaded, does not fit, or the name is taken.
+        ImportError: PEFT is not installed.
     """
     if isinstance(adapter, Bases):
         kind = layout.PEFT_TYPE
     elif isinstance(adapter, RetainingHeads):
         kind = retaining_files.PEFT_TYPE
     else:
-        kind = files.peft_type_of(adapter)
+        kind = files.peft_type_of(adapter, **{key: value for key, value in more.items() if key != "trainable"})
     if kind == layout.PEFT_TYPE:
         from hf_kvcache.adapters.lowrank import attach as put
     elif kind == retaining_files.PEFT_TYPE:

@@ -14,7 +14,7 @@ import torch
 
 from hf_kvcache.adapters import files, fit
 from hf_kvcache.adapters.errors import AdapterError
-from hf_kvcache.adapters.files import is_count
+from hf_kvcache.adapters.files import is_count, is_fingerprint
 from hf_kvcache.adapters.modules import RETROFIT_CHILD, attentions, full_attentions
 from hf_kvcache.dmc.settings import Settings
 
@@ -60,7 +60,7 @@ def check_config(config: Mapping, where: str) -> None:
     for name in RATIOS:
         need(name, lambda ratio: ratio is None or (type(ratio) in (int, float) and 0 < ratio < float("inf")))
     need("tokens_seen", lambda n: n is None or n == 0 or is_count(n))
-    need("fingerprint", lambda value: isinstance(value, dict | None))
+    need("fingerprint", is_fingerprint)
     need("base_model_name_or_path", lambda value: isinstance(value, str | None))
 
 

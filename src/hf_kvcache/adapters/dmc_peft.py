@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hf_kvcache.adapters import dmc_files, fit, tuner
+from hf_kvcache.adapters import dmc_files, tuner
 from hf_kvcache.adapters.dmc_files import PARTS, SETTINGS, settings_of
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD, attentions, full_attentions
@@ -84,8 +84,6 @@ class DMCConfig(tuner.ChildConfig):
             self._complete(model)
         dmc_files.check_config(vars(self), "DMCConfig")
         dmc_files.check_fit(vars(self), model)
-        if self.fingerprint is None and not self.inference_mode:
-            self.fingerprint = fit.fingerprint(attentions(model)[self.layers[0]].module)
 
     def _complete(self, model: nn.Module) -> None:
         given = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
@@ -123,7 +121,6 @@ class DMCLayer(tuner.ChildLayer):
     def __init__(self):
         super().__init__()
         self._settings: dict[str, Settings] = {}
-        self._unchecked: set[str] = set()
         self.compresses, self.fade = True, 0.0
         self.noise: torch.Tensor | None = None
         self.hooks = Hooks(self)
@@ -152,12 +149,8 @@ class DMCLayer(tuner.ChildLayer):
             AdapterError: the adapter's file did not hold them all.
         """
         name = self.current
-        rows = self.kv_dmc_decision[name], self.kv_dmc_importance[name] if self.settings.merges else None
-        if name in self._unchecked:
-            if not all(t.isfinite().all() for t in rows if t is not None):
-                raise AdapterError(f"adapter {name!r}: weights were missing in its file, or are NaN or infinity")
-            self._unchecked.discard(name)
-        return rows
+        self.check_loaded(name)
+        return self.kv_dmc_decision[name], self.kv_dmc_importance[name] if self.settings.merges else None
 
     # -- what PEFT asks ----------------------------------------------------------------------------------------------
 
@@ -169,11 +162,8 @@ class DMCLayer(tuner.ChildLayer):
         for part in PARTS:
             shape = shapes.get((attention.layer_idx, part))
             if shape is not None:
-                # PEFT only warns of weights that a file lacks
-                start = torch.full(shape, float("nan") if config.inference_mode else 0.0, device=self._device)
-                getattr(self, f"{RETROFIT_CHILD}_{part}")[adapter_name] = nn.Parameter(start, requires_grad=False)
+                getattr(self, f"{RETROFIT_CHILD}_{part}")[adapter_name] = self.start(torch.zeros(shape), config)
         self._settings[adapter_name] = config.settings
-        self._unchecked.add(adapter_name)
         self.hooks.hang(attention)
 
     def remove(self) -> None:
@@ -199,7 +189,7 @@ class DMCModel(tuner.ChildModel):
 register(KV_DMC, DMCConfig, DMCModel)
 
 
-def attach(model: nn.Module, adapter: str | os.PathLike, name: str = "default", trainable: bool = False) -> None:
+def attach(model: nn.Module, adapter: str | os.PathLike, name: str = "default", trainable: bool = False, **hub) -> None:
     """Put an adapter on a model without PEFT's loaders: what `model.load_adapter(directory, name)` would do.
 
     The model merges or drops tokens from now on; which of its other parameters are trained stays as it is.
@@ -209,12 +199,13 @@ def attach(model: nn.Module, adapter: str | os.PathLike, name: str = "default", 
         adapter: folder or Hub repository to load it from.
         name: of the adapter; another than those of the adapters that are there.
         trainable: whether its parameters are.
+        hub: `revision`, `token`, `subfolder` and the like for the Hub.
 
     Raises:
         AdapterError: the adapter cannot be loaded, does not fit, or the name is taken.
     """
     tuner.check_name(tuner.bare(model), name)
-    config, tensors = dmc_files.FORMAT.read(adapter)
+    config, tensors = dmc_files.FORMAT.read(adapter, **hub)
     facts = "target_ratio", "achieved_ratio", "tokens_seen", "fingerprint", "hf_kvcache_version"
     taken = (*SETTINGS, "digest", "layers", "num_kv_heads", "hidden_size", "base_model_name_or_path", *facts)
     fields = {key: config.get(key) for key in taken}

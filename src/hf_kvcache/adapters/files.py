@@ -2,6 +2,7 @@
 
     adapter_config.json            `peft_type`, shapes, the base model's fingerprint
     adapter_model.safetensors      per layer: `<attention>.<child>.<child>_<part>`
+    README.md                      how to load it; left alone if there is one
 
 Nothing in these files is trusted: the config says which tensors there must be, of which shape, and the tensors are read
 only after names and shapes have been compared.
@@ -9,26 +10,33 @@ only after names and shapes have been compared.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hf_kvcache.adapters import cards
 from hf_kvcache.adapters.errors import AdapterError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-DTYPES = ("F32", "BF16", "F16")
+PICKLE = "adapter_model.bin"  # what PEFT would read in place of missing tensors
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+HUB = frozenset(inspect.signature(huggingface_hub.hf_hub_download).parameters)  # what may be said of a source
 ROOT = "base_model.model."  # what PEFT puts before the name of every module
 DEFAULT_PATH = "model.layers.{}.self_attn"  # of the attention modules of the decoders of transformers
 
 _MAX_CONFIG = 16 << 20  # bytes
+_MAX_LAYERS = 1 << 14
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
@@ -64,7 +72,7 @@ class Format:
         return f"{ROOT}{path}.{self.child}.{self.child}_{part}"
 
     def write(self, directory: str | os.PathLike, config: dict, tensors: Mapping[Place, torch.Tensor], paths: Mapping):
-        """Write both files; an earlier adapter there is replaced, and no reader finds a mixture of the two.
+        """Write the files; an earlier adapter there is replaced, and no reader finds a mixture of the two.
 
         Args:
             directory: created if need be.
@@ -88,6 +96,37 @@ class Format:
         Raises:
             AdapterError: files are missing, damaged or of another format, or say something impossible.
         """
+        config, tensors_path = self._read_config(source, hub)
+        return config, dict(self._each(tensors_path, self.shapes(config)))
+
+    def verify(self, source: str | os.PathLike, **hub) -> None:
+        """Raise what `read` would, with one tensor at a time in memory; arguments as there."""
+        config, tensors_path = self._read_config(source, hub)
+        for _ in self._each(tensors_path, self.shapes(config)):
+            pass
+
+    def verify_tensors(self, tensors: Mapping[str, torch.Tensor], config: Mapping, where: str) -> None:
+        """Raise unless tensors that somebody else has read, by their names in files, are those of a config.
+
+        Args:
+            tensors: all that there are.
+            config: complete.
+            where: opens the message.
+
+        Raises:
+            AdapterError: as `read`.
+        """
+        found = {name: (tuple(t.shape), DTYPES.get(t.dtype, str(t.dtype))) for name, t in tensors.items()}
+        for place, name in self._checked(found, self.shapes(config), where).items():
+            self._check_values(place, tensors[name], where)
+
+    def check_version(self, version, whose: str) -> None:
+        """Raise `AdapterError` for a version that this release does not read; `whose` opens the message."""
+        if version != self.version:
+            raise AdapterError(f"{whose} format_version {version!r}, this release reads {self.version}")
+
+    def _read_config(self, source, hub) -> tuple[dict, Path]:
+        """The config, checked, and where the tensors are."""
         config_path, tensors_path = find(source, (CONFIG, TENSORS), hub)
         config = read_config(config_path)
         kind = config.get("peft_type")
@@ -95,35 +134,39 @@ class Format:
             raise AdapterError(f"{config_path} is of peft_type {kind!r}, {self.title} is {self.peft_type!r}")
         self.check_version(config.get("format_version"), f"{config_path} has")
         self.check(config, str(config_path))
-        return config, self._read_tensors(tensors_path, self.shapes(config))
+        return config, tensors_path
 
-    def check_version(self, version, whose: str) -> None:
-        """Raise `AdapterError` for a version that this release does not read; `whose` opens the message."""
-        if version != self.version:
-            raise AdapterError(f"{whose} format_version {version!r}, this release reads {self.version}")
-
-    def _read_tensors(self, path: Path, due: dict[Place, tuple[int, ...]]) -> dict[Place, torch.Tensor]:
+    def _each(self, path: Path, due: dict[Place, tuple[int, ...]]) -> Iterator[tuple[Place, torch.Tensor]]:
+        """The tensors of a file, each checked; none before all names and shapes are known to be right."""
         try:
             with safe_open(path, "pt") as file:
-                names = self._places(file.keys(), path)
-                for missing in sorted(due.keys() - names.keys()):
-                    raise AdapterError(f"{path}: the {self.spoken(*missing)} is missing")
-                for extra in sorted(names.keys() - due.keys()):
-                    raise AdapterError(f"{path}: {names[extra]} is not among the tensors that {CONFIG} speaks of")
-                for place, name in names.items():
-                    part = file.get_slice(name)
-                    if tuple(part.get_shape()) != due[place] or part.get_dtype() not in DTYPES:
-                        raise AdapterError(
-                            f"{path}: the {self.spoken(*place)} is {part.get_dtype()} of shape "
-                            f"{tuple(part.get_shape())}, {CONFIG} says {due[place]}"
-                        )
-                tensors = {place: file.get_tensor(name) for place, name in names.items()}
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+                for place, name in self._checked(found, due, path).items():
+                    tensor = file.get_tensor(name)
+                    self._check_values(place, tensor, path)
+                    yield place, tensor
         except SafetensorError as error:
             raise AdapterError(f"{path} is no safetensors file, or a damaged one: {error}") from error
-        for place, t in tensors.items():
-            if not t.isfinite().all():
-                raise AdapterError(f"{path}: the {self.spoken(*place)} holds NaN or infinity")
-        return tensors
+
+    def _checked(self, found: Mapping[str, tuple[tuple[int, ...], str]], due: Mapping, path) -> dict[Place, str]:
+        """Names by layer and part, out of shapes and dtypes by name."""
+        names = self._places(found, path)
+        for missing in sorted(due.keys() - names.keys()):
+            raise AdapterError(f"{path}: the {self.spoken(*missing)} is missing")
+        for extra in sorted(names.keys() - due.keys()):
+            raise AdapterError(f"{path}: {names[extra]} is not among the tensors that {CONFIG} speaks of")
+        for place, name in names.items():
+            shape, dtype = found[name]
+            if shape != due[place] or dtype not in DTYPES.values():
+                raise AdapterError(
+                    f"{path}: the {self.spoken(*place)} is {dtype} of shape {shape}, {CONFIG} says {due[place]}"
+                )
+        return names
+
+    def _check_values(self, place: Place, tensor: torch.Tensor, path) -> None:
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{path}: the {self.spoken(*place)} holds NaN or infinity")
 
     def _places(self, names, path) -> dict[Place, str]:
         """Layer and part of every tensor; the layer is the last number in the path of its module."""
@@ -145,6 +188,21 @@ class Format:
         return places
 
 
+def written(peft_type: str) -> str:
+    """What files call a kind. Where it is not known, all that PEFT and transformers say is a KeyError of this."""
+    return f"{peft_type}: pip install hf_kvcache, then import hf_kvcache"
+
+
+def is_fingerprint(value) -> bool:
+    """Whether a value from a config is None, or plain values by name, with as many layers as a model may have."""
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not all(isinstance(own, str | int | float | None) for own in value.values()):
+        return False
+    n_layers = value.get("num_hidden_layers")
+    return n_layers is None or (is_count(n_layers) and n_layers <= _MAX_LAYERS)
+
+
 def is_count(value) -> bool:
     """Whether a value from a config is a number of things, one at least."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -161,7 +219,7 @@ def write(directory: str | os.PathLike, config: dict, tensors: Mapping[str, torc
     weights, text = _temporary(directory), _temporary(directory)
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
-        text.write_text(json.dumps(config, indent=2, sort_keys=True))
+        text.write_text(json.dumps(config | {"peft_type": written(config["peft_type"])}, indent=2, sort_keys=True))
         for file in (weights, text):
             file.chmod(0o666 & ~_umask())
         # without its config an adapter is none: readers meet the old one, none, or the new one
@@ -171,6 +229,7 @@ def write(directory: str | os.PathLike, config: dict, tensors: Mapping[str, torc
     finally:
         weights.unlink(missing_ok=True)
         text.unlink(missing_ok=True)
+    cards.write(directory, config)
     return directory
 
 
@@ -191,7 +250,10 @@ def find(source: str | os.PathLike, names: tuple[str, ...], hub: Mapping) -> tup
 
     Raises:
         AdapterError: one is missing, or `source` is neither a folder nor the name of a repository.
+        TypeError: `hub` has what `hf_hub_download` does not take.
     """
+    if unknown := hub.keys() - HUB:
+        raise TypeError(f"{', '.join(sorted(unknown))}: no such argument of an adapter, nor of hf_hub_download")
     folder = Path(source) / (hub.get("subfolder") or "")
     if folder.is_dir():
         for name in names:
@@ -201,17 +263,14 @@ def find(source: str | os.PathLike, names: tuple[str, ...], hub: Mapping) -> tup
         return tuple(folder / name for name in names)
     if not _HUB_ID.fullmatch(str(source)) or ".." in str(source):
         raise AdapterError(f"{source} is neither a folder nor the name of a repository on the Hub")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return tuple(Path(hf_hub_download(str(source), name, **hub)) for name in names)
+        return tuple(Path(huggingface_hub.hf_hub_download(str(source), name, **hub)) for name in names)
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise AdapterError(f"{source} is no folder, and no adapter on the Hub that can be reached: {error}") from error
 
 
 def read_config(path: Path) -> dict:
-    """A config as it stands in a file; empty if that holds anything but a JSON object.
+    """A config from a file, its `peft_type` without the advice of `written`; empty if that holds no JSON object.
 
     Raises:
         AdapterError: it is damaged or too large.
@@ -222,7 +281,12 @@ def read_config(path: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is damaged: {error}") from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    kind = config.get("peft_type")
+    if isinstance(kind, str) and kind == written(kind.partition(":")[0]):
+        config["peft_type"] = kind.partition(":")[0]
+    return config
 
 
 def peft_type_of(source: str | os.PathLike, **hub) -> str | None:

@@ -13,7 +13,7 @@ import torch
 
 from hf_kvcache.adapters import files
 from hf_kvcache.adapters.errors import AdapterError
-from hf_kvcache.adapters.files import is_count
+from hf_kvcache.adapters.files import is_count, is_fingerprint
 from hf_kvcache.adapters.modules import CHILD
 from hf_kvcache.codecs.basis import Basis
 
@@ -55,7 +55,9 @@ def check_config(config: dict, where: str) -> None:
             refuse(f"ranks_{side}")
     if len(config["ranks_k"]) != len(config["ranks_v"]):
         raise AdapterError(f"{where}: ranks_k and ranks_v are of different numbers of layers")
-    for name in ("budget", "fingerprint", "cache_kwargs"):
+    if not is_fingerprint(config.get("fingerprint")):
+        refuse("fingerprint")
+    for name in ("budget", "cache_kwargs"):
         if not isinstance(config.get(name), dict | None):
             refuse(name)
     if not isinstance(config.get("base_model_name_or_path"), str | None):

@@ -38,7 +38,7 @@ class LowRankKVConfig(tuner.ChildConfig):
         rope: whether keys are projected before RoPE ("pre") or after it ("post").
         has_mean_k, has_mean_v: whether a mean row is subtracted.
         n_kv_heads, head_dim: of the model; filled in from it.
-        fingerprint: what tells the base model from others; None fits every model of these shapes.
+        fingerprint: what tells the base model from others; None fits every model of these shapes. Filled in.
         budget: how the ranks were chosen.
         cache_class, cache_kwargs: the cache that the bases were made for (bits, window, ...).
         target_modules: not used; attention modules are found by what they have.
@@ -68,8 +68,8 @@ class LowRankKVConfig(tuner.ChildConfig):
         found, compressed = attentions(model), full_attentions(model)
         if compressed:
             some = next(iter(compressed.values()))
-            self.n_kv_heads = self.n_kv_heads or some.n_kv_heads
-            self.head_dim = self.head_dim or some.head_dim
+            self.n_kv_heads = some.n_kv_heads if self.n_kv_heads is None else self.n_kv_heads
+            self.head_dim = some.head_dim if self.head_dim is None else self.head_dim
         for name in ("ranks_k", "ranks_v"):
             ranks = getattr(self, name)
             if not isinstance(ranks, list):
@@ -123,6 +123,7 @@ class LowRankKVLayer(tuner.ChildLayer):
             return None
         state = self.current, *(_state(t) for t in tensors.values())
         if side not in self._made or self._made[side][0] != state:
+            self.check_loaded(self.current)
             basis = Basis(**{part: None if t is None else t.detach() for part, t in tensors.items()})
             self._made[side] = state, basis
         return self._made[side][1]
@@ -143,8 +144,7 @@ class LowRankKVLayer(tuner.ChildLayer):
             if rank is None:
                 continue
             for part, shape in layout.shapes(vars(config), side, rank).items():
-                start = _leading(part, shape).to(self._device)
-                self._parameters_of(side, part)[adapter_name] = nn.Parameter(start, requires_grad=False)
+                self._parameters_of(side, part)[adapter_name] = self.start(_leading(part, shape), config)
         self.ropes[adapter_name] = config.rope
 
     def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
@@ -190,7 +190,7 @@ class LowRankKVModel(tuner.ChildModel):
 register(KV_LOWRANK, LowRankKVConfig, LowRankKVModel)
 
 
-def attach(model: nn.Module, bases: Bases | str | os.PathLike, name: str = "default") -> None:
+def attach(model: nn.Module, bases: Bases | str | os.PathLike, name: str = "default", **hub) -> None:
     """Put bases on a model without going through files: what `model.load_adapter(directory, name)` would do.
 
     A low-rank cache then finds them. What the model computes, and which of its parameters are trained, stays as it is.
@@ -199,12 +199,13 @@ def attach(model: nn.Module, bases: Bases | str | os.PathLike, name: str = "defa
         model: a transformers model, or one that PEFT has wrapped.
         bases: checked against it; or the folder or Hub repository to load them from.
         name: of the adapter; another than those of the adapters that are there.
+        hub: `revision`, `token`, `subfolder` and the like for the Hub.
 
     Raises:
         AdapterError: the bases cannot be loaded, do not fit, or the name is taken.
     """
     if not isinstance(bases, Bases):
-        bases = Bases.load(bases)
+        bases = Bases.load(bases, **hub)
     model = tuner.bare(model)
     tuner.check_name(model, name)
     bases.check_model(model)

@@ -1,4 +1,4 @@
-"""Our adapters' names among those that PEFT knows.
+"""Our adapters' names among those that PEFT knows: `hf_kvcache.adapters.register` puts them there.
 
 PEFT asks a closed enum which methods exist and has no entry point for others, so members are added to it.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
+
+from hf_kvcache.adapters import files
 
 
 def peft_type(name: str) -> PeftType:
@@ -30,3 +32,5 @@ def register(kind: PeftType, config_cls: type, model_cls: type) -> None:
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         name = kind.value.lower()
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)
+        # what files call it; the config knows its kind by itself
+        PEFT_TYPE_TO_CONFIG_MAPPING[files.written(kind.value)] = config_cls

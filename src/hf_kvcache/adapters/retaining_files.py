@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from hf_kvcache.adapters import files
 from hf_kvcache.adapters.capture import FEATURE_POINTS
 from hf_kvcache.adapters.errors import AdapterError
-from hf_kvcache.adapters.files import is_count
+from hf_kvcache.adapters.files import is_count, is_fingerprint
 from hf_kvcache.adapters.modules import RETAIN_CHILD
 from hf_kvcache.adapters.scoring import activation_of
 
@@ -20,7 +20,7 @@ PARTS = ("fc1", "fc2")
 TARGETS = ("answer_max", "causal", "reconstruction")
 DEFAULTS = ("budget", "chunk", "stabilizers", "local")
 
-_MAX_D_R = 1 << 16
+_MAX_D_R = 1 << 13  # eight times the paper's
 
 
 def check_config(config: Mapping, where: str) -> None:
@@ -32,7 +32,7 @@ def check_config(config: Mapping, where: str) -> None:
 
     for name in ("feature_dim", "num_kv_heads"):
         need(name, is_count)
-    # PEFT makes the tensors before it reads the file
+    # transformers makes the tensors before it reads the file
     need("d_r", lambda d_r: is_count(d_r) and d_r <= _MAX_D_R)
     need("layers", _are_layers)
     need("activation", lambda name: isinstance(name, str))
@@ -43,7 +43,7 @@ def check_config(config: Mapping, where: str) -> None:
     need("n_query", lambda n: n is None or is_count(n))
     for name in DEFAULTS:
         need(f"default_{name}", lambda n: n is None or _is_index(n))
-    need("fingerprint", lambda value: isinstance(value, dict | None))
+    need("fingerprint", is_fingerprint)
     need("base_model_name_or_path", lambda value: isinstance(value, str | None))
 
 

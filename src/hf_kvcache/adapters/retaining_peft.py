@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hf_kvcache.adapters import fit, retaining, retaining_files, tuner
+from hf_kvcache.adapters import retaining, retaining_files, tuner
 from hf_kvcache.adapters.capture import Capture, sources
 from hf_kvcache.adapters.modules import RETAIN_CHILD, attentions, full_attentions
 from hf_kvcache.adapters.peft_types import peft_type, register
@@ -70,8 +70,8 @@ class RetainingHeadConfig(tuner.ChildConfig):
         found = attentions(model)
         if found:
             some = next(iter(found.values()))
-            self.num_kv_heads = self.num_kv_heads or some.n_kv_heads
-            self.feature_dim = self.feature_dim or retaining.feature_dim(some)
+            self.num_kv_heads = some.n_kv_heads if self.num_kv_heads is None else self.num_kv_heads
+            self.feature_dim = retaining.feature_dim(some) if self.feature_dim is None else self.feature_dim
             if self.activation is None or self.feature_point is None:
                 natural = retaining.natural(some.module)
                 self.activation = self.activation or natural["activation"]
@@ -80,8 +80,6 @@ class RetainingHeadConfig(tuner.ChildConfig):
             self.layers = sorted(full_attentions(model))
         retaining_files.check_config(vars(self), "RetainingHeadConfig")
         retaining.check_fit(vars(self), model)
-        if self.fingerprint is None and not self.inference_mode:
-            self.fingerprint = fit.fingerprint(found[self.layers[0]].module)
 
     def layer_indices(self) -> list[int]:
         return self.layers
@@ -121,8 +119,13 @@ class RetainingHeadLayer(tuner.ChildLayer):
         return self._settings.get(self.current)
 
     def weights(self, name: str | None = None) -> tuple[nn.Parameter, nn.Parameter]:
-        """`fc1` `[d_r, F]` and `fc2` `[Hkv, d_r]` of an adapter, the current one unless told."""
+        """`fc1` `[d_r, F]` and `fc2` `[Hkv, d_r]` of an adapter, the current one unless told.
+
+        Raises:
+            AdapterError: the adapter's file did not hold them all, or NaN or infinity.
+        """
         name = self.current if name is None else name
+        self.check_loaded(name)
         return tuple(getattr(self, own)[name] for own in self.adapter_layer_names)
 
     def features(self) -> torch.Tensor:
@@ -193,10 +196,10 @@ class RetainingHeadLayer(tuner.ChildLayer):
     def add(self, adapter_name: str, config: RetainingHeadConfig, attention: nn.Module) -> None:
         shapes, std = retaining_files.shapes(vars(config)), retaining.init_std(attention)
         for part in PARTS:
-            start = torch.zeros(shapes[attention.layer_idx, part], device=self._device)
+            start = torch.empty(shapes[attention.layer_idx, part], device=self._device)
             # values that are about to be loaded need not be drawn
             start = start if config.inference_mode else start.normal_(0, std)
-            getattr(self, f"{RETAIN_CHILD}_{part}")[adapter_name] = nn.Parameter(start, requires_grad=False)
+            getattr(self, f"{RETAIN_CHILD}_{part}")[adapter_name] = self.start(start, config)
         self._settings[adapter_name] = settings_of(vars(config))
         if not self._handles:
             self._handles = [
@@ -227,7 +230,7 @@ register(RETAINING_HEAD, RetainingHeadConfig, RetainingHeadModel)
 
 
 def attach(
-    model: nn.Module, heads: RetainingHeads | str | os.PathLike, name: str = "default", trainable: bool = False
+    model: nn.Module, heads: RetainingHeads | str | os.PathLike, name: str = "default", trainable: bool = False, **hub
 ) -> None:
     """Put retaining heads on a model without going through files: what `model.load_adapter(directory, name)` would do.
 
@@ -239,12 +242,13 @@ def attach(
         heads: checked against it, copied; or the folder or Hub repository to load them from.
         name: of the adapter; another than those of the adapters that are there.
         trainable: whether their parameters are.
+        hub: `revision`, `token`, `subfolder` and the like for the Hub.
 
     Raises:
         AdapterError: the heads cannot be loaded, do not fit, or the name is taken.
     """
     if not isinstance(heads, RetainingHeads):
-        heads = RetainingHeads.load(heads)
+        heads = RetainingHeads.load(heads, **hub)
     model = tuner.bare(model)
     tuner.check_name(model, name)
     heads.check_model(model)

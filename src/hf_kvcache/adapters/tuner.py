@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from hf_kvcache.adapters import files
+from hf_kvcache.adapters import cards, files, fit
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import attentions
+
+try:
+    from peft import PeftConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+except ImportError as error:
+    raise ImportError(
+        'adapters on a model need PEFT: pip install "peft>=0.21" (their files are read and written without it)'
+    ) from error
 
 
 class ChildConfig(PeftConfig):
     """A config that is filled in from the model, and knows on which layers its adapter belongs.
 
-    Subclasses are dataclasses with the fields `format_version` and `hf_kvcache_version`.
+    Subclasses are dataclasses with the fields `fingerprint`, `format_version` and `hf_kvcache_version`.
     """
 
     kind: ClassVar  # member of PeftType
@@ -36,6 +43,43 @@ class ChildConfig(PeftConfig):
             from hf_kvcache import __version__
 
             self.hf_kvcache_version = __version__
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs):
+        """As PEFT's, which asks for the config before it touches the model: the tensors beside it are checked, too.
+
+        A folder with a config alone is read as such.
+
+        Raises:
+            AdapterError: as `files.Format.read`; tensors are pickled, damaged, or not those of the config.
+        """
+        hub = {name: value for name, value in kwargs.items() if name in files.HUB} | {"subfolder": subfolder}
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        is_alone = folder.is_dir() and not any((folder / name).exists() for name in (files.TENSORS, files.PICKLE))
+        if not is_alone:
+            cls.format.verify(pretrained_model_name_or_path, **hub)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def to_dict(self) -> dict:
+        return super().to_dict() | {"peft_type": files.written(self.kind.value)}
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As PEFT's, with a README; the tensors are there by now.
+
+        Raises:
+            AdapterError: they have been pickled (`safe_serialization=False`), and would never be read.
+        """
+        folder = Path(save_directory)
+        if (folder / files.PICKLE).exists() and not (folder / files.TENSORS).exists():
+            raise AdapterError(f"{folder} has its tensors pickled; adapters of ours are safetensors, and nothing else")
+        super().save_pretrained(save_directory, **kwargs)
+        cards.write(folder, super().to_dict() | {"peft_type": self.kind.value})
+
+    def complete(self, model: nn.Module) -> None:
+        """`fill_in`, and what tells the model from others, unless the adapter comes from a file."""
+        self.fill_in(model)
+        if self.fingerprint is None and not self.inference_mode:
+            self.fingerprint = fit.fingerprint(attentions(model)[min(self.layer_indices())].module)
 
     def fill_in(self, model: nn.Module) -> None:
         """Take from the model what was left open, and check that the rest fits it.
@@ -65,6 +109,7 @@ class ChildLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._device = torch.device("cpu")
         self._current: str | None = None
+        self._unchecked: set[str] = set()
 
     @property
     def names(self) -> Collection[str]:
@@ -72,7 +117,7 @@ class ChildLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def add(self, adapter_name: str, config: PeftConfig, attention: nn.Module) -> None:
-        """Add an adapter's parameters, on `self._device`."""
+        """Add an adapter's parameters, each by `start`."""
         raise NotImplementedError
 
     def remove(self) -> None:
@@ -88,6 +133,25 @@ class ChildLayer(nn.Module, BaseTunerLayer):
         """Whether there is an adapter, and adapters are not disabled."""
         return self.current is not None and not self.disable_adapters
 
+    def check_loaded(self, name: str) -> None:
+        """Once per adapter: transformers reads its file by itself, takes any values, and only warns of missing ones.
+
+        Raises:
+            AdapterError: there are NaN or infinity among its parameters.
+        """
+        # under a compiler there is nobody to raise to
+        if name not in self._unchecked or torch.compiler.is_compiling():
+            return
+        held = [getattr(self, own) for own in self.adapter_layer_names]
+        if not all(parameters[name].isfinite().all() for parameters in held if name in parameters):
+            raise AdapterError(f"adapter {name!r}: weights were missing in its file, or are NaN or infinity")
+        self._unchecked.discard(name)
+
+    def start(self, values: torch.Tensor, config: PeftConfig) -> nn.Parameter:
+        """A parameter that begins with these values, or as NaN where a file has others: what it lacks is then seen."""
+        values = torch.full_like(values, torch.nan) if config.inference_mode else values
+        return nn.Parameter(values.to(self._device), requires_grad=False)
+
     # -- what PEFT asks ----------------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, config: PeftConfig, attention: nn.Module) -> None:
@@ -96,6 +160,7 @@ class ChildLayer(nn.Module, BaseTunerLayer):
         # offloaded weights are on no device; these are small and stay
         self._device = torch.device("cpu") if device.type == "meta" else device
         self.add(adapter_name, config, attention)
+        self._unchecked.add(adapter_name)
         if not self._active_adapter:
             self.set_adapter(adapter_name)
 
@@ -164,7 +229,7 @@ class ChildModel(BaseTuner):
     def _check_new_adapter_config(self, config) -> None:
         super()._check_new_adapter_config(config)
         # layers are only touched once everything is known to fit
-        config.fill_in(self.model)
+        config.complete(self.model)
         found = attentions(self.model)
         # not a field, so that it is not saved: names differ between a model and its wrappers
         config._attention_names = frozenset(found[i].name for i in config.layer_indices())
@@ -203,6 +268,15 @@ class ChildModel(BaseTuner):
         # the inherited one returns the weights of all methods on the model
         found = super()._get_adapter_state_dict(*args, **kwargs)
         return {name: t for name, t in found.items() if f".{cls.child}.{cls.prefix}" in name}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        # PEFT would load other tensors of the file into the base model; names in models of transformers have no root
+        named = {files.ROOT + name.removeprefix(files.ROOT): t for name, t in state_dict.items()}
+        config.format.verify_tensors(named, vars(config), f"adapter {adapter_name!r}")
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
