@@ -14,7 +14,9 @@ from hf_kvcache.hub.fold import Edit, Text, fold, unused
 from hf_kvcache.hub.library import PACKAGE, Module, imported, where
 from hf_kvcache.hub.shake import Shaken
 
-HEADER = "# SPDX-License-Identifier: Apache-2.0\n# From {module}, hf_kvcache {version}; made by `hf-kvcache export`.\n"
+HEADER = (
+    "# SPDX-License-Identifier: Apache-2.0\n# From {module}, hf_kvcache {version}; made by `hf-kvcache {command}`.\n"
+)
 
 # where the library finds modules by their names
 _BY_NAME = {
@@ -42,12 +44,16 @@ class Recipe:
         roots: "module:name" or "module:Class.member" that must be there.
         facts, absent: see `fold`; absent ones as "module:name".
         dropped: what is not to be followed, "module:Class.member".
+        command: that makes it.
+        is_documented: whether docstrings keep their sections.
     """
 
     roots: tuple[str, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    command: str = "export"
+    is_documented: bool = False
 
 
 def flat(module: str) -> str:
@@ -71,8 +77,8 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
         absent |= more
     files = {}
     for name, module in shaken.modules.items():
-        body = _Flat(module, shaken).source()
-        files[f"{flat(name)}.py"] = HEADER.format(module=name, version=version) + body
+        body = _Flat(module, shaken).source(recipe.is_documented)
+        files[f"{flat(name)}.py"] = HEADER.format(module=name, version=version, command=recipe.command) + body
     return files
 
 
@@ -86,10 +92,10 @@ class _Flat:
     def __init__(self, module: Module, shaken: Shaken):
         self.module, self.shaken = module, shaken
 
-    def source(self) -> str:
+    def source(self, is_documented: bool = False) -> str:
         text = _apply(self.module.text, self._unneeded())
         text = _apply(text, self._untyped(text))
-        text = _apply(text, brief(text))
+        text = text if is_documented else _apply(text, brief(text))
         text = _apply(text, unused(text))
         source = _apply(text, self._imports(text)).text.decode()
         for old, new in _BY_NAME.items():
