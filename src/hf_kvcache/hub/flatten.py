@@ -157,6 +157,7 @@ class _Flat:
     def _imports(self, text: Text) -> list[Edit]:
         """The imports that are left, in the order that linters ask for; ours are relative."""
         used = {node.id for node in ast.walk(text.tree) if isinstance(node, ast.Name)}
+        passed_on = {name for module, name in self.shaken.asked if module == self.module.name} - used
         edits, lines, first = [], [], None
         for statement in ast.walk(text.tree):
             if not isinstance(statement, (ast.Import, ast.ImportFrom)):
@@ -167,9 +168,9 @@ class _Flat:
             names = {
                 bound: self._origin(bound)
                 for bound in imported(statement)
-                if bound in used and self._origin(bound) is not None
+                if bound in used | passed_on and self._origin(bound) is not None
             }
-            found = _import_lines(names) if _is_ours(statement) else _without(statement, names)
+            found = _import_lines(names, passed_on) if _is_ours(statement) else _without(statement, names)
             if statement.col_offset:
                 inner = "".join(" " * statement.col_offset + line for line in found)
                 edits.append(Edit(*text.whole_lines(statement, statement), inner.encode()))
@@ -224,15 +225,15 @@ def _is_ours(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.ImportFrom) and where(statement.module) is not None
 
 
-def _import_lines(names: dict[str, tuple[str, str | None]]) -> list[str]:
-    """Statements that bind these names."""
+def _import_lines(names: dict[str, tuple[str, str | None]], passed_on: set[str]) -> list[str]:
+    """Statements that bind these names; those that are only passed on say so to linters."""
     lines, of = [], {}
     for bound, (source, name) in names.items():
         if where(source) is not None and name is None:
             target = flat(source)
             lines.append(f"from . import {target}" + (f" as {bound}\n" if bound != target else "\n"))
         else:
-            of.setdefault(source, []).append(name if name == bound else f"{name} as {bound}")
+            of.setdefault(source, []).append(name if name == bound and name not in passed_on else f"{name} as {bound}")
     for source, parts in of.items():
         module = f".{flat(source)}" if where(source) is not None else source
         lines += [_from(module, [part]) for part in parts if " as " in part]

@@ -44,6 +44,8 @@ _OPERANDS = {
     "lowrank_attention": ("hf_kvcache.rope:Rope.cover.tables.scale_query", "hf_kvcache.rope:RotaryTables"),
     "ragged_attention": (f"{OPS}.sparse_attention:SparseRows",),
 }
+# types that only annotations name, which callers read
+_TYPES = {"quant_attention": ("Packed",)}
 # the dispatcher loads it by itself
 _GLUON = tuple(f"{OPS}.sparse_attention.gluon_kernel:{name}" for name in ("attend", "obstacle"))
 
@@ -83,6 +85,7 @@ def sources(op: str, version: str) -> dict[str, str]:
     """The Python files of an op's repository by name."""
     found = exports(op)
     roots = tuple(f"{module}:{name}" for name, module in found.items()) + _OPERANDS.get(op, ())
+    roots += tuple(f"{OPS}.{op}:{name}" for name in _TYPES.get(op, ()))
     if op in ("sparse_attention", "ragged_attention"):
         roots += _GLUON
     recipe = Recipe(roots, absent=(f"{OPS}:forced_backend",), command="kernel", is_documented=True)
