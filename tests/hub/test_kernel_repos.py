@@ -12,12 +12,14 @@ from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import RepoCard
 from kernel_cases import CASES, WRONG
 from kernel_hub import kernel_handler
 from kernels import Metadata
+from packaging.version import Version
 from stand_in import serve
 
 import hf_kvcache as kv
@@ -25,6 +27,7 @@ from hf_kvcache.cli import main
 from hf_kvcache.hub.flatten import flatten
 from hf_kvcache.hub.kernel_card import LIMITS
 from hf_kvcache.hub.kernel_repo import VARIANT, WITH, build_kernel, check_built, exports, metadata_of, sources
+from hf_kvcache.hub.push import TAKES_KERNELS
 from hf_kvcache.hub.recipes import recipe_of
 from hf_kvcache.kernels import use_backend
 
@@ -44,7 +47,6 @@ def in_a_process(mode, built, out):
     (built / "empty").mkdir(exist_ok=True)
     command = [sys.executable, str(HERE / "bare_kernels.py"), mode, str(built), str(out), *OPS]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, env=environment, cwd=built / "empty", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(out)
@@ -176,10 +178,20 @@ def test_limits_are_those_of_the_kernels():
     assert triton["sparse_pack"].obstacle(rows[80], 40, "bitmap", 20, None)
 
 
-def test_exported_models_place_rows_by_triton_too():
+def test_exported_models_reach_their_kernels():
+    """The dispatcher asks every module whether it can run, and imports it by name."""
     files = flatten(recipe_of(kv.DMCCache(), "retrofit"), "0")
     assert "import kernels_slot_step_triton_kernel as triton_kernel" in files["kernels_slot_step.py"]
     assert "def place_rows(" in files["kernels_slot_step_triton_kernel.py"]
+    asked = {*re.findall(r'(?:select|choose)\("(\w+)"', "".join(files.values()))}
+    assert asked >= {"dense_attention", "merge_step", "ragged_attention", "slot_step"}
+    for name in asked:
+        bound = {
+            getattr(node, "asname", None) or node.name
+            for node in ast.walk(ast.parse(files[f"kernels_{name}_triton_kernel.py"]))
+            if isinstance(node, (ast.alias, ast.FunctionDef))
+        }
+        assert {"unavailable", name} <= bound, name
 
 
 def test_an_unknown_op_is_a_mistake(capsys, tmp_path):
@@ -200,6 +212,13 @@ def test_what_was_not_built_like_that_is_not_sent(built, tmp_path, capsys, chang
     assert change in capsys.readouterr().err
 
 
+def test_an_old_hub_library_is_named(built, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.__version__", "2.2.0")
+    assert main(["push", str(built / "merge_step"), "someone/merge-step"]) == 2
+    assert "huggingface_hub 2.3 or newer; this is 2.2.0" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(Version(huggingface_hub.__version__) < Version(TAKES_KERNELS), reason="its uploads take no kernels")
 def test_pushed_kernels_load_by_version(built, tmp_path):
     """The second upload takes the place of the first, on the branch of the version."""
     older = shutil.copytree(built / "slot_step", tmp_path / "older")

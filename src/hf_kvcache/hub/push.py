@@ -6,10 +6,14 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub
 from huggingface_hub import HfApi
+from packaging.version import Version
 
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.hub.kernel_repo import VARIANT, check_built
+
+TAKES_KERNELS = "2.3"  # the first huggingface_hub whose uploads do
 
 
 def push(
@@ -39,7 +43,8 @@ def push(
 
     Raises:
         AdapterError: the folder is no exported repository.
-        ValueError: the files of a kernel are not those that were built, or the Hub does not take the card's metadata.
+        ValueError: the files of a kernel are not those that were built, huggingface_hub is too old for kernels, or the
+            Hub does not take the card's metadata.
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses, or cannot be reached.
     """
     directory = Path(directory)
@@ -56,6 +61,10 @@ def push(
 
 def _push_kernel(api: HfApi, directory: Path, repository: str, private, revision, message) -> str:
     version = check_built(directory)["version"]
+    if Version(huggingface_hub.__version__) < Version(TAKES_KERNELS):
+        raise ValueError(
+            f"kernels are uploaded by huggingface_hub {TAKES_KERNELS} or newer; this is {huggingface_hub.__version__}"
+        )
     name = api.create_repo(repository, repo_type="kernel", private=private, exist_ok=True).repo_id
     revision = revision or f"v{version}"
     api.create_branch(name, branch=revision, repo_type="kernel", exist_ok=True)
