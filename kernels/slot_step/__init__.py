@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.kernels import choose, select
+from hf_kvcache.kernels.slot_step import reference
 
 __all__ = ["place_rows", "slot_step"]
 
@@ -75,10 +76,12 @@ def place_rows(
             f"{list(table.shape)} int32 [B, Hkv, M]"
         )
     if choose("slot_step", alpha.device).backend == "triton":
-        from hf_kvcache.kernels.slot_step import triton_kernel as backend
+        from hf_kvcache.kernels.slot_step import triton_kernel
+
+        place = triton_kernel.place_rows
     else:
-        from hf_kvcache.kernels.slot_step import reference as backend
-    backend.place_rows(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table)
+        place = reference.place_rows
+    place(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table)
 
 
 def _check(alpha, is_real, ring, lengths):

@@ -11,7 +11,7 @@ from pathlib import Path
 COMMIT = "c0ffee" + "0" * 34
 
 
-def _handler(repositories: dict[str, Path], root: Path | None):
+def handler(repositories: dict[str, Path], root: Path | None):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -38,11 +38,14 @@ def _handler(repositories: dict[str, Path], root: Path | None):
                 return self.say({"files": [f | {"shouldIgnore": False} for f in files], "commitOid": COMMIT})
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    file = folder / line["value"]["path"]
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_bytes(base64.b64decode(line["value"]["content"]))
+                    self.store(folder, line["value"])
             url = f"http://127.0.0.1/{'/'.join(parts[2:4])}/commit/{COMMIT}"
             return self.say({"commitUrl": url, "commitOid": COMMIT, "success": True})
+
+        def store(self, folder, sent):
+            file = folder / sent["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(base64.b64decode(sent["content"]))
 
         def body(self):
             if self.headers.get("Transfer-Encoding") != "chunked":
@@ -68,11 +71,14 @@ def _handler(repositories: dict[str, Path], root: Path | None):
             if folder is None:
                 return self.refuse("RepoNotFound")
             file = folder / "/".join(parts[4:])
-            if parts[2:3] != ["resolve"] or not file.is_file():
+            return self.send_file(file, has_body) if parts[2:3] == ["resolve"] else self.refuse("EntryNotFound")
+
+        def send_file(self, file, has_body, commit=COMMIT):
+            if not file.is_file():
                 return self.refuse("EntryNotFound")
             content = file.read_bytes()
             etag = hashlib.sha256(content).hexdigest()
-            self.send(200, content if has_body else b"", {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, len(content))
+            self.send(200, content if has_body else b"", {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, len(content))
 
         def describe(self, name, rest, has_body):
             folder = repositories.get(name)
@@ -106,9 +112,9 @@ def _handler(repositories: dict[str, Path], root: Path | None):
 
 
 @contextmanager
-def serve(repositories: dict[str, Path], root: Path | None = None):
+def serve(repositories: dict[str, Path], root: Path | None = None, make=handler):
     """The address of a server of these folders, by the names of their repositories; new ones go below `root`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(repositories, root))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), make(repositories, root))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

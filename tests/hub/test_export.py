@@ -28,7 +28,7 @@ from hf_kvcache.models import embedded_heads, embedded_model
 DTYPES = ("float32", "bfloat16")
 # bytes of code; kernels of latents, and of rows in pages, are long
 LIMITS = {"quant": 123_000, "mustafar": 125_000, "locret": 117_000, "palu": 172_000, "palu4": 214_000}
-LIMITS |= {"dmc": 242_000, "dms": 242_000, "kv": 145_000}
+LIMITS |= {"dmc": 243_000, "dms": 243_000, "kv": 145_000}
 
 
 def plain(dtype="bfloat16"):

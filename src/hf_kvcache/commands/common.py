@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -121,3 +122,10 @@ def parse_specs(texts: list[str]):
     except SpecError as error:
         raise UserError(str(error)) from error
     return specs
+
+
+def say_written(where: Path) -> None:
+    """Print what a repository on disk is made of, one JSON line."""
+    files = [path for path in where.rglob("*") if path.is_file()]
+    code = sum(path.stat().st_size for path in files if path.suffix == ".py")
+    print(json.dumps({"directory": str(where), "files": len(files), "bytes_of_code": code}))

@@ -12,12 +12,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
-from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs
+from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs, say_written
 
 NAMES = {"palu": "lowrank", "mustafar": "sparse"}
 
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.any_model:
         try:
-            return _say(export_generate(spec.build(), args.out))
+            return say_written(export_generate(spec.build(), args.out))
         except (ValueError, TypeError, OSError) as error:
             raise UserError(str(error)) from error
     model, tokenizer = load_model(args)
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
             export(model, spec.build(model.config), args.out, tokenizer=tokenizer, **facts)
     except (ValueError, TypeError, OSError) as error:
         raise UserError(str(error)) from error
-    return _say(where)
+    return say_written(where)
 
 
 def _command(args: argparse.Namespace) -> str:
@@ -73,12 +72,6 @@ def _command(args: argparse.Namespace) -> str:
             is_folder = option == "out" or Path(value).exists()
             parts += [f"--{option}", Path(value).name if is_folder else value]
     return shlex.join(parts)
-
-
-def _say(where) -> None:
-    files = [path for path in where.rglob("*") if path.is_file()]
-    code = sum(path.stat().st_size for path in files if path.suffix == ".py")
-    print(json.dumps({"directory": str(where), "files": len(files), "bytes_of_code": code}))
 
 
 def measure(model, tokenizer, spec) -> dict:

@@ -1,6 +1,9 @@
-"""Upload what `export` wrote to the Hub.
+"""Upload what `export` or `kernel` wrote to the Hub.
 
-hf-kvcache push llama-palu org/llama-palu
+    hf-kvcache push llama-palu org/llama-palu
+    hf-kvcache push built/quant_attention org/quant-attention
+
+A model goes to the main branch; a kernel to that of its version, `v1`, and its card to the main one.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ from hf_kvcache.commands import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", metavar="DIR", help="folder that `hf-kvcache export` wrote")
+    parser.add_argument("directory", metavar="DIR", help="folder that `hf-kvcache export` or `hf-kvcache kernel` wrote")
     parser.add_argument("repository", metavar="REPO", help="NAME or ORGANISATION/NAME on the Hub; made if need be")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to write to (default: the main one)")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to write to (default: see above)")
     parser.add_argument("--message", metavar="TEXT", help="message of the commit")
 
 

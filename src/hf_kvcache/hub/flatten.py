@@ -14,7 +14,9 @@ from hf_kvcache.hub.fold import Edit, Text, fold, unused
 from hf_kvcache.hub.library import PACKAGE, Module, imported, where
 from hf_kvcache.hub.shake import Shaken
 
-HEADER = "# SPDX-License-Identifier: Apache-2.0\n# From {module}, hf_kvcache {version}; made by `hf-kvcache export`.\n"
+HEADER = (
+    "# SPDX-License-Identifier: Apache-2.0\n# From {module}, hf_kvcache {version}; made by `hf-kvcache {command}`.\n"
+)
 
 # where the library finds modules by their names
 _BY_NAME = {
@@ -42,12 +44,16 @@ class Recipe:
         roots: "module:name" or "module:Class.member" that must be there.
         facts, absent: see `fold`; absent ones as "module:name".
         dropped: what is not to be followed, "module:Class.member".
+        command: that makes it.
+        is_documented: whether docstrings keep their sections.
     """
 
     roots: tuple[str, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    command: str = "export"
+    is_documented: bool = False
 
 
 def flat(module: str) -> str:
@@ -71,8 +77,8 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
         absent |= more
     files = {}
     for name, module in shaken.modules.items():
-        body = _Flat(module, shaken).source()
-        files[f"{flat(name)}.py"] = HEADER.format(module=name, version=version) + body
+        body = _Flat(module, shaken).source(recipe.is_documented)
+        files[f"{flat(name)}.py"] = HEADER.format(module=name, version=version, command=recipe.command) + body
     return files
 
 
@@ -86,10 +92,10 @@ class _Flat:
     def __init__(self, module: Module, shaken: Shaken):
         self.module, self.shaken = module, shaken
 
-    def source(self) -> str:
+    def source(self, is_documented: bool = False) -> str:
         text = _apply(self.module.text, self._unneeded())
         text = _apply(text, self._untyped(text))
-        text = _apply(text, brief(text))
+        text = text if is_documented else _apply(text, brief(text))
         text = _apply(text, unused(text))
         source = _apply(text, self._imports(text)).text.decode()
         for old, new in _BY_NAME.items():
@@ -151,6 +157,7 @@ class _Flat:
     def _imports(self, text: Text) -> list[Edit]:
         """The imports that are left, in the order that linters ask for; ours are relative."""
         used = {node.id for node in ast.walk(text.tree) if isinstance(node, ast.Name)}
+        passed_on = {name for module, name in self.shaken.asked if module == self.module.name} - used
         edits, lines, first = [], [], None
         for statement in ast.walk(text.tree):
             if not isinstance(statement, (ast.Import, ast.ImportFrom)):
@@ -161,9 +168,9 @@ class _Flat:
             names = {
                 bound: self._origin(bound)
                 for bound in imported(statement)
-                if bound in used and self._origin(bound) is not None
+                if bound in used | passed_on and self._origin(bound) is not None
             }
-            found = _import_lines(names) if _is_ours(statement) else _without(statement, names)
+            found = _import_lines(names, passed_on) if _is_ours(statement) else _without(statement, names)
             if statement.col_offset:
                 inner = "".join(" " * statement.col_offset + line for line in found)
                 edits.append(Edit(*text.whole_lines(statement, statement), inner.encode()))
@@ -218,15 +225,15 @@ def _is_ours(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.ImportFrom) and where(statement.module) is not None
 
 
-def _import_lines(names: dict[str, tuple[str, str | None]]) -> list[str]:
-    """Statements that bind these names."""
+def _import_lines(names: dict[str, tuple[str, str | None]], passed_on: set[str]) -> list[str]:
+    """Statements that bind these names; those that are only passed on say so to linters."""
     lines, of = [], {}
     for bound, (source, name) in names.items():
         if where(source) is not None and name is None:
             target = flat(source)
             lines.append(f"from . import {target}" + (f" as {bound}\n" if bound != target else "\n"))
         else:
-            of.setdefault(source, []).append(name if name == bound else f"{name} as {bound}")
+            of.setdefault(source, []).append(name if name == bound and name not in passed_on else f"{name} as {bound}")
     for source, parts in of.items():
         module = f".{flat(source)}" if where(source) is not None else source
         lines += [_from(module, [part]) for part in parts if " as " in part]

@@ -27,6 +27,7 @@ class Shaken:
 
     Attributes:
         modules: those that something is needed of.
+        asked: (module, name) that the dispatcher asks a module for, which may have imported it only.
     """
 
     def __init__(self, read: Callable[[str], Module], roots: Iterable[str], dropped: Iterable[str] = ()):
@@ -34,6 +35,7 @@ class Shaken:
         self.modules: dict[str, Module] = {}
         self.defined: set[tuple[str, str]] = set()
         self.members: set[tuple[str, str, str]] = set()
+        self.asked: set[tuple[str, str]] = set()
         self._names: set[str] = set()
         self._prefixes: tuple[str, ...] = ()
         self._classes: list[tuple[Module, ast.ClassDef]] = []
@@ -154,6 +156,7 @@ class Shaken:
         op = call.args[0].value
         for file, names in (("reference", [op]), ("triton_kernel", [op, "unavailable", "obstacle"])):
             for name in names:
+                self.asked.add((f"{OPS}.{op}.{file}", name))
                 self.define(f"{OPS}.{op}.{file}", name)
 
 
