@@ -31,6 +31,7 @@ from hf_kvcache.attention.interface import kv_attention, kv_mask
 from hf_kvcache.calibration import observe
 from hf_kvcache.codecs.basis import Basis, Moments, by_group
 from hf_kvcache.rope import rotate
+from hf_kvcache.trainers.processes import refuse_fsdp
 
 IMPLEMENTATION = "hf_kvcache_projected"  # private: only the model that is being trained is loaded with it
 RANK_STEP = 16
@@ -400,6 +401,7 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
         eval_ranks=texts.eval_ranks,
         head_dim=next(iter(attentions.values())).head_dim,
     )
+    refuse_fsdp(trainer)
     before = trainer.evaluate()
     # the Trainer shows, and keeps, nothing that is logged before it trains
     print(json.dumps({"before": before}), flush=True)

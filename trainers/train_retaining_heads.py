@@ -49,6 +49,7 @@ from hf_kvcache.calibration.judging import TARGETS, Text, judge
 from hf_kvcache.calibration.prompts import Arrange, request_to_repeat
 from hf_kvcache.calibration.synthetic import Synthetic
 from hf_kvcache.models import embedded_model, embedded_prose
+from hf_kvcache.trainers.processes import refuse_fsdp
 
 JUDGED_BY = {"answer_max": "answer", "causal": "prompt", "reconstruction": "repeat"}
 
@@ -306,6 +307,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         data_collator=lambda batch: dict(vars(arrange(batch))),
         callbacks=[ClipValue(trained.parameters(), optimisation.clip_value)],
     )
+    refuse_fsdp(trainer)
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=optimisation.resume)
     seconds = round(time.monotonic() - start, 1)
