@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import ARCHITECTURES, SIZES, new_model
-from sharded import JOBS, RETROFITS, answers
-from tiny_heads import heads_of
-from transformers import AutoModelForCausalLM, LlamaConfig
+from cases import SIZES, new_model
+from parallel_models import save_models
+from sharded import JOBS, answers
+from transformers import LlamaConfig
 
-from hf_kvcache import dmc
-from hf_kvcache.dmc import Settings, retrofit, retrofits
 from hf_kvcache.shards import shard_of
 
 ONE_BY_ONE = [name for name in JOBS if name not in ("saved", "spanning")]
@@ -20,29 +18,7 @@ ONE_BY_ONE = [name for name in JOBS if name not in ("saved", "spanning")]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """All models that jobs name, in a folder."""
-    folder = tmp_path_factory.mktemp("models")
-    for arch in ("llama", "qwen3", "gemma2", "phi3"):
-        new_model(ARCHITECTURES[arch](), "sdpa" if arch != "gemma2" else "eager").save_pretrained(folder / arch)
-    four = LlamaConfig(**SIZES | dict(num_attention_heads=8, num_key_value_heads=4))
-    new_model(four, "sdpa").save_pretrained(folder / "four-heads")
-    for arch in ("llama", "qwen3"):
-        model = AutoModelForCausalLM.from_pretrained(folder / arch, dtype=torch.float32)
-        heads_of(model).save(folder / f"heads-{arch}", model)
-    for name, knobs in RETROFITS.items():
-        model = retrofitted(new_model(LlamaConfig(**SIZES), "sdpa"), Settings(offset=0.5, scale=5.0, **knobs))
-        dmc.save(model, folder / name)
-    return folder
-
-
-def retrofitted(model, settings):
-    retrofit(model, settings)
-    generator = torch.Generator().manual_seed(1)
-    for child in retrofits(model).values():
-        for rows in child.rows():
-            if rows is not None:
-                rows.data = torch.randn(rows.shape, generator=generator) * 0.2
-    return model
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -254,6 +254,19 @@ def test_beside_the_library(repositories, inputs, name):
     assert ours.sequences.tolist() == before == expected(name, "float32", inputs)[0]
 
 
+@pytest.mark.parametrize("name", ["palu", "locret", "dmc"])
+def test_layers_on_disk(repositories, inputs, tmp_path, name):
+    # accelerate brings weights for the call of the module that has them
+    where = {"model.layers.3": "disk"} | dict.fromkeys(
+        ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head", *(f"model.layers.{i}" for i in range(3))),
+        "cpu",
+    )
+    more = dict(trust_remote_code=True, dtype=torch.float32, device_map=where, offload_folder=tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(repositories / name, **more)
+    out = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert out.tolist() == expected(name, "float32", inputs)[0]
+
+
 def test_what_is_missing_is_named(repositories, tmp_path):
     broken = shutil.copytree(repositories / "palu", tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")

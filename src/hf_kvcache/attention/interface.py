@@ -67,7 +67,8 @@ def _pass_through(stock, fuses):
     def attention(module, query, key, value, attention_mask, **kwargs):
         if isinstance(key, KVView):
             return _attend(stock, module, query, key, attention_mask, fuses=fuses, **kwargs)
-        if (retrofit := attached_retrofit(module)) is not None:
+        # what another copy of this code has for a view is that one's business
+        if isinstance(key, torch.Tensor) and (retrofit := attached_retrofit(module)) is not None:
             if retrofit.compresses:
                 return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, fuses=fuses, **kwargs)
             query = compacted.without_channel(module, query, retrofit)

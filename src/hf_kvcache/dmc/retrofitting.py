@@ -43,6 +43,10 @@ class Retrofit(nn.Module):
         self.hooks = Hooks(self)
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # a call, so that weights that are kept elsewhere (`device_map`) are brought for it
+        return self()
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.decision, self.importance
 
     @property

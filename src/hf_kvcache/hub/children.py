@@ -32,12 +32,17 @@ class BasisChild(nn.Module):
 
     def basis(self, side: str) -> Basis | None:
         """Of keys ("k") or values ("v"), or None; the same object every time, so that caches share what they place."""
-        tensors = {part: getattr(self, f"{side}_{part}", None) for part in ("down", "up", "mean")}
-        if tensors["down"] is None:
+        held, made = getattr(self, f"{side}_down", None), self._made.get(side)
+        if held is None:
             return None
-        if side not in self._made or self._made[side].down.data_ptr() != tensors["down"].data_ptr():
-            self._made[side] = Basis(**{part: None if t is None else t.detach() for part, t in tensors.items()})
+        if made is None or not (held.is_meta or held.data_ptr() == made.down.data_ptr()):
+            tensors = self()
+            self._made[side] = Basis(*(tensors.get(f"{side}_{part}") for part in ("down", "up", "mean")))
         return self._made[side]
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        """The tensors: a call, so that weights that are kept elsewhere (`device_map`) are brought for it."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     def __getstate__(self):
         # what is derived from the parameters need not be copied or pickled
@@ -66,9 +71,14 @@ class HeadsChild(nn.Module):
     def scores(self) -> torch.Tensor:
         """How much later tokens will look at every token of the current call, float32 `[B, Hkv, S]`."""
         parts, shard = self._capture.parts_of_all_heads(self.fc1.shape[1])
-        fc1, fc2 = self.fc1.to(parts[0]), shard.own(self.fc2, 0)
+        fc1, fc2 = self()
+        fc1, fc2 = fc1.to(parts[0]), shard.own(fc2, 0)
         blocks = zip(*(part.split(_BLOCK, 1) for part in parts))
         return torch.cat([score(torch.cat(block, -1), fc1, fc2, self.activation) for block in blocks], -1)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both weights: a call, see `BasisChild`."""
+        return self.fc1, self.fc2
 
     def _before(self, attention: nn.Module, args) -> None:
         self._capture.watch(attention, self._sources)
