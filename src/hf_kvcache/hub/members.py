@@ -59,7 +59,7 @@ class Members:
 
 
 def receiver(node: ast.Attribute) -> str | None:
-    """"self" or "super" where an attribute is asked of it."""
+    """ "self" or "super" where an attribute is asked of it."""
     value = node.value
     if isinstance(value, ast.Name) and value.id == "self":
         return "self"

@@ -7,12 +7,13 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from hf_kvcache.hub.fold import does_nothing
+from hf_kvcache.hub.fold import Trivial, does_nothing, returned
 from hf_kvcache.hub.library import Module, where
 from hf_kvcache.hub.members import Members, receiver
 
 OPS = "hf_kvcache.kernels"
-_ASKS = ("isinstance", "issubclass")
+# functions that look at classes, and the place of these among the arguments
+_ASKS = {"isinstance": 1, "issubclass": 1, "_subclasses": 0}
 
 
 class Shaken:
@@ -23,7 +24,7 @@ class Shaken:
 
     Args:
         read: gives a `Module` by its name.
-        roots: "module:name", or "module:Class.member".
+        roots: "module:name", or "module:Class.member", which does not say that there are instances of that very class.
         dropped: the same, of what is not to be followed.
 
     Attributes:
@@ -40,7 +41,7 @@ class Shaken:
         self._work: list[tuple[Module, ast.AST]] = []
         for root in roots:
             module, _, path = root.partition(":")
-            self.define(module, path.partition(".")[0], is_made=True)
+            self.define(module, path.partition(".")[0], is_made="." not in path)
             self._used.names.update(path.split(".")[1:])
         self._run()
 
@@ -56,6 +57,33 @@ class Shaken:
                 is_idle = does_nothing(statement) and not self._used.is_foreign(kind, name)
                 (nothing if is_idle else something).add(name)
         return nothing - something
+
+    def trivial(self) -> Trivial:
+        """Functions and methods that return a constant or their only argument, whichever of that name is meant."""
+        found: dict[str, list[ast.expr | None]] = {}
+        same: dict[str, list[bool]] = {}
+        for module, of, statement in self.functions():
+            value, name = returned(statement), statement.name
+            is_method = of is not None
+            own = [arg.arg for arg in statement.args.args[is_method:]]
+            is_same = isinstance(value, ast.Name) and own == [value.id] and not _takes_more(statement.args)
+            same.setdefault(name, []).append(is_same and not name.startswith("__"))
+            is_constant = isinstance(value, ast.Constant) and not is_method
+            found.setdefault(name, []).append(value if is_constant else None)
+        values = {n: v[0].value for n, v in found.items() if len(v) == 1 and v[0] is not None}
+        return Trivial(values, frozenset(name for name, all_same in same.items() if all(all_same)))
+
+    def functions(self) -> Iterator[tuple[Module, ast.ClassDef | None, ast.FunctionDef]]:
+        """All that are reached, and the classes that they are in."""
+        for name, module in self.modules.items():
+            for statement in module.text.tree.body:
+                if isinstance(statement, ast.FunctionDef) and (name, statement.name) in self.defined:
+                    yield module, None, statement
+        for module, cls in self._classes:
+            for statement in cls.body:
+                name = getattr(statement, "name", None)
+                if isinstance(statement, ast.FunctionDef) and (module.name, cls.name, name) in self.members:
+                    yield module, cls, statement
 
     # -- reaching ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +167,8 @@ class Shaken:
         passive = _passive(node)
         for child in _evaluated(node):
             if isinstance(child, ast.Name):
-                if child.id in module.units or child.id in module.imports:
+                is_read = not isinstance(child.ctx, ast.Store)
+                if is_read and (child.id in module.units or child.id in module.imports):
                     self.define(module.name, child.id, id(child) not in passive)
             elif isinstance(child, ast.Attribute):
                 of = child.value.id if isinstance(child.value, ast.Name) else None
@@ -186,6 +215,11 @@ def _targets(statement: ast.stmt) -> set[str]:
     return {target.id} if isinstance(statement, ast.AugAssign) and isinstance(target, ast.Name) else set()
 
 
+def _takes_more(args: ast.arguments) -> bool:
+    """Whether arguments can be given in another way than one after the other."""
+    return bool(args.vararg or args.kwarg or args.kwonlyargs or args.defaults)
+
+
 def _is_typing(statement: ast.stmt) -> bool:
     return (
         isinstance(statement, ast.If) and isinstance(statement.test, ast.Name) and statement.test.id == "TYPE_CHECKING"
@@ -201,7 +235,7 @@ def _passive(node: ast.AST) -> set[int]:
     found = set()
     for child in ast.walk(node):
         if isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id in _ASKS:
-            found |= {id(inner) for inner in ast.walk(child.args[1])}
+            found |= {id(inner) for inner in ast.walk(child.args[_ASKS[child.func.id]])}
         elif isinstance(child, ast.Attribute) and child.attr == "__subclasses__":
             found.add(id(child.value))
         elif isinstance(child, ast.Attribute) and receiver(child) is not None:

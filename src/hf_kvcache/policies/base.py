@@ -30,6 +30,7 @@ class Policy:
         takes_budget: "yes", "no", or "maybe" where a budget is only an upper bound.
         folds: whether `fold` changes rows, which have to be dense for that.
         waits: whether a prompt is only evicted from when its next chunk, or the first decoding step, has come.
+        decides: whether the model says what stays, see `Learned`.
     """
 
     budget: int | None = None
@@ -47,6 +48,7 @@ class Policy:
     takes_budget: ClassVar[str] = "yes"
     folds: ClassVar[bool] = False
     waits: ClassVar[bool] = False
+    decides: ClassVar[bool] = False
 
     def __post_init__(self):
         name = type(self).__name__
