@@ -81,12 +81,12 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
 
 
 def _refuse_ambiguous(recipe: Recipe, shaken: Shaken) -> None:
-    """Calls are left out by name, so nothing else of that name may be in use."""
-    meant = {path.rpartition(".")[2].rpartition(":")[2]: path for path in recipe.absent}
-    for module, cls, function in shaken.functions():
-        if function.name in meant:
-            of = "" if cls is None else f"{cls.name}."
-            raise ValueError(f"{meant[function.name]} is absent, {module.name}:{of}{function.name} is not")
+    """Calls are left out by name, so nothing else that there is may have it."""
+    meant = {path.rpartition(":")[2].rpartition(".")[2]: path for path in recipe.absent}
+    for path in shaken.functions():
+        name = path.rpartition(":")[2].rpartition(".")[2]
+        if path not in recipe.absent and name in meant:
+            raise ValueError(f"{meant[name]} is to be absent, and {path} would be, too")
 
 
 def _read(facts: Mapping[str, Any], absent: set[str], trivial: Trivial, name: str) -> Module:
@@ -169,9 +169,8 @@ class _Flat:
 
     def _imports(self, text: Text) -> list[Edit]:
         """The imports that are left, in the order that linters ask for; ours are relative."""
-        used = {
-            node.id for node in ast.walk(text.tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-        }
+        names = [node for node in ast.walk(text.tree) if isinstance(node, ast.Name)]
+        used = {name.id for name in names if isinstance(name.ctx, ast.Load)}
         edits, lines, first = [], [], None
         for statement in ast.walk(text.tree):
             if not isinstance(statement, (ast.Import, ast.ImportFrom)):

@@ -313,9 +313,11 @@ def _compared(op: ast.cmpop, left: Any, right: Any) -> Any:
     if UNKNOWN in (left, right) or type(op) not in _COMPARE:
         return UNKNOWN
     if SOMETHING in (left, right):
-        # it is not None, and nothing else is known of it
-        is_of_none = None in (left, right) and isinstance(op, (ast.Is, ast.IsNot))
-        return isinstance(op, ast.IsNot) if is_of_none else UNKNOWN
+        # it is true, and nothing else is known of it
+        other = right if left is SOMETHING else left
+        if other or not isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq)):
+            return UNKNOWN
+        return isinstance(op, (ast.IsNot, ast.NotEq))
     return _COMPARE[type(op)](left, right)
 
 
@@ -353,6 +355,18 @@ def does_nothing(node: ast.AST) -> bool:
     body = node.body[ast.get_docstring(node) is not None :]
     return bool(body) and all(
         isinstance(s, ast.Pass) or (isinstance(s, ast.Return) and _is_none(s.value)) for s in body
+    )
+
+
+def only_checks(node: ast.FunctionDef) -> bool:
+    """Whether a `__post_init__` does nothing but refuse values, which were fit when a repository was made of them."""
+    does = (ast.Attribute, ast.Subscript)
+    return node.name == "__post_init__" and not any(
+        isinstance(inner, ast.Expr)
+        and isinstance(inner.value, ast.Call)
+        or isinstance(inner, does)
+        and not isinstance(inner.ctx, ast.Load)
+        for inner in ast.walk(node)
     )
 
 

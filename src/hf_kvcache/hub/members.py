@@ -28,7 +28,8 @@ class Members:
     def enter(self, kind: type, statement: ast.stmt) -> None:
         """Note what a statement in the body of a class asks of `self` and of `super()`."""
         for node in ast.walk(statement):
-            if isinstance(node, ast.Attribute) and (of := receiver(node)) is not None:
+            is_read = isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store)
+            if is_read and (of := receiver(node)) is not None:
                 (self._on_self if of == "self" else self._on_super).add((kind, node.attr))
 
     def reach(self, kind: type, name: str) -> bool:
@@ -39,12 +40,19 @@ class Members:
                 continue
             if self._is_asked(made, name) and _first(order, name) is kind:
                 return True
-            if any(
-                asked == name and above in order and _first(order[order.index(above) + 1 :], name) is kind
-                for above, asked in self._on_super
-            ):
+            if self._is_above(order, kind, name):
                 return True
         return False
+
+    def is_super(self, kind: type, name: str) -> bool:
+        """Whether `super()` finds this member in this very class."""
+        return any(self._is_above(made.__mro__, kind, name) for made in self.made)
+
+    def _is_above(self, order: tuple[type, ...], kind: type, name: str) -> bool:
+        return any(
+            asked == name and below in order and _first(order[order.index(below) + 1 :], name) is kind
+            for below, asked in self._on_super
+        )
 
     def is_foreign(self, kind: type, name: str) -> bool:
         """Whether a class that is not ours has it, too: transformers and torch will ask for it."""

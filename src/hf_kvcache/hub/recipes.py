@@ -47,6 +47,7 @@ _LEFT_OUT = (
     "kernels.lowrank_attention:check_latents",
     "kernels.ragged_attention:check_pages",
     "kernels.quant_attention:_check_packed",
+    "kernels.quant_pack:check_packing",
     "kernels.sparse_attention:_check_rows",
 )
 
@@ -69,7 +70,6 @@ DROPPED = (f"{_P}codecs.base:Codec.__rshift__",) + tuple(
 
 # a store in pages only has no dense window that rows could come from or go to
 _NOT_LEARNED = (
-    f"{_P}policies.base:Policy.__post_init__",
     *(f"{_P}stores.uniform:UniformStore.{name}" for name in ("append", "crop", "newest_queries")),
     *(f"{_P}stores.ragged:RaggedStore.{name}" for name in ("keep", "_to_pages", "_unpack")),
     f"{_P}stores.buffer:RowBuffer.append",
@@ -138,9 +138,8 @@ def _of_model(config, facts: dict, absent: list[str]) -> list[str]:
 def _of_retrofit(values: dict, facts: dict) -> tuple[str, ...]:
     """The model decides, always in the same way, and is not trained any more; returns what its cache does without."""
     settings = Settings.from_dict(values)
-    facts |= {
-        f".{name}": getattr(settings, name) for name in ("merges", "ablates", "decision", "zero_after_rope", "per")
-    }
+    known = ("merges", "ablates", "decision", "zero_after_rope", "per")
+    facts |= {f".{name}": getattr(settings, name) for name in known}
     facts |= {"window": settings.window, ".method": settings.method}
     facts |= {"trains": False, "is_relaxed": False, ".noise": None, ".compresses": True, ".fade": 0.0, "noise": None}
     return _NOT_LEARNED
@@ -173,8 +172,8 @@ def _of_codecs(cache: KVCache, parts: list, facts: dict, absent: list[str]) -> N
     """What codecs of these kinds never ask for."""
     codecs = [part for part in parts if isinstance(part, Codec)]
     needs = frozenset().union(*(codec.needs for codec in codecs))
-    sides = [codec for pair in (cache.codec, cache.edge_codec) for codec in pair or ()]
-    formats = {codec.format for codec in sides}
+    pairs = [pair for pair in (cache.codec, cache.edge_codec) if pair is not None]
+    formats = {codec.format for pair in pairs for codec in pair}
     if not any(isinstance(codec, Chain) for codec in codecs):
         absent.append("codecs.base:Chain")
     if all(codec.share_layers == 1 for codec in codecs):
@@ -196,16 +195,17 @@ def _of_codecs(cache: KVCache, parts: list, facts: dict, absent: list[str]) -> N
     if cache.exact_prefill:
         facts["exact_prefill"] = True
         absent.append("layer:KVLayer.project_new")
-    for op, kinds in {"integers": ("int",), "lowrank": ("lowrank",), "sparse": ("sparse",)}.items():
+    for op, kinds in {"integers": ("int",), "lowrank": ("lowrank",), "sparse_rows": ("sparse",)}.items():
         if not any(fmt.startswith(kinds) for fmt in formats):
             absent.append(f"attention.fused:attend_{op}")
     if not any(getattr(codec, "rotate", False) for codec in codecs):
         facts[".rotate"] = False
-    _of_kernels(formats, codecs, facts)
+    _of_kernels(pairs, codecs, facts)
 
 
-def _of_kernels(formats: set[str], codecs: list[Codec], facts: dict) -> None:
+def _of_kernels(pairs: list, codecs: list[Codec], facts: dict) -> None:
     """What kernels are compiled for."""
+    formats = {codec.format for pair in pairs for codec in pair}
     if not formats:
         # rows of pages are as the model made them
         facts |= {".places": None, ".format": "dense", "FORM": "plain", "K_FORM": "plain", "V_FORM": "plain"}
@@ -215,12 +215,21 @@ def _of_kernels(formats: set[str], codecs: list[Codec], facts: dict) -> None:
         facts |= {".bits": None, "BITS": 0, "K_BITS": 0, "V_BITS": 0, "GROUPS": 0, "K_GROUPS": 0, "V_GROUPS": 0}
     elif len(bits) == 1 and is_integer == {True}:
         facts |= dict.fromkeys((".bits", "BITS", "K_BITS", "V_BITS"), bits.pop())
+    axes = {codec.axis for codec in codecs if hasattr(codec, "axis")}
+    if len(axes) == 1:
+        facts |= dict.fromkeys((".axis", "axis"), axis := axes.pop())
+        facts |= dict.fromkeys(("BY_CHANNEL", "by_channel"), axis == "channel")
+    key_formats = {pair[0].format for pair in pairs}
+    if formats <= {"int", "int/channel"} and len(key_formats) == 1:
+        is_by_channel = key_formats == {"int/channel"}
+        facts |= {"key_axis": "channel" if is_by_channel else "token", "K_GROUPS": 0 if is_by_channel else SOMETHING}
 
 
 def _of_bases(adapter: dict, codecs: list, facts: dict, absent: list[str]) -> None:
     """Latents in bases that the model brings, so that none is ever fitted."""
     facts |= dict(is_unfitted=False, is_owned=False, bases=None)
-    absent += ["stores.uniform:UniformStore.fit", "codecs.lowrank:LowRank.fitted", "compat:_probe"]
+    absent += ["stores.uniform:UniformStore.fit", "compat:_probe"]
+    absent += [f"codecs.{path}.fitted" for path in ("base:Codec", "base:Chain", "lowrank:LowRank")]
     if not any(codec.mix for codec in codecs):
         facts["is_mixed"] = False
     if not adapter["rotary"]:

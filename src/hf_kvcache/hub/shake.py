@@ -6,8 +6,9 @@ import ast
 import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from hf_kvcache.hub.fold import Trivial, does_nothing, returned
+from hf_kvcache.hub.fold import Trivial, does_nothing, only_checks, returned
 from hf_kvcache.hub.library import Module, where
 from hf_kvcache.hub.members import Members, receiver
 
@@ -19,8 +20,8 @@ _ASKS = {"isinstance": 1, "issubclass": 1, "_subclasses": 0}
 class Shaken:
     """What can be reached from some definitions: `defined` (module, name), `members` (module, class, name).
 
-    A member is reached when its name is used on something (see `Members`): a common name keeps more than is needed. What
-    others call on mixins, and on layers of ours that their base class does not have, must be among the roots.
+    A member is reached when its name is used on something (see `Members`): a common name keeps more than is needed.
+    What others call on mixins, and on layers of ours that their base class does not have, must be among the roots.
 
     Args:
         read: gives a `Module` by its name.
@@ -60,30 +61,33 @@ class Shaken:
 
     def trivial(self) -> Trivial:
         """Functions and methods that return a constant or their only argument, whichever of that name is meant."""
-        found: dict[str, list[ast.expr | None]] = {}
+        values: dict[str, Any] = {}
+        found: dict[str, list[ast.FunctionDef]] = {}
         same: dict[str, list[bool]] = {}
-        for module, of, statement in self.functions():
-            value, name = returned(statement), statement.name
-            is_method = of is not None
-            own = [arg.arg for arg in statement.args.args[is_method:]]
-            is_same = isinstance(value, ast.Name) and own == [value.id] and not _takes_more(statement.args)
-            same.setdefault(name, []).append(is_same and not name.startswith("__"))
-            is_constant = isinstance(value, ast.Constant) and not is_method
-            found.setdefault(name, []).append(value if is_constant else None)
-        values = {n: v[0].value for n, v in found.items() if len(v) == 1 and v[0] is not None}
+        for path, function in self.functions().items():
+            module, _, inner = path.partition(":")
+            cls, _, name = inner.rpartition(".")
+            if (module, cls, name) not in self.members and (module, name) not in self.defined:
+                continue
+            value = returned(function)
+            own = [arg.arg for arg in function.args.args[bool(cls) :]]
+            is_same = isinstance(value, ast.Name) and own == [value.id] and not _takes_more(function.args)
+            same.setdefault(name, []).append(is_same)
+            found.setdefault(name, []).append(function)
+            if isinstance(value, ast.Constant) and not cls:
+                values[name] = value.value
+        values = {name: value for name, value in values.items() if len(found[name]) == 1}
         return Trivial(values, frozenset(name for name, all_same in same.items() if all(all_same)))
 
-    def functions(self) -> Iterator[tuple[Module, ast.ClassDef | None, ast.FunctionDef]]:
-        """All that are reached, and the classes that they are in."""
+    def functions(self) -> dict[str, ast.FunctionDef]:
+        """Those of all modules, and the methods of classes that are needed, as "module:name" or "module:Class.name"."""
+        found = {}
         for name, module in self.modules.items():
-            for statement in module.text.tree.body:
-                if isinstance(statement, ast.FunctionDef) and (name, statement.name) in self.defined:
-                    yield module, None, statement
+            found |= {f"{name}:{s.name}": s for s in module.text.tree.body if isinstance(s, ast.FunctionDef)}
         for module, cls in self._classes:
-            for statement in cls.body:
-                name = getattr(statement, "name", None)
-                if isinstance(statement, ast.FunctionDef) and (module.name, cls.name, name) in self.members:
-                    yield module, cls, statement
+            of = f"{module.name}:{cls.name}"
+            found |= {f"{of}.{s.name}": s for s in cls.body if isinstance(s, ast.FunctionDef)}
+        return found
 
     # -- reaching ----------------------------------------------------------------------------------------------------
 
@@ -155,7 +159,8 @@ class Shaken:
         if key in self.members or f"{module.name}:{cls.name}.{name}" in self._dropped:
             return False
         if isinstance(statement, ast.FunctionDef):
-            if not self._used.reach(_runtime(module.name, cls.name), name):
+            kind = _runtime(module.name, cls.name)
+            if not self._used.reach(kind, name) or (only_checks(statement) and not self._used.is_super(kind, name)):
                 return False
         elif isinstance(statement, ast.Expr):
             return False
@@ -173,7 +178,7 @@ class Shaken:
             elif isinstance(child, ast.Attribute):
                 of = child.value.id if isinstance(child.value, ast.Name) else None
                 is_module = of in module.imports and module.imports[of][1] is None
-                if not is_module and id(child) not in passive:
+                if not is_module and id(child) not in passive and not isinstance(child.ctx, ast.Store):
                     self._used.names.add(child.attr)
                 elif is_module and module.is_ours(of):
                     self.define(module.imports[of][0], child.attr, id(child) not in passive)
