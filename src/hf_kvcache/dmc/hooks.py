@@ -168,7 +168,8 @@ class Hooks:
         self.call = Call(settings, layer, is_real, owner.training)
         if owner.training and (layer is not None or not self.trains):
             raise RuntimeError(
-                "relaxed decisions are for training, without a cache and by hf_kvcache itself; call model.eval()"
+                "relaxed decisions are for training, without a cache, which takes hf_kvcache itself; "
+                "call model.eval() to generate"
             )
         if settings.decision != "borrowed":
             decision, importance = (None if w is None else self._project(hidden, w) for w in owner.rows())

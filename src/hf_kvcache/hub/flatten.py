@@ -293,7 +293,7 @@ def brief(text: Text) -> list[Edit]:
     """First paragraphs of docstrings: what arguments are is told where the library is documented."""
     edits = []
     for node in ast.walk(text.tree):
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or ast.get_docstring(node) is None:
+        if not isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) or ast.get_docstring(node) is None:
             continue
         doc = node.body[0]
         whole = text.of(doc)

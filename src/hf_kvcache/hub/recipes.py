@@ -46,6 +46,8 @@ _LEFT_OUT = (
     "kernels.dense_attention:check_operands",
     "kernels.lowrank_attention:check_latents",
     "kernels.ragged_attention:check_pages",
+    "kernels.slot_step:check_slots",
+    "kernels.slot_step:check_places",
     "kernels.quant_attention:_check_packed",
     "kernels.quant_pack:check_packing",
     "kernels.sparse_attention:_check_rows",
@@ -66,13 +68,12 @@ ROOTS = (
 DROPPED = (f"{_P}codecs.base:Codec.__rshift__",) + tuple(
     f"{_CACHE}{name}" for name in ("save", "load", "check_model", "expect", "fingerprint")
 )
-
-
 # a store in pages only has no dense window that rows could come from or go to
 _NOT_LEARNED = (
     *(f"{_P}stores.uniform:UniformStore.{name}" for name in ("append", "crop", "newest_queries")),
     *(f"{_P}stores.ragged:RaggedStore.{name}" for name in ("keep", "_to_pages", "_unpack")),
     f"{_P}stores.buffer:RowBuffer.append",
+    *(f"{_P}view:KVView.{name}" for name in ("memory", "positions", "queries", "scaling", "softcap")),
 )
 
 
@@ -150,7 +151,7 @@ def _of_policy(cache: KVCache, facts: dict, absent: list[str]) -> None:
     if cache.policy is None:
         facts |= _NO_POLICY
         absent += ["policies.base:Policy", "policies.base:policy_from_spec", "layer:KVLayer.note_padding"]
-        absent += ["layer:KVLayer._asks_to_evict", "cache:KVCache._check_policy"]
+        absent += ["layer:KVLayer._asks_to_evict"]
     else:
         facts |= dict(policy=SOMETHING, _policy=SOMETHING)
         kinds = [part for part in _parts(cache) if isinstance(part, Policy)]
@@ -208,7 +209,8 @@ def _of_kernels(pairs: list, codecs: list[Codec], facts: dict) -> None:
     formats = {codec.format for pair in pairs for codec in pair}
     if not formats:
         # rows of pages are as the model made them
-        facts |= {".places": None, ".format": "dense", "FORM": "plain", "K_FORM": "plain", "V_FORM": "plain"}
+        facts |= {".places": None, ".format": "dense", "ORDERED": False}
+        facts |= dict.fromkeys(("FORM", "K_FORM", "V_FORM"), "plain")
     bits = {codec.bits for codec in codecs if isinstance(codec, Quantize)}
     is_integer = {"int" in fmt for fmt in formats}
     if not bits:
