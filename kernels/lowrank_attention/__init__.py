@@ -81,8 +81,7 @@ def lowrank_attention(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    n_kv_heads = kv_heads(keys, values, expansion)
-    _check(q, keys, values, expansion, mask, n_kv_heads)
+    check_latents(q, keys, values, expansion, mask)
     run = select("lowrank_attention", q.device, (q, keys, values, expansion))
     return run(q, keys, values, expansion, scaling=scaling, mask=mask, softcap=softcap)
 
@@ -92,7 +91,8 @@ def kv_heads(keys: Latents, values: Latents, expansion: KeyExpansion | None) -> 
     return max(keys.rows.shape[1], values.rows.shape[1]) if expansion is None else expansion.up.shape[0]
 
 
-def _check(q, keys, values, expansion, mask, n_kv_heads):
+def check_latents(q, keys, values, expansion, mask):
+    n_kv_heads = kv_heads(keys, values, expansion)
     B, n_heads, S, width = q.shape
     N = keys.rows.shape[2]
     if n_heads % n_kv_heads:

@@ -33,7 +33,7 @@ def quant_pack(
     Raises:
         ValueError: bits, axis, group size or shape do not fit.
     """
-    check_format(bits, axis, group_size, x.shape[-1])
+    check_packing(bits, axis, group_size, x.shape[-1])
     if axis == "channel" and x.shape[2] % group_size:
         raise ValueError(f"{x.shape[2]} rows are not a whole number of blocks of {group_size}")
     run = select("quant_pack", x.device, (x, bits, axis, group_size))
@@ -53,7 +53,7 @@ def quant_unpack(
     return reference.quant_unpack(codes, scale, zero, bits=bits, axis=axis, dtype=dtype)
 
 
-def check_format(bits: int, axis: str, group_size: int, head_dim: int) -> None:
+def check_packing(bits: int, axis: str, group_size: int, head_dim: int) -> None:
     """Raise ValueError unless rows of `head_dim` channels can be packed this way."""
     if bits not in reference.PLANES:
         raise ValueError(f"bits={bits} is not one of {', '.join(map(str, sorted(reference.PLANES)))}")

@@ -42,12 +42,12 @@ def ragged_attention(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    _check(q, keys, values, table, lengths)
+    check_pages(q, keys, values, table, lengths)
     run = select("ragged_attention", q.device, (q, keys, values))
     return run(q, keys, values, table, lengths, scaling=scaling, softcap=softcap)
 
 
-def _check(q, keys, values, table, lengths):
+def check_pages(q, keys, values, table, lengths):
     if q.dim() != 4 or lengths.dim() != 2 or q.shape[0] != lengths.shape[0] or q.shape[1] % lengths.shape[1]:
         raise ValueError(f"q {list(q.shape)} and lengths {list(lengths.shape)} must be [B, Hq, S, D] and [B, Hkv]")
     if table.dim() != 3 or table.shape[:2] != lengths.shape or {table.dtype, lengths.dtype} != {torch.int32}:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.kernels import choose, select
-from hf_kvcache.kernels.slot_step import reference
 
 __all__ = ["place_rows", "slot_step"]
 
@@ -33,7 +32,7 @@ def slot_step(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    _check(alpha, is_real, ring, lengths)
+    check_slots(alpha, is_real, ring, lengths)
     return select("slot_step", alpha.device)(alpha, is_real, ring, lengths, position)
 
 
@@ -62,7 +61,34 @@ def place_rows(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    _check(alpha, is_real, ring, lengths)
+    check_places(k, v, alpha, is_real, ring, lengths, k_pages, v_pages, table)
+    if choose("slot_step", alpha.device).backend == "triton":
+        from hf_kvcache.kernels.slot_step import triton_kernel
+
+        place = triton_kernel.place_rows
+    else:
+        from hf_kvcache.kernels.slot_step import reference
+
+        place = reference.place_rows
+    place(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table)
+
+
+def check_slots(alpha, is_real, ring, lengths):
+    if ring.dim() != 3 or ring.shape[:2] != alpha.shape or lengths.shape != alpha.shape or not ring.shape[2]:
+        raise ValueError(
+            f"alpha {list(alpha.shape)}, ring {list(ring.shape)} and lengths {list(lengths.shape)} must be [B, Hkv], "
+            "[B, Hkv, delay + 1] and [B, Hkv]"
+        )
+    if {ring.dtype, lengths.dtype} != {torch.int32} or alpha.dtype != torch.bool:
+        raise ValueError(f"ring {ring.dtype} and lengths {lengths.dtype} must be int32, alpha {alpha.dtype} bool")
+    if is_real is not None and (is_real.shape != alpha.shape[:1] or is_real.dtype != torch.bool):
+        raise ValueError(
+            f"is_real {is_real.dtype} {list(is_real.shape)} must be bool [B], alpha is {list(alpha.shape)}"
+        )
+
+
+def check_places(k, v, alpha, is_real, ring, lengths, k_pages, v_pages, table):
+    check_slots(alpha, is_real, ring, lengths)
     for name, x, pages in (("k", k, k_pages), ("v", v, v_pages)):
         fits = x.shape[:3] == (*alpha.shape, 1) and pages.shape[1::2] == (1, x.shape[3]) and pages.dtype == x.dtype
         if not fits or not pages.is_contiguous():
@@ -74,25 +100,4 @@ def place_rows(
         raise ValueError(
             f"pages {list(k_pages.shape)} and {list(v_pages.shape)} must be as many, table {table.dtype} "
             f"{list(table.shape)} int32 [B, Hkv, M]"
-        )
-    if choose("slot_step", alpha.device).backend == "triton":
-        from hf_kvcache.kernels.slot_step import triton_kernel
-
-        place = triton_kernel.place_rows
-    else:
-        place = reference.place_rows
-    place(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table)
-
-
-def _check(alpha, is_real, ring, lengths):
-    if ring.dim() != 3 or ring.shape[:2] != alpha.shape or lengths.shape != alpha.shape or not ring.shape[2]:
-        raise ValueError(
-            f"alpha {list(alpha.shape)}, ring {list(ring.shape)} and lengths {list(lengths.shape)} must be [B, Hkv], "
-            "[B, Hkv, delay + 1] and [B, Hkv]"
-        )
-    if {ring.dtype, lengths.dtype} != {torch.int32} or alpha.dtype != torch.bool:
-        raise ValueError(f"ring {ring.dtype} and lengths {lengths.dtype} must be int32, alpha {alpha.dtype} bool")
-    if is_real is not None and (is_real.shape != alpha.shape[:1] or is_real.dtype != torch.bool):
-        raise ValueError(
-            f"is_real {is_real.dtype} {list(is_real.shape)} must be bool [B], alpha is {list(alpha.shape)}"
         )

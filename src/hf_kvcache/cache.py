@@ -15,7 +15,6 @@ from hf_kvcache.codecs.base import ROWS, Codec
 from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import Policy
-from hf_kvcache.policies.learned import Learned
 from hf_kvcache.slots import SlotLayer
 from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import PACK_STEP
@@ -167,7 +166,7 @@ class KVCache(Cache):
             raise ValueError(f"{name} changes rows that stay, which {codecs[0]} has packed; use it without a codec")
         if not self.policy.is_ragged:
             return
-        if isinstance(self.policy, Learned):
+        if self.policy.decides:
             self._check_learned()
         for side in codecs:
             if side.format not in ROWS:
@@ -233,7 +232,7 @@ class KVCache(Cache):
         if stock is not None:
             return stock
         codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
-        kind = SlotLayer if isinstance(self.policy, Learned) else KVLayer
+        kind = SlotLayer if self.policy is not None and self.policy.decides else KVLayer
         layer = kind(
             layer_idx,
             *codec,

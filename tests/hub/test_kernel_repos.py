@@ -24,6 +24,7 @@ from stand_in import serve
 
 import hf_kvcache as kv
 from hf_kvcache.cli import main
+from hf_kvcache.dmc import Settings
 from hf_kvcache.hub.flatten import flatten
 from hf_kvcache.hub.kernel_card import LIMITS
 from hf_kvcache.hub.kernel_repo import VARIANT, WITH, build_kernel, check_built, exports, metadata_of, sources
@@ -121,7 +122,7 @@ def test_files_import_each_other_relatively(built, op):
     allowed = {*sys.stdlib_module_names, "torch", "triton"}
     for file in (built / op / VARIANT).glob("*.py"):
         source = file.read_text()
-        assert source.startswith("# SPDX-License-Identifier: Apache-2.0\n# From hf_kvcache."), file.name
+        assert source.startswith("# SPDX-License-Identifier: Apache-2.0\n# hf_kvcache."), file.name
         for node in ast.walk(ast.parse(source)):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -180,7 +181,7 @@ def test_limits_are_those_of_the_kernels():
 
 def test_exported_models_reach_their_kernels():
     """The dispatcher asks every module whether it can run, and imports it by name."""
-    files = flatten(recipe_of(kv.DMCCache(), "retrofit"), "0")
+    files = flatten(recipe_of(kv.DMCCache(), {"kind": "retrofit", "settings": Settings().to_dict()}), "0")
     assert "import kernels_slot_step_triton_kernel as triton_kernel" in files["kernels_slot_step.py"]
     assert "def place_rows(" in files["kernels_slot_step_triton_kernel.py"]
     asked = {*re.findall(r'(?:select|choose)\("(\w+)"', "".join(files.values()))}

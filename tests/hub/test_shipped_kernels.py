@@ -7,14 +7,15 @@ import sys
 import pytest
 
 import hf_kvcache as kv
+from hf_kvcache.dmc import Settings
 from hf_kvcache.hub.flatten import flatten
 from hf_kvcache.hub.recipes import recipe_of
 
 CACHES = {
     "quant": (kv.QuantCache, None),
     "mustafar": (lambda: kv.SparseCache(0.5), None),
-    "palu4": (lambda: kv.LowRankCache(bits=4), "basis"),
-    "dmc": (kv.DMCCache, "retrofit"),
+    "palu4": (lambda: kv.LowRankCache(bits=4), {"kind": "basis", "rope": "pre", "rotary": 64, "shapes": {}}),
+    "dmc": (kv.DMCCache, {"kind": "retrofit", "settings": Settings().to_dict()}),
 }
 
 IMPORT = """

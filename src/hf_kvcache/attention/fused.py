@@ -84,7 +84,7 @@ def _op(keys: str, values: str):
     if "lowrank" in keys + values and keys.removesuffix(">int") in (*_LATENTS, "lowrank/rope"):
         return attend_lowrank if values.removesuffix(">int") in _LATENTS else None
     if keys in ROWS and values in ROWS and (keys, values) != ("dense", "dense"):
-        return attend_sparse
+        return attend_sparse_rows
     return None
 
 
@@ -105,7 +105,7 @@ def attend_integers(q, store, dense, *, scaling, mask, softcap):
     )
 
 
-def attend_sparse(q, store, dense, *, scaling, mask, softcap):
+def attend_sparse_rows(q, store, dense, *, scaling, mask, softcap):
     """`sparse_attention` over a store of independent rows: sparse, quantised per token, both, or dense on one side."""
     return sparse_attention(
         q,

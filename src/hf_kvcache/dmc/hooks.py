@@ -97,6 +97,8 @@ class Hooks:
         owner: whose they are.
     """
 
+    trains = True  # whether there are relaxed decisions: not in the repository of a model
+
     def __init__(self, owner: Owner):
         self.owner = owner
         self.call: Call | None = None
@@ -168,8 +170,11 @@ class Hooks:
                 layer.refuse_gaps(is_real)
         is_real = None if is_decoded else is_real
         self.call = Call(settings, layer, is_real, owner.training)
-        if layer is not None and owner.training:
-            raise RuntimeError("relaxed decisions are for training, without a cache; call model.eval() to generate")
+        if owner.training and (layer is not None or not self.trains):
+            raise RuntimeError(
+                "relaxed decisions are for training, without a cache, which takes hf_kvcache itself; "
+                "call model.eval() to generate"
+            )
         if settings.decision != "borrowed":
             self._raw = tuple(None if w is None else self._project(hidden, w) for w in owner.rows())
             if not is_sharded(attention):

@@ -37,6 +37,7 @@ from hf_kvcache.adapters.modules import (
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain
 from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.compat import rotary_parameters
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.card import card_of
 from hf_kvcache.hub.flatten import WIDTH, flatten
@@ -176,7 +177,7 @@ def export(
     spec = spec_of(cache)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    files = flatten(recipe_of(cache, None if adapter is None else adapter["kind"]), __version__)
+    files = flatten(recipe_of(cache, adapter, model.config), __version__)
     prefix = family.upper() if len(family) == 3 else family.capitalize()
     names = {
         "base": base.__name__,
@@ -241,7 +242,7 @@ def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
 
     if isinstance(cache.policy, (Learned, Locret)):
         raise ValueError(f"{type(cache.policy).__name__} goes by what a model carries: export that model")
-    files = flatten(recipe_of(cache, is_of_model=False), __version__)
+    files = flatten(recipe_of(cache), __version__)
     imports, mentions, parts = _found(files, cache, {"hub_spec": ["cache_of"]})
     values = {
         "version": __version__,
@@ -318,8 +319,11 @@ def _firsts(pair) -> list:
 
 
 def _basis(found, codecs: dict[str, LowRank]):
-    tensors, shapes, ropes = {}, {}, set()
+    tensors, shapes, ropes, rotary = {}, {}, set(), set()
     for i, attention in found.items():
+        if "k" in codecs and codecs["k"].rope != "post":
+            angles = rotary_parameters(attention.module, attention.head_dim)
+            rotary.add(0 if angles is None else 2 * angles[0].shape[0])
         for side, codec in codecs.items():
             bases = codec.bases
             of = attached_basis(attention.module, side) if bases is None else (bases.of(i, side), bases.rope)
@@ -337,7 +341,10 @@ def _basis(found, codecs: dict[str, LowRank]):
         raise AdapterError(
             "some bases are of rows before RoPE and some of rows after it; a repository carries one kind"
         )
-    return {"kind": "basis", "rope": ropes.pop(), "shapes": shapes}, tensors
+    rope = ropes.pop()
+    # channels that RoPE turns, where all layers are alike
+    turned = rotary.pop() if rope == "pre" and len(rotary) == 1 else None
+    return {"kind": "basis", "rope": rope, "rotary": turned, "shapes": shapes}, tensors
 
 
 def _heads(found):

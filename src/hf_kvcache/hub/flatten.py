@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_kvcache.hub.fold import Edit, Text, fold, unused
+from hf_kvcache.hub.fold import Edit, Text, Trivial, fold
 from hf_kvcache.hub.library import PACKAGE, Module, imported, where
 from hf_kvcache.hub.shake import Shaken
+from hf_kvcache.hub.unused import unused
 
-HEADER = (
-    "# SPDX-License-Identifier: Apache-2.0\n# From {module}, hf_kvcache {version}; made by `hf-kvcache {command}`.\n"
-)
+HEADER = "# SPDX-License-Identifier: Apache-2.0\n# {module} {version}, by `hf-kvcache {command}`\n"
 
 # where the library finds modules by their names
 _BY_NAME = {
@@ -26,14 +25,12 @@ _BY_NAME = {
         "f\"{__name__}_{op}_{'triton_kernel' if backend == 'triton' else backend}\""
     ),
 }
-_SECTION = re.compile(rb"\n\s*(Args|Returns|Raises|Attributes|Class attributes):\n")
+_BANNER = re.compile(r"^ *# -- .*-{8,}\n\n?", re.MULTILINE)
+_FUTURE = "from __future__ import annotations\n\n"
 WIDTH = 120  # of a line
 
 # transformers refuses files that import what is not installed, unless they say that they can do without
-_GUARD = (
-    "except ImportError as error:\n",
-    '    raise ImportError("these kernels need Triton; without it, PyTorch serves") from error\n',
-)
+_GUARD = ("except ImportError:  # PyTorch serves\n", "    raise\n")
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,18 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
         ValueError: nothing is left of a class that is needed.
     """
     absent = {path.partition(":")[2].rpartition(".")[2] for path in recipe.absent}
+    trivial = Trivial()
     while True:
-        shaken = Shaken(functools.partial(_read, recipe.facts, absent), recipe.roots, {*recipe.dropped, *recipe.absent})
-        # what has come to do nothing need not be called
-        more = shaken.idle() - absent
-        if not more:
+        read = functools.partial(_read, recipe.facts, absent, trivial)
+        shaken = Shaken(read, recipe.roots, {*recipe.dropped, *recipe.absent})
+        # what has come to do nothing, or next to nothing, need not be called
+        before, more = trivial, shaken.trivial()
+        idle = shaken.idle() - absent
+        trivial = Trivial({**trivial.values, **more.values}, trivial.same | more.same)
+        if not idle and trivial == before:
             break
-        absent |= more
+        absent |= idle
+    _refuse_ambiguous(recipe, shaken)
     files = {}
     for name, module in shaken.modules.items():
         body = _Flat(module, shaken).source(recipe.is_documented)
@@ -82,8 +84,17 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
     return files
 
 
-def _read(facts: Mapping[str, Any], absent: set[str], name: str) -> Module:
-    return Module(name, fold(where(name).read_text(), facts, absent))
+def _refuse_ambiguous(recipe: Recipe, shaken: Shaken) -> None:
+    """Calls are left out by name, so nothing else that there is may have it."""
+    meant = {path.rpartition(":")[2].rpartition(".")[2]: path for path in recipe.absent}
+    for path in shaken.functions():
+        name = path.rpartition(":")[2].rpartition(".")[2]
+        if path not in recipe.absent and name in meant:
+            raise ValueError(f"{meant[name]} is to be absent, and {path} would be, too")
+
+
+def _read(facts: Mapping[str, Any], absent: set[str], trivial: Trivial, name: str) -> Module:
+    return Module(name, fold(where(name).read_text(), facts, absent, trivial))
 
 
 class _Flat:
@@ -96,8 +107,10 @@ class _Flat:
         text = _apply(self.module.text, self._unneeded())
         text = _apply(text, self._untyped(text))
         text = text if is_documented else _apply(text, brief(text))
-        text = _apply(text, unused(text))
+        while edits := unused(text):
+            text = _apply(text, edits)
         source = _apply(text, self._imports(text)).text.decode()
+        source = _BANNER.sub("", source)
         for old, new in _BY_NAME.items():
             source = source.replace(old, new)
         return _tidy(source)
@@ -124,6 +137,10 @@ class _Flat:
             if name is not None and (self.module.name, cls.name, name) not in self.shaken.members:
                 edits.append(Edit(*at.lines_with_comments(statement), b""))
                 left -= 1
+        for base in cls.bases:
+            # what is abstract of it has been left behind
+            if at.text[at.start(base) - 1 : at.stop(base) + 1] == b"(ABC)":
+                edits.append(Edit(at.start(base) - 1, at.stop(base) + 1, b""))
         if not left:
             raise ValueError(f"nothing is left of {self.module.name}:{cls.name}")
         return edits
@@ -156,7 +173,8 @@ class _Flat:
 
     def _imports(self, text: Text) -> list[Edit]:
         """The imports that are left, in the order that linters ask for; ours are relative."""
-        used = {node.id for node in ast.walk(text.tree) if isinstance(node, ast.Name)}
+        names = [node for node in ast.walk(text.tree) if isinstance(node, ast.Name)]
+        used = {name.id for name in names if isinstance(name.ctx, ast.Load)}
         passed_on = {name for module, name in self.shaken.asked if module == self.module.name} - used
         edits, lines, first = [], [], None
         for statement in ast.walk(text.tree):
@@ -267,19 +285,25 @@ def _tidy(source: str) -> str:
     after = next((s for s in body if s.lineno > ends[-1]), None)
     n_blank = 2 if isinstance(after, (ast.FunctionDef, ast.ClassDef)) else 1
     rest = "".join(lines[ends[-1] :]).strip("\n")
-    return "".join(lines[: ends[-1]]) + ("\n" * n_blank + rest + "\n" if rest else "")
+    source = "".join(lines[: ends[-1]]) + ("\n" * n_blank + rest + "\n" if rest else "")
+    return source if _has_annotations(ast.parse(source)) else source.replace(_FUTURE, "", 1)
+
+
+def _has_annotations(tree: ast.AST) -> bool:
+    nodes = list(ast.walk(tree))
+    return any(getattr(node, "annotation", None) or getattr(node, "returns", None) for node in nodes)
 
 
 def brief(text: Text) -> list[Edit]:
-    """Docstrings without their sections: what arguments are is told where the library is documented."""
+    """First paragraphs of docstrings: what arguments are is told where the library is documented."""
     edits = []
     for node in ast.walk(text.tree):
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or ast.get_docstring(node) is None:
+        if not isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) or ast.get_docstring(node) is None:
             continue
         doc = node.body[0]
         whole = text.of(doc)
-        if (section := _SECTION.search(whole)) is not None:
-            kept = whole[: section.start()].rstrip()
+        if (end := whole.find(b"\n\n")) >= 0:
+            kept = whole[:end].rstrip()
             width = len(kept.rpartition(b"\n")[2]) + (0 if b"\n" in kept else doc.col_offset)
             quotes = b'"""' if width + 3 <= WIDTH else b"\n" + b" " * doc.col_offset + b'"""'
             edits.append(Edit(text.start(doc), text.stop(doc), kept + quotes))

@@ -6,9 +6,17 @@ import ast
 import operator
 from collections.abc import Collection, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 UNKNOWN = object()
+
+
+class Something:
+    """Known to be there, and to be true; not what it is."""
+
+
+SOMETHING = Something()
 
 _COMPARE = {
     ast.Is: operator.is_,
@@ -24,6 +32,9 @@ _COMPARE = {
 }
 
 
+_ASKS_TEXT = ("startswith", "endswith")
+
+
 class Edit(NamedTuple):
     """Bytes `[start, stop)` of a source text, and what comes in their place."""
 
@@ -32,21 +43,34 @@ class Edit(NamedTuple):
     text: bytes
 
 
-def fold(source: str, facts: Mapping[str, Any], absent: Collection[str] = ()) -> str:
+class Trivial(NamedTuple):
+    """Functions whose calls come to something that is known, by name.
+
+    Attributes:
+        values: what they return.
+        same: those that return their only argument.
+    """
+
+    values: Mapping[str, Any] = MappingProxyType({})
+    same: frozenset[str] = frozenset()
+
+
+def fold(source: str, facts: Mapping[str, Any], absent: Collection[str] = (), trivial: Trivial | None = None) -> str:
     """Take out what cannot run.
 
     Args:
         source: a module.
         facts: what names and attributes are, wherever the module reads them: `{"policy": None}` settles
-            `self.policy is None`.
+            `self.policy is None`; ".policy" is about attributes alone, and SOMETHING is neither None nor false.
         absent: names of classes, functions and methods that will not exist: nothing is an instance of them, calls come
             to None, containers go without them, and branches that return them are never taken.
+        trivial: functions whose calls are replaced.
 
     Raises:
         SyntaxError: the source cannot be read.
     """
-    text = source.encode()
-    while (edit := _Search(Text(text), dict(facts), frozenset(absent)).edit()) is not None:
+    text, trivial = source.encode(), Trivial() if trivial is None else trivial
+    while (edit := _Search(Text(text), dict(facts), frozenset(absent), trivial).edit()) is not None:
         text = text[: edit.start] + edit.text + text[edit.stop :]
     return text.decode()
 
@@ -110,11 +134,11 @@ class _Search:
 
     Args:
         at: the text.
-        facts, absent: see `fold`.
+        facts, absent, trivial: see `fold`.
     """
 
-    def __init__(self, at: Text, facts: Mapping[str, Any], absent: frozenset[str]):
-        self.at, self.facts, self.absent = at, facts, absent
+    def __init__(self, at: Text, facts: Mapping[str, Any], absent: frozenset[str], trivial: Trivial):
+        self.at, self.facts, self.absent, self.trivial = at, facts, absent, trivial
         self.tests = at.tests
 
     def edit(self, within: ast.AST | None = None) -> Edit | None:
@@ -122,7 +146,7 @@ class _Search:
         while todo:
             node = todo.pop(0)
             if isinstance(node, ast.FunctionDef) and node is not within:
-                local = _Search(self.at, self.facts | _constants(node), self.absent - _stored(node))
+                local = _Search(self.at, self.facts | _constants(node), self.absent - _stored(node), self.trivial)
                 if (edit := local.edit(node)) is not None:
                     return edit
                 continue
@@ -157,9 +181,14 @@ class _Search:
     def _is_idle(self, statement: ast.stmt) -> bool:
         """Whether a statement does nothing: a call of what is absent, a loop around nothing."""
         if isinstance(statement, ast.For):
-            return all(isinstance(inner, ast.Pass) for inner in statement.body)
+            return self._is_empty(statement.iter) or all(isinstance(inner, ast.Pass) for inner in statement.body)
         call = statement.value if isinstance(statement, ast.Expr) else None
         return isinstance(call, ast.Call) and self._is_absent(call.func)
+
+    def _is_empty(self, node: ast.expr) -> bool:
+        """Whether a loop goes over nothing: `range(0)`, or Triton's `tl.static_range(0)`."""
+        is_range = isinstance(node, ast.Call) and self._name(node.func) in ("range", "static_range")
+        return is_range and len(node.args) == 1 and self.value(node.args[0]) == 0
 
     def _returns_absent(self, body: list[ast.stmt]) -> bool:
         only = body[-1]
@@ -195,8 +224,13 @@ class _Search:
         if isinstance(node, (ast.BoolOp, ast.Compare, ast.UnaryOp, ast.Call)):
             is_number = isinstance(getattr(node, "op", None), (ast.USub, ast.UAdd))
             value = UNKNOWN if is_number else self.value(node, is_test)
-            if value is not UNKNOWN:
-                return self._put(node, repr(value).encode())
+            if value is not UNKNOWN and (is_test or value is not SOMETHING):
+                return self._put(node, repr(True if value is SOMETHING else value).encode())
+        if isinstance(node, ast.Call) and self._name(node.func) in self.trivial.same and len(node.args) == 1:
+            inner = node.args[0]
+            if not node.keywords and not isinstance(inner, ast.Starred):
+                is_atom = isinstance(inner, (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant))
+                return self._put(node, at.of(inner) if is_atom else b"(" + at.of(inner) + b")")
         if isinstance(node, ast.BoolOp):
             # the others say what comes out; the last one is what comes out, unless only its truth counts
             passed = isinstance(node.op, ast.And)
@@ -230,9 +264,12 @@ class _Search:
     def _put(self, node: ast.AST, text: bytes) -> Edit:
         return Edit(self.at.start(node), self.at.stop(node), text)
 
+    @staticmethod
+    def _name(node: ast.AST) -> str | None:
+        return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+
     def _is_absent(self, node: ast.AST) -> bool:
-        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
-        return name in self.absent and isinstance(node.ctx, ast.Load)
+        return self._name(node) in self.absent and isinstance(node.ctx, ast.Load)
 
     def value(self, node: ast.AST, is_test: bool = False) -> Any:
         """What an expression is, or UNKNOWN; where only its truth counts (`is_test`), something as true or false."""
@@ -241,7 +278,7 @@ class _Search:
         if isinstance(node, ast.Name):
             return self.facts.get(node.id, UNKNOWN)
         if isinstance(node, ast.Attribute):
-            return self.facts.get(node.attr, UNKNOWN)
+            return self.facts.get(f".{node.attr}", self.facts.get(node.attr, UNKNOWN))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             value = self.value(node.operand, True)
             return UNKNOWN if value is UNKNOWN else not value
@@ -252,18 +289,36 @@ class _Search:
                 if value is not UNKNOWN and bool(value) is decides and (is_test or UNKNOWN not in values[:i]):
                     return value
             return UNKNOWN if any(value is UNKNOWN for value in values) else values[-1]
-        if isinstance(node, ast.Compare) and len(node.ops) == 1:
-            left, right = self.value(node.left), self.value(node.comparators[0])
-            if left is not UNKNOWN and right is not UNKNOWN and type(node.ops[0]) in _COMPARE:
-                return _COMPARE[type(node.ops[0])](left, right)
+        if isinstance(node, ast.Compare):
+            values = [self.value(x) for x in (node.left, *node.comparators)]
+            found = [_compared(*three) for three in zip(node.ops, values, values[1:])]
+            return False if False in found else UNKNOWN if UNKNOWN in found else True
         if isinstance(node, ast.NamedExpr):
             return self.value(node.value)
         if isinstance(node, ast.Call) and self._is_absent(node.func):
             return None
+        if isinstance(node, ast.Call) and self._name(node.func) in self.trivial.values:
+            return self.trivial.values[self._name(node.func)]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ASKS_TEXT:
+            of, what = (self.value(x) for x in (node.func.value, node.args[0]))
+            return getattr(of, node.func.attr)(what) if isinstance(of, str) and isinstance(what, str) else UNKNOWN
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
             if self._is_absent(node.args[1]):
                 return False
         return UNKNOWN
+
+
+def _compared(op: ast.cmpop, left: Any, right: Any) -> Any:
+    """What a comparison comes to, or UNKNOWN."""
+    if UNKNOWN in (left, right) or type(op) not in _COMPARE:
+        return UNKNOWN
+    if SOMETHING in (left, right):
+        # it is true, and nothing else is known of it
+        other = right if left is SOMETHING else left
+        if other or not isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq)):
+            return UNKNOWN
+        return isinstance(op, (ast.IsNot, ast.NotEq))
+    return _COMPARE[type(op)](left, right)
 
 
 def _stored(function: ast.FunctionDef) -> set[str]:
@@ -278,11 +333,19 @@ def _constants(function: ast.FunctionDef) -> dict[str, Any]:
     stores += [arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)]
     found = {}
     for statement in function.body:
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant):
-            target = statement.targets[0]
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and isinstance(statement.value, ast.Constant):
+            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
             if isinstance(target, ast.Name) and stores.count(target.id) == 1:
                 found[target.id] = statement.value.value
     return found
+
+
+def returned(node: ast.AST) -> ast.expr | None:
+    """What a function returns that does nothing else."""
+    if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+        return None
+    body = node.body[ast.get_docstring(node) is not None :]
+    return body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
 
 
 def does_nothing(node: ast.AST) -> bool:
@@ -295,23 +358,20 @@ def does_nothing(node: ast.AST) -> bool:
     )
 
 
+def only_checks(node: ast.FunctionDef) -> bool:
+    """Whether a `__post_init__` does nothing but refuse values, which were fit when a repository was made of them."""
+    does = (ast.Attribute, ast.Subscript)
+    return node.name == "__post_init__" and not any(
+        isinstance(inner, ast.Expr)
+        and isinstance(inner.value, ast.Call)
+        or isinstance(inner, does)
+        and not isinstance(inner.ctx, ast.Load)
+        for inner in ast.walk(node)
+    )
+
+
 def _is_none(node: ast.expr | None) -> bool:
     return node is None or (isinstance(node, ast.Constant) and node.value is None)
-
-
-def unused(text: Text) -> list[Edit]:
-    """Assignments to local names that nothing reads, where finding the value does nothing else."""
-    edits = []
-    for function in ast.walk(text.tree):
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        read = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        for statement in function.body:
-            if isinstance(statement, ast.Assign) and all(isinstance(t, ast.Name) for t in statement.targets):
-                does = any(isinstance(n, (ast.Call, ast.Await, ast.Yield)) for n in ast.walk(statement.value))
-                if not does and not any(t.id in read for t in statement.targets):
-                    edits.append(Edit(*text.lines_with_comments(statement), b""))
-    return edits
 
 
 def _dedented(lines: bytes, by: int) -> bytes:

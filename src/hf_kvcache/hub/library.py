@@ -42,7 +42,9 @@ class Module:
             for bound in defined(statement):
                 self.units[bound] = statement
         for statement in ast.walk(self.text.tree):
-            self.imports |= imported(statement)
+            for bound, of in imported(statement).items():
+                if self.imports.setdefault(bound, of) != of:
+                    raise ValueError(f"{name} binds {bound} to {self.imports[bound]} and to {of}")
 
     def is_ours(self, bound: str) -> bool:
         """Whether a name was imported from a module of ours."""

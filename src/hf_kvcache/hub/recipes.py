@@ -7,13 +7,29 @@ from collections.abc import Iterator
 
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain, Codec
+from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.codecs.quantize import Quantize
+from hf_kvcache.compat import stock_layers
+from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.flatten import Recipe, flat
+from hf_kvcache.hub.fold import SOMETHING
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.learned import Learned
 
 _P = "hf_kvcache."
 _CACHE, _LAYER = f"{_P}cache:KVCache.", f"{_P}layer:KVLayer."
 
+_FACTS = {"_expected": None, "offloading": False}
+_NO_POLICY = dict(
+    policy=None,
+    _policy=None,
+    evicted_at=None,
+    _queries=None,
+    _is_due=False,
+    tracked={},
+    shares_rows=False,
+    n_queries=0,
+)
 _ADAPTERS = {"basis": "basis_children", "heads": "heads_children", "retrofit": "retrofit_children"}
 
 # a second, faster kernel of the same rows, as long as the first; backends by name; the mask of an attention
@@ -23,12 +39,22 @@ _LEFT_OUT = (
     "kernels:forced_backend",
     "attention.mask:KVMask",
     "attention.flex:serves",
+    # the arguments of a cache were fit for each other when it was exported
+    "cache:KVCache._check_use",
+    "cache:KVCache._check_policy",
+    "cache:KVCache._check_pair",
     "kernels.dense_attention:check_operands",
+    "kernels.lowrank_attention:check_latents",
+    "kernels.ragged_attention:check_pages",
+    "kernels.slot_step:check_slots",
+    "kernels.slot_step:check_places",
     "kernels.quant_attention:_check_packed",
+    "kernels.quant_pack:check_packing",
     "kernels.sparse_attention:_check_rows",
 )
 
 MODEL_ROOTS = (
+    f"{_P}hub.citizen:CacheModel",
     f"{_P}hub.citizen:CacheModel.from_pretrained._prepare_cache_for_generation._keep_in_fp32_modules_strict",
     f"{_P}hub.citizen:with_cache",
 )
@@ -42,32 +68,40 @@ ROOTS = (
 DROPPED = (f"{_P}codecs.base:Codec.__rshift__",) + tuple(
     f"{_CACHE}{name}" for name in ("save", "load", "check_model", "expect", "fingerprint")
 )
+# a store in pages only has no dense window that rows could come from or go to
+_NOT_LEARNED = (
+    *(f"{_P}stores.uniform:UniformStore.{name}" for name in ("append", "crop", "newest_queries")),
+    *(f"{_P}stores.ragged:RaggedStore.{name}" for name in ("keep", "_to_pages", "_unpack")),
+    f"{_P}stores.buffer:RowBuffer.append",
+    *(f"{_P}view:KVView.{name}" for name in ("memory", "positions", "queries", "scaling", "softcap")),
+)
 
 
-def recipe_of(cache: KVCache, adapter: str | None = None, is_of_model: bool = True) -> Recipe:
+def recipe_of(cache: KVCache, adapter: dict | None = None, config=None) -> Recipe:
     """What a repository needs that is to make caches like this one.
 
     Args:
         cache: empty.
-        adapter: what the model carries for it, a key of `children.KINDS`, or None.
-        is_of_model: whether it is the repository of a model, whose classes take the cache.
+        adapter: what the model carries for it, as its config says it (see `children.add_children`), or None.
+        config: of the model, whose classes take the cache; None for a repository that is for any model.
     """
-    parts, facts, absent = list(_parts(cache)), {"_expected": None, "offloading": False}, list(_LEFT_OUT)
-    roots = [*(MODEL_ROOTS if is_of_model else ()), *ROOTS, *(_path(type(part)) for part in parts)]
-    absent += [f"hub.children:{function}" for kind, function in _ADAPTERS.items() if kind != adapter]
+    parts, facts, absent = list(_parts(cache)), dict(_FACTS), list(_LEFT_OUT)
+    roots = [*(() if config is None else MODEL_ROOTS), *ROOTS, *(_path(type(part)) for part in parts)]
+    kind = None if adapter is None else adapter["kind"]
+    absent += [f"hub.children:{function}" for name, function in _ADAPTERS.items() if name != kind]
     absent += ["hub.children:add_children"] if adapter is None else []
-    absent += _without_policy(facts) if cache.policy is None else []
-    if not isinstance(cache.policy, Learned):
-        facts["decides"] = False
-        absent += ["policies.learned:Learned", "slots:SlotLayer", "adapters.modules:attached_retrofit"]
-        absent += ["cache:KVCache.layer_for"]
-    if cache.policy is None or not cache.policy.is_ragged:
-        facts["is_ragged"] = False
-        absent.append("stores.ragged:RaggedStore")
-    if not cache.compact:
-        facts["compact"] = False
-    absent += _without_codecs(cache, parts, facts)
-    return Recipe(tuple(roots), facts, tuple(f"{_P}{path}" for path in absent), DROPPED)
+    dropped = list(DROPPED)
+    if config is not None:
+        dropped += _of_model(config, facts, absent)
+    if kind == "retrofit":
+        dropped += _of_retrofit(adapter["settings"], facts)
+    if not any("model" in part.needs for part in parts):
+        dropped.append(f"{_LAYER}bind")
+    _of_policy(cache, facts, absent)
+    _of_codecs(cache, parts, facts, absent)
+    if kind == "basis":
+        _of_bases(adapter, [part for part in parts if isinstance(part, LowRank)], facts, absent)
+    return Recipe(tuple(roots), facts, tuple(f"{_P}{path}" for path in absent), tuple(dropped))
 
 
 def classes_in(cache: KVCache) -> list[tuple[str, str]]:
@@ -90,31 +124,57 @@ def _path(cls: type) -> str:
     return f"{inspect.getmodule(cls).__name__}:{cls.__name__}"
 
 
-def _without_policy(facts: dict) -> list[str]:
-    facts |= dict(
-        policy=None,
-        _policy=None,
-        evicted_at=None,
-        _queries=None,
-        _is_due=False,
-        tracked={},
-        shares_rows=False,
-        n_queries=0,
-    )
-    return [
-        "policies.base:Policy",
-        "policies.base:policy_from_spec",
-        "layer:KVLayer.note_padding",
-        "layer:KVLayer._asks_to_evict",
-        "cache:KVCache._check_policy",
-    ]
+def _of_model(config, facts: dict, absent: list[str]) -> list[str]:
+    """What is known of a model; returns what its cache does without."""
+    values = config.get_text_config(decoder=True).to_dict()
+    if not any("softcap" in name and value for name, value in values.items()):
+        facts |= dict(softcap=None, CAP=False)
+    if any(stock_layers(config)):
+        return []
+    # all layers are ours
+    absent += ["cache:KVCache._stock_layer", "compat:drop_rows"]
+    return [f"{_CACHE}update_conv_state"]
 
 
-def _without_codecs(cache: KVCache, parts: list, facts: dict) -> list[str]:
+def _of_retrofit(values: dict, facts: dict) -> tuple[str, ...]:
+    """The model decides, always in the same way, and is not trained any more; returns what its cache does without."""
+    settings = Settings.from_dict(values)
+    known = ("merges", "ablates", "decision", "zero_after_rope", "per")
+    facts |= {f".{name}": getattr(settings, name) for name in known}
+    facts |= {"window": settings.window, ".method": settings.method}
+    facts |= {"trains": False, "is_relaxed": False, ".noise": None, ".compresses": True, ".fade": 0.0, "noise": None}
+    return _NOT_LEARNED
+
+
+def _of_policy(cache: KVCache, facts: dict, absent: list[str]) -> None:
+    """Which tokens stay: all of them, those that the model names, or those of a policy."""
+    if cache.policy is None:
+        facts |= _NO_POLICY
+        absent += ["policies.base:Policy", "policies.base:policy_from_spec", "layer:KVLayer.note_padding"]
+        absent += ["layer:KVLayer._asks_to_evict"]
+    else:
+        facts |= dict(policy=SOMETHING, _policy=SOMETHING)
+        kinds = [part for part in _parts(cache) if isinstance(part, Policy)]
+        for name in ("observes", "folds", "waits", "decides", "takes_budget"):
+            if len(values := {getattr(kind, name) for kind in kinds}) == 1:
+                facts[f".{name}"] = values.pop()
+    if not isinstance(cache.policy, Learned):
+        facts["decides"] = False
+        absent += ["policies.learned:Learned", "slots:SlotLayer", "adapters.modules:attached_retrofit"]
+        absent += ["cache:KVCache.layer_for"]
+    if cache.policy is None or not cache.policy.is_ragged:
+        facts["is_ragged"] = False
+        absent.append("stores.ragged:RaggedStore")
+    if not cache.compact:
+        facts["compact"] = False
+
+
+def _of_codecs(cache: KVCache, parts: list, facts: dict, absent: list[str]) -> None:
     """What codecs of these kinds never ask for."""
-    codecs, absent = [part for part in parts if isinstance(part, Codec)], []
+    codecs = [part for part in parts if isinstance(part, Codec)]
     needs = frozenset().union(*(codec.needs for codec in codecs))
-    formats = {codec.format for codec in codecs}
+    pairs = [pair for pair in (cache.codec, cache.edge_codec) if pair is not None]
+    formats = {codec.format for pair in pairs for codec in pair}
     if not any(isinstance(codec, Chain) for codec in codecs):
         absent.append("codecs.base:Chain")
     if all(codec.share_layers == 1 for codec in codecs):
@@ -136,7 +196,48 @@ def _without_codecs(cache: KVCache, parts: list, facts: dict) -> list[str]:
     if cache.exact_prefill:
         facts["exact_prefill"] = True
         absent.append("layer:KVLayer.project_new")
-    for op, kinds in {"integers": ("int",), "lowrank": ("lowrank",), "sparse": ("sparse",)}.items():
+    for op, kinds in {"integers": ("int",), "lowrank": ("lowrank",), "sparse_rows": ("sparse",)}.items():
         if not any(fmt.startswith(kinds) for fmt in formats):
             absent.append(f"attention.fused:attend_{op}")
-    return absent
+    if not any(getattr(codec, "rotate", False) for codec in codecs):
+        facts[".rotate"] = False
+    _of_kernels(pairs, codecs, facts)
+
+
+def _of_kernels(pairs: list, codecs: list[Codec], facts: dict) -> None:
+    """What kernels are compiled for."""
+    formats = {codec.format for pair in pairs for codec in pair}
+    if not formats:
+        # rows of pages are as the model made them
+        facts |= {".places": None, ".format": "dense", "ORDERED": False}
+        facts |= dict.fromkeys(("FORM", "K_FORM", "V_FORM"), "plain")
+    bits = {codec.bits for codec in codecs if isinstance(codec, Quantize)}
+    is_integer = {"int" in fmt for fmt in formats}
+    if not bits:
+        facts |= {".bits": None, "BITS": 0, "K_BITS": 0, "V_BITS": 0, "GROUPS": 0, "K_GROUPS": 0, "V_GROUPS": 0}
+    elif len(bits) == 1 and is_integer == {True}:
+        facts |= dict.fromkeys((".bits", "BITS", "K_BITS", "V_BITS"), bits.pop())
+    axes = {codec.axis for codec in codecs if hasattr(codec, "axis")}
+    if len(axes) == 1:
+        facts |= dict.fromkeys((".axis", "axis"), axis := axes.pop())
+        facts |= dict.fromkeys(("BY_CHANNEL", "by_channel"), axis == "channel")
+    key_formats = {pair[0].format for pair in pairs}
+    if formats <= {"int", "int/channel"} and len(key_formats) == 1:
+        is_by_channel = key_formats == {"int/channel"}
+        facts |= {"key_axis": "channel" if is_by_channel else "token", "K_GROUPS": 0 if is_by_channel else SOMETHING}
+
+
+def _of_bases(adapter: dict, codecs: list, facts: dict, absent: list[str]) -> None:
+    """Latents in bases that the model brings, so that none is ever fitted."""
+    facts |= dict(is_unfitted=False, is_owned=False, bases=None)
+    absent += ["stores.uniform:UniformStore.fit", "compat:_probe"]
+    absent += [f"codecs.{path}.fitted" for path in ("base:Codec", "base:Chain", "lowrank:LowRank")]
+    if not any(codec.mix for codec in codecs):
+        facts["is_mixed"] = False
+    if not adapter["rotary"]:
+        return
+    # keys are rebuilt and rotated, so values are summed by a kernel of their own
+    facts |= dict(rotated=True, REBUILD=True, FUSED=False, expansion=SOMETHING, tables=SOMETHING, up=SOMETHING)
+    facts |= {".tables": SOMETHING, "HALF": adapter["rotary"] // 2}
+    if len(means := {"k_mean" in shapes for shapes in adapter["shapes"].values()}) == 1:
+        facts["MEAN"] = means.pop()

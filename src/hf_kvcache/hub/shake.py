@@ -6,23 +6,26 @@ import ast
 import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-from hf_kvcache.hub.fold import does_nothing
+from hf_kvcache.hub.fold import Trivial, does_nothing, only_checks, returned
 from hf_kvcache.hub.library import Module, where
+from hf_kvcache.hub.members import Members, receiver
 
 OPS = "hf_kvcache.kernels"
+# functions that look at classes, and the place of these among the arguments
+_ASKS = {"isinstance": 1, "issubclass": 1, "_subclasses": 0}
 
 
 class Shaken:
     """What can be reached from some definitions: `defined` (module, name), `members` (module, class, name).
 
-    A member of a class is reached when its name is used anywhere on something, or when a base class that is not ours
-    has it: a common name keeps more than is needed. What others call on mixins, and on layers of ours that their base
-    class does not have, must be among the roots.
+    A member is reached when its name is used on something (see `Members`): a common name keeps more than is needed.
+    What others call on mixins, and on layers of ours that their base class does not have, must be among the roots.
 
     Args:
         read: gives a `Module` by its name.
-        roots: "module:name", or "module:Class.member".
+        roots: "module:name", or "module:Class.member", which does not say that there are instances of that very class.
         dropped: the same, of what is not to be followed.
 
     Attributes:
@@ -36,28 +39,57 @@ class Shaken:
         self.defined: set[tuple[str, str]] = set()
         self.members: set[tuple[str, str, str]] = set()
         self.asked: set[tuple[str, str]] = set()
-        self._names: set[str] = set()
-        self._prefixes: tuple[str, ...] = ()
+        self._used = Members()
         self._classes: list[tuple[Module, ast.ClassDef]] = []
         self._work: list[tuple[Module, ast.AST]] = []
         for root in roots:
             module, _, path = root.partition(":")
-            self.define(module, path.partition(".")[0])
-            self._names.update(path.split(".")[1:])
+            self.define(module, path.partition(".")[0], is_made="." not in path)
+            self._used.names.update(path.split(".")[1:])
         self._run()
 
     def idle(self) -> set[str]:
         """Names of reached methods that do nothing, wherever they are, and that nobody else asks for."""
         nothing, something = set(), set()
         for module, cls in self._classes:
-            asked = _asked_of(module.name, cls.name)
+            kind = _runtime(module.name, cls.name)
             for statement in cls.body:
                 name = getattr(statement, "name", None)
                 if name is None or (module.name, cls.name, name) not in self.members:
                     continue
-                is_idle = name not in asked and does_nothing(statement)
+                is_idle = does_nothing(statement) and not self._used.is_foreign(kind, name)
                 (nothing if is_idle else something).add(name)
         return nothing - something
+
+    def trivial(self) -> Trivial:
+        """Functions and methods that return a constant or their only argument, whichever of that name is meant."""
+        values: dict[str, Any] = {}
+        found: dict[str, list[ast.FunctionDef]] = {}
+        same: dict[str, list[bool]] = {}
+        for path, function in self.functions().items():
+            module, _, inner = path.partition(":")
+            cls, _, name = inner.rpartition(".")
+            if (module, cls, name) not in self.members and (module, name) not in self.defined:
+                continue
+            value = returned(function)
+            own = [arg.arg for arg in function.args.args[bool(cls) :]]
+            is_same = isinstance(value, ast.Name) and own == [value.id] and not _takes_more(function.args)
+            same.setdefault(name, []).append(is_same)
+            found.setdefault(name, []).append(function)
+            if isinstance(value, ast.Constant) and not cls:
+                values[name] = value.value
+        values = {name: value for name, value in values.items() if len(found[name]) == 1}
+        return Trivial(values, frozenset(name for name, all_same in same.items() if all(all_same)))
+
+    def functions(self) -> dict[str, ast.FunctionDef]:
+        """Those of all modules, and the methods of classes that are needed, as "module:name" or "module:Class.name"."""
+        found = {}
+        for name, module in self.modules.items():
+            found |= {f"{name}:{s.name}": s for s in module.text.tree.body if isinstance(s, ast.FunctionDef)}
+        for module, cls in self._classes:
+            of = f"{module.name}:{cls.name}"
+            found |= {f"{of}.{s.name}": s for s in cls.body if isinstance(s, ast.FunctionDef)}
+        return found
 
     # -- reaching ----------------------------------------------------------------------------------------------------
 
@@ -70,35 +102,46 @@ class Shaken:
                     self._work.append((self.modules[name], statement))
         return self.modules[name]
 
-    def define(self, module: str, name: str) -> None:
-        """A definition is needed; one that a module has imported is looked for where it comes from."""
-        if f"{module}:{name}" in self._dropped or (module, name) in self.defined:
+    def define(self, module: str, name: str, is_made: bool = False) -> None:
+        """A definition is needed; one that a module has imported is looked for where it comes from.
+
+        `is_made` says of a class that it may have instances of its own.
+        """
+        if f"{module}:{name}" in self._dropped:
             return
         found = self.module(module)
         if name in found.units:
+            if is_made and isinstance(found.units[name], ast.ClassDef):
+                self._used.made.add(_runtime(module, name))
+            if (module, name) in self.defined:
+                return
             self.defined.add((module, name))
             for statement in found.text.tree.body:
                 if found.units[name] is statement or name in _targets(statement):
                     self._enter(found, statement)
         elif name in found.imports:
-            self._import(found, name)
+            self._import(found, name, is_made)
 
     def _enter(self, module: Module, statement: ast.stmt) -> None:
         if isinstance(statement, ast.ClassDef):
             self._classes.append((module, statement))
-            for part in [*statement.bases, *statement.keywords, *statement.decorator_list]:
+            for base in statement.bases:
+                for name in ast.walk(base):
+                    if isinstance(name, ast.Name):
+                        self.define(module.name, name.id)
+            for part in [*statement.keywords, *statement.decorator_list]:
                 self._work.append((module, part))
         else:
             self._work.append((module, statement))
 
-    def _import(self, module: Module, bound: str) -> None:
+    def _import(self, module: Module, bound: str, is_made: bool = False) -> None:
         source, name = module.imports[bound]
         if where(source) is None:
             return
         if name is None:
             self.module(source)
         else:
-            self.define(source, name)
+            self.define(source, name, is_made)
 
     def _run(self) -> None:
         while True:
@@ -107,6 +150,7 @@ class Shaken:
             for module, cls in list(self._classes):
                 for statement in cls.body:
                     if self._is_reached(module, cls, statement):
+                        self._used.enter(_runtime(module.name, cls.name), statement)
                         self._work.append((module, statement))
             if not self._work:
                 return
@@ -117,9 +161,8 @@ class Shaken:
         if key in self.members or f"{module.name}:{cls.name}.{name}" in self._dropped:
             return False
         if isinstance(statement, ast.FunctionDef):
-            is_dunder = name.startswith("__") and name.endswith("__")
-            is_named = name in self._names or (self._prefixes and name.startswith(self._prefixes))
-            if not (is_dunder or is_named or name in _asked_of(module.name, cls.name)):
+            kind = _runtime(module.name, cls.name)
+            if not self._used.reach(kind, name) or (only_checks(statement) and not self._used.is_super(kind, name)):
                 return False
         elif isinstance(statement, ast.Expr):
             return False
@@ -128,21 +171,25 @@ class Shaken:
 
     def _follow(self, module: Module, node: ast.AST) -> None:
         """What a node uses."""
+        passive = _passive(node)
         for child in _evaluated(node):
             if isinstance(child, ast.Name):
-                if child.id in module.units or child.id in module.imports:
-                    self.define(module.name, child.id)
+                is_read = not isinstance(child.ctx, ast.Store)
+                if is_read and (child.id in module.units or child.id in module.imports):
+                    self.define(module.name, child.id, id(child) not in passive)
             elif isinstance(child, ast.Attribute):
-                self._names.add(child.attr)
                 of = child.value.id if isinstance(child.value, ast.Name) else None
-                if of in module.imports and module.is_ours(of) and module.imports[of][1] is None:
-                    self.define(module.imports[of][0], child.attr)
+                is_module = of in module.imports and module.imports[of][1] is None
+                if not is_module and id(child) not in passive and not isinstance(child.ctx, ast.Store):
+                    self._used.names.add(child.attr)
+                elif is_module and module.is_ours(of):
+                    self.define(module.imports[of][0], child.attr, id(child) not in passive)
             elif isinstance(child, ast.Constant) and isinstance(child.value, str) and child.value.isidentifier():
-                self._names.add(child.value)
+                self._used.names.add(child.value)
             elif isinstance(child, ast.JoinedStr) and isinstance(child.values[0], ast.Constant):
                 # getattr(self, f"_on_{role}")
                 if re.fullmatch(r"_\w+_", start := child.values[0].value):
-                    self._prefixes = *self._prefixes, start
+                    self._used.prefixes = *self._used.prefixes, start
             elif isinstance(child, (ast.Import, ast.ImportFrom)):
                 for bound in [alias.asname or alias.name for alias in child.names]:
                     self._import(module, bound)
@@ -176,14 +223,33 @@ def _targets(statement: ast.stmt) -> set[str]:
     return {target.id} if isinstance(statement, ast.AugAssign) and isinstance(target, ast.Name) else set()
 
 
+def _takes_more(args: ast.arguments) -> bool:
+    """Whether arguments can be given in another way than one after the other."""
+    return bool(args.vararg or args.kwarg or args.kwonlyargs or args.defaults)
+
+
 def _is_typing(statement: ast.stmt) -> bool:
     return (
         isinstance(statement, ast.If) and isinstance(statement.test, ast.Name) and statement.test.id == "TYPE_CHECKING"
     )
 
 
-def _asked_of(module: str, cls: str) -> frozenset[str]:
-    """Members that a class has from elsewhere: transformers and torch will ask for them."""
-    found = getattr(importlib.import_module(module), cls)
-    foreign = [base for base in found.__mro__ if not base.__module__.startswith("hf_kvcache") and base is not object]
-    return frozenset(name for base in foreign for name in vars(base))
+def _passive(node: ast.AST) -> set[int]:
+    """Nodes that name a class or a member without making or calling it, by id.
+
+    That is what `isinstance` and `__subclasses__` are asked about, and attributes of `self` and `super()`, which
+    `Members` looks at.
+    """
+    found = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id in _ASKS:
+            found |= {id(inner) for inner in ast.walk(child.args[_ASKS[child.func.id]])}
+        elif isinstance(child, ast.Attribute) and child.attr == "__subclasses__":
+            found.add(id(child.value))
+        elif isinstance(child, ast.Attribute) and receiver(child) is not None:
+            found.add(id(child))
+    return found
+
+
+def _runtime(module: str, cls: str) -> type:
+    return getattr(importlib.import_module(module), cls)

@@ -33,6 +33,7 @@ class Policy:
         takes_budget: "yes", "no", or "maybe" where a budget is only an upper bound.
         folds: whether `fold` changes rows, which have to be dense for that.
         waits: whether a prompt is only evicted from when its next chunk, or the first decoding step, has come.
+        decides: whether the model says what stays, see `Learned`.
         shard: which of the model's KV heads are seen, see `for_model`.
     """
 
@@ -51,6 +52,7 @@ class Policy:
     takes_budget: ClassVar[str] = "yes"
     folds: ClassVar[bool] = False
     waits: ClassVar[bool] = False
+    decides: ClassVar[bool] = False
     shard: ClassVar[Shard] = WHOLE
 
     def __post_init__(self):

@@ -25,7 +25,7 @@ class Learned(Policy):
     decode: bool = field(default=True, init=False)
     interval: int = field(default=1, init=False)
 
-    is_ragged = True
+    is_ragged = decides = True
     takes_budget = "no"
     method: ClassVar[str] = ""
 
