@@ -68,6 +68,12 @@ def is_sharded(module: torch.nn.Module) -> bool:
     return any(hasattr(weight, "device_mesh") for weight in module.parameters())
 
 
+def refuse_shards(model: torch.nn.Module, what: str) -> None:
+    """Raise `ValueError` if a model lies in several processes, for what is done with whole weights or all heads."""
+    if is_sharded(model):
+        raise ValueError(f"{what} needs whole weights, and this model is shared by several processes: load it in one")
+
+
 def shard_of(module: torch.nn.Module, count: int) -> Shard:
     """The share that an attention module holds, whose projections give one `count`-th of the heads.
 

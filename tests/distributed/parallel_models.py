@@ -4,12 +4,15 @@ from pathlib import Path
 
 import torch
 from cases import ARCHITECTURES, SIZES, new_model
-from sharded import RETROFITS
+from sharded import RETROFITS, bases_of
 from tiny_heads import heads_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import hf_kvcache as kv
 from hf_kvcache import dmc
+from hf_kvcache.adapters import attach
 from hf_kvcache.dmc import Settings, retrofit, retrofits
+from hf_kvcache.hub.export import export
 
 
 def save_models(folder: Path) -> Path:
@@ -24,7 +27,20 @@ def save_models(folder: Path) -> Path:
     for name, knobs in RETROFITS.items():
         model = retrofitted(new_model(LlamaConfig(**SIZES), "sdpa"), Settings(offset=0.5, scale=5.0, **knobs))
         dmc.save(model, folder / name)
+    export_some(folder)
     return folder
+
+
+def export_some(folder: Path) -> None:
+    def read(name, load=AutoModelForCausalLM.from_pretrained):
+        return load(folder / name, dtype=torch.float32)
+
+    latents, locret = read("four-heads"), read("qwen3")
+    attach(latents, bases_of(latents.config, 2))
+    attach(locret, folder / "heads-qwen3")
+    export(latents, kv.LowRankCache(bits=4, window=8), folder / "exported-latents")
+    export(locret, kv.LocretCache(budget=24, local=4, interval=4), folder / "exported-locret")
+    export(read("dmc-linear", dmc.load), kv.DMCCache(), folder / "exported-dmc-linear")
 
 
 def retrofitted(model, settings):

@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 import hf_kvcache as kv  # noqa: E402
 from hf_kvcache import dmc  # noqa: E402
 from hf_kvcache.adapters import Bases, attach  # noqa: E402
+from hf_kvcache.adapters.decompose import decompose  # noqa: E402
+from hf_kvcache.calibration import observe  # noqa: E402
 
 IDS, MASK, _ = padded([60, 41])
 RANK = int(os.environ.get("RANK", 0))
@@ -33,7 +35,7 @@ def run(make, model, work=None, rows=2, **options) -> dict:
     cache = make()
     options = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True) | options
     out = model.generate(IDS[:rows], attention_mask=MASK[:rows], past_key_values=cache, **options)
-    ours = [layer for layer in cache.layers if isinstance(layer, kv.KVLayer)]
+    ours = [layer for layer in cache.layers if hasattr(layer, "store")]
     return {
         "tokens": out.sequences[:, IDS.shape[1] :].tolist(),
         "logits": torch.stack(out.logits),
@@ -68,7 +70,8 @@ def with_heads(model, work, **options) -> dict:
     return run(partial(kv.LocretCache, budget=24, local=4, interval=4, **options), model)
 
 
-def with_decisions(model, work) -> dict:
+def with_its_own(model, work) -> dict:
+    """A model that brings its cache: a retrofit, or an exported one, whose code is in its folder."""
     return run(model.new_cache, model)
 
 
@@ -103,6 +106,16 @@ def spanning(model, work) -> dict:
     return refused(with_bases, model, work, 4)
 
 
+def whole_weights(model, work) -> dict:
+    """What asks for whole weights, or for all heads at once."""
+    bases = bases_of(model.config, 1)
+    asked = {
+        "decompose": lambda: decompose(model, bases),
+        "observe": lambda: observe(model, [IDS], group_sizes={"k": 1, "v": 1}),
+    }
+    return {name: refused(do)["error"] for name, do in asked.items()}
+
+
 POLICIES = {
     "tova": lambda: kv.TOVA(budget=24, **KNOBS),
     "random": lambda: kv.Random(budget=24, **KNOBS),
@@ -130,6 +143,7 @@ JOBS |= {
     "heads, all tokens": ("llama", partial(with_heads, decode=True)),
     "saved": ("llama", saved),
     "spanning": ("four-heads", spanning),
+    "whole weights": ("four-heads", whole_weights),
 }
 RETROFITS = {
     "dms": dict(method="dms"),
@@ -138,7 +152,8 @@ RETROFITS = {
     "dmc-layer": dict(method="dmc", per="layer"),
     "dmc-linear": dict(method="dmc", decision="linear", window=0),
 }
-JOBS |= {name: (name, with_decisions) for name in RETROFITS}
+EXPORTED = ("exported-latents", "exported-locret", "exported-dmc-linear")
+JOBS |= {name: (name, with_its_own) for name in (*RETROFITS, *EXPORTED)}
 
 
 @torch.no_grad()
@@ -147,7 +162,9 @@ def answers(models: Path, names, **options) -> dict[str, dict]:
     for name in names:
         folder, do = JOBS[name]
         read = dmc.load if folder in RETROFITS else AutoModelForCausalLM.from_pretrained
-        model = read(models / folder, dtype=torch.float32, attn_implementation="hf_kvcache", **options).eval()
+        # exported code brings no attention implementation of its own
+        how = {"trust_remote_code": True} if folder in EXPORTED else {"attn_implementation": "hf_kvcache"}
+        model = read(models / folder, dtype=torch.float32, **how, **options).eval()
         model.generation_config.eos_token_id = None
         found[name] = do(model, work=models)
     return found

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from hf_kvcache.shards import shard_of
 
-ONE_BY_ONE = [name for name in JOBS if name not in ("saved", "spanning")]
+ONE_BY_ONE = [name for name in JOBS if name not in ("saved", "spanning", "whole weights")]
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,13 @@ def test_two_processes_say_what_one_says(models, both, name):
 def test_a_group_of_heads_that_spans_processes_is_refused(both):
     for answer in both:
         assert "1 groups of 4 heads, which cannot be shared out among 2 processes" in answer["spanning"]["error"]
+
+
+def test_what_needs_whole_weights_is_refused(both):
+    for answer in both:
+        assert set(answer["whole weights"]) == {"decompose", "observe"}
+        for error in answer["whole weights"].values():
+            assert "this model is shared by several processes: load it in one" in error
 
 
 def test_a_saved_cache_is_that_of_its_process(both):

@@ -21,6 +21,7 @@ from kernel_hub import kernel_handler
 from kernels import Metadata
 from packaging.version import Version
 from stand_in import serve
+from transformers import AutoConfig
 
 import hf_kvcache as kv
 from hf_kvcache.cli import main
@@ -181,7 +182,8 @@ def test_limits_are_those_of_the_kernels():
 
 def test_exported_models_reach_their_kernels():
     """The dispatcher asks every module whether it can run, and imports it by name."""
-    files = flatten(recipe_of(kv.DMCCache(), {"kind": "retrofit", "settings": Settings().to_dict()}), "0")
+    adapter = {"kind": "retrofit", "settings": Settings().to_dict()}
+    files = flatten(recipe_of(kv.DMCCache(), adapter, AutoConfig.from_pretrained(kv.embedded_model())), "0")
     assert "import kernels_slot_step_triton_kernel as triton_kernel" in files["kernels_slot_step.py"]
     assert "def place_rows(" in files["kernels_slot_step_triton_kernel.py"]
     asked = {*re.findall(r'(?:select|choose)\("(\w+)"', "".join(files.values()))}

@@ -15,6 +15,7 @@ from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.codecs.basis import Basis
+from hf_kvcache.shards import refuse_shards
 
 
 class LowRankLinear(nn.Module):
@@ -91,7 +92,9 @@ def decompose(model: nn.Module, bases: Bases) -> list[dict]:
 
     Raises:
         AdapterError: the bases do not fit the model; nothing has been replaced then.
+        ValueError: several processes share the model.
     """
+    refuse_shards(model, "decomposing")
     bases.check_model(model, weights=False)
     report = []
     for i, attention in attentions(model).items():

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from hf_kvcache.adapters.modules import attached_heads
 from hf_kvcache.calibration.importance import BLOCK, answer_max, attention_mass, causal_max, reconstruction
 from hf_kvcache.calibration.observe import Passing, Through
+from hf_kvcache.shards import refuse_shards
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,11 @@ def judge(model: torch.nn.Module, text: Text, judges: dict[str, Judge]) -> Judge
     """Run a text through a causal language model, without its head, and let judges look at every full-attention layer.
 
     Queries and keys exist one layer at a time; what retaining heads on the model are fed with is kept of all.
+
+    Raises:
+        ValueError: several processes share the model.
     """
+    refuse_shards(model, "judging tokens")
     cache = Through(_Judging, text, judges)
     masks = {}
     if text.is_real is not None:

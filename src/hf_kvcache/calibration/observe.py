@@ -14,6 +14,7 @@ from hf_kvcache.codecs.basis import Basis, Moments, by_group
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
+from hf_kvcache.shards import refuse_shards
 from hf_kvcache.view import KVView
 
 BasisOf = Callable[[int, str], Basis | None]
@@ -181,7 +182,11 @@ def observe(
 
     Returns:
         Moments by layer index.
+
+    Raises:
+        ValueError: several processes share the model.
     """
+    refuse_shards(model, "calibration")
     observer = Through(_Watcher, basis_of, rope, group_sizes, n_skip)
     with _frozen(model, weights), torch.set_grad_enabled(with_gradients):
         for ids in batches:

@@ -14,7 +14,7 @@ from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.dmc.decisions import logistic_noise
 from hf_kvcache.dmc.hooks import Call, Hooks
 from hf_kvcache.dmc.settings import Settings
-from hf_kvcache.shards import clear_rows
+from hf_kvcache.shards import clear_rows, refuse_shards
 
 
 class Retrofit(nn.Module):
@@ -139,8 +139,11 @@ def fold(model: nn.Module) -> None:
 
     Raises:
         AdapterError: a layer is no "rows" retrofit, or has a bias or a norm in the way.
+        ValueError: several processes share the model.
     """
     from dataclasses import replace
+
+    refuse_shards(model, "folding")
 
     for i, child in retrofits(model).items():
         if not isinstance(child, Retrofit) or child.settings.decision != "rows":

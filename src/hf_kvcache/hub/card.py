@@ -27,7 +27,7 @@ _TEXT = """---
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 where = "this repository"  # or a folder
-tokenizer = AutoTokenizer.from_pretrained(where)
+tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True)
 out = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), return_dict_in_generate=True)
 print(tokenizer.decode(out.sequences[0]), out.past_key_values.nbytes)  # bytes allocated

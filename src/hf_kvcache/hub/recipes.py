@@ -95,8 +95,9 @@ def recipe_of(cache: KVCache, adapter: dict | None = None, config=None) -> Recip
         dropped += _of_model(config, facts, absent)
     if kind == "retrofit":
         dropped += _of_retrofit(adapter["settings"], facts)
-    if not any("model" in part.needs for part in parts):
+    if not cache.compact and not any("model" in part.needs for part in parts):
         dropped.append(f"{_LAYER}bind")
+        facts |= dict(needs_model=False, rope=None)
     _of_policy(cache, facts, absent)
     _of_codecs(cache, parts, facts, absent)
     if kind == "basis":
@@ -181,9 +182,11 @@ def _of_codecs(cache: KVCache, parts: list, facts: dict, absent: list[str]) -> N
         facts["share_layers"] = 1
         absent += ["stores.shared:SharedStore", "cache:KVCache._check_sharing"]
     if "model" not in needs:
-        facts |= dict(needs_model=False, rope=None, is_unfitted=False, is_owned=False)
+        facts |= dict(is_unfitted=False, is_owned=False)
         absent += ["stores.uniform:UniformStore.fit"]
-    if "queries" not in needs:
+    if "queries" in needs:
+        facts.pop("n_queries", None)
+    else:
         facts["needs_queries"] = False
     if not needs & {"positions", "model"}:
         facts |= dict(has_rope=False, needs_positions=False)
@@ -192,7 +195,7 @@ def _of_codecs(cache: KVCache, parts: list, facts: dict, absent: list[str]) -> N
         absent.append("stores.uniform:UniformStore.note_queries")
     if not any(codec.projects for codec in codecs):
         facts["projects"] = False
-        absent.append("codecs.base:Codec.query_offset")
+        absent += ["codecs.base:Codec.query_offset", "codecs.base:Chain.query_offset"]
     if cache.exact_prefill:
         facts["exact_prefill"] = True
         absent.append("layer:KVLayer.project_new")
