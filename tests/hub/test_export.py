@@ -56,9 +56,9 @@ def with_heads(model):
     return model
 
 
-def retrofitted(method):
+def retrofitted(method, **knobs):
     def make(model):
-        retrofit(model, Settings(method=method, decision="linear", offset=0.5, scale=5.0, window=8))
+        retrofit(model, Settings(**dict(method=method, decision="linear", offset=0.5, scale=5.0, window=8) | knobs))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for child in retrofits(model).values():
