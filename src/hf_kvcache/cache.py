@@ -335,6 +335,12 @@ class KVCache(Cache):
         store = self.layers[layer_idx].store
         place, most = sharing.index(layer_idx), store.keys.share_layers
         group = sharing[place - place % most :][:most]
+        devices = {self.layers[i].device for i in group[: group.index(layer_idx) + 1]}
+        if len(devices) > 1:
+            raise ValueError(
+                f"layers {group[0]} to {layer_idx} share rows, and lie on {' and '.join(sorted(map(str, devices)))}; "
+                "place them on one device, or use a smaller share_layers"
+            )
         store.join(self.layers[group[0]].store, len(group))
 
     def rebind(self) -> None:

@@ -135,7 +135,7 @@ def test_import_is_quiet_and_changes_only_our_key():
         for old, new in zip(before, snapshot()):
             assert new.pop("hf_kvcache")
             assert old == new, (old, new)
-        for name in ("triton", "matplotlib", "peft"):
+        for name in ("triton", "matplotlib"):
             assert sys.modules.get(name) is None, name
         import torch
         assert not torch.cuda.is_initialized()

@@ -1,9 +1,11 @@
 """Masks: of layers and heads that keep different rows, and what transformers hands over."""
 
 import torch
+from accelerate.utils import send_to_device
 from cases import assert_close, padded, prompt, replay, tiny_model, unequal_layers
 
 import hf_kvcache as kv
+from hf_kvcache.attention.interface import kv_mask
 from hf_kvcache.attention.mask import as_additive, as_boolean, causal, new_token_padding, visible
 
 
@@ -46,3 +48,16 @@ def test_flash_attention_hands_over_the_padding_itself():
     padding = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     assert new_token_padding(padding, 3, 5).tolist() == [[True, True, True]] * 2
     assert new_token_padding(padding, 5, 5)[0].tolist() == [False, False, True, True, True]
+
+
+def test_a_mask_follows_the_layers():
+    """accelerate moves what the layers of another device are called with: `meta` is such a device."""
+    ids, mask, _ = padded([6, 4])
+    whole = kv_mask(2, 6, 6, attention_mask=mask.bool(), device=ids.device)
+    moved = send_to_device({"attention_mask": whole}, "meta")["attention_mask"]
+    assert moved is send_to_device(whole, "meta"), "once for all layers"
+    assert moved.padding.device.type == moved.dense().device.type == "meta"
+    assert moved.dense().shape == whole.dense().shape == (2, 1, 6, 6) and moved.n_rows == 6
+    back = send_to_device(whole, "cpu")
+    assert torch.equal(back.dense(), whole.dense()) and torch.equal(back.padding, whole.padding)
+    assert send_to_device(kv_mask(2, 1, 6, q_offset=5), "meta").padding is None

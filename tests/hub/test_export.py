@@ -28,7 +28,7 @@ from hf_kvcache.models import embedded_heads, embedded_model
 DTYPES = ("float32", "bfloat16")
 # bytes of code; kernels of latents, and what retrofitted models need beside a cache, are long
 LIMITS = dict.fromkeys(("quant", "mustafar", "locret", "kv"), 120_000)
-LIMITS |= {"palu": 140_000, "palu4": 161_000, "dmc": 144_000, "dms": 134_000}
+LIMITS |= {"palu": 144_000, "palu4": 165_000, "dmc": 148_000, "dms": 138_000}
 
 
 def plain(dtype="bfloat16"):

@@ -17,7 +17,7 @@ KINDS = {
     "places among the layers, pages": ("llama", BY_ID["duo"].make),
     "codecs in a chain": ("qwen3", BY_ID["keydiff-sparse-quant8"].make),
     "layers with a window, softcaps": ("gemma2", BY_ID["quant8k4v-window8"].make),
-    "a channel of queries": ("llama", kv.DMSCache, retrofitted("dms", decision="borrowed")),
+    "a channel of queries": ("qwen2", kv.DMSCache, retrofitted("dms", decision="borrowed")),
     "a channel of keys and queries": ("qwen3", kv.DMCCache, retrofitted("dmc", decision="borrowed", window=0)),
 }
 

@@ -187,7 +187,7 @@ def test_exported_models_reach_their_kernels():
     assert "import kernels_slot_step_triton_kernel as triton_kernel" in files["kernels_slot_step.py"]
     assert "def place_rows(" in files["kernels_slot_step_triton_kernel.py"]
     asked = {*re.findall(r'(?:select|choose)\("(\w+)"', "".join(files.values()))}
-    assert asked >= {"dense_attention", "merge_step", "ragged_attention", "slot_step"}
+    assert asked >= {"merge_step", "ragged_attention", "slot_step"}
     for name in asked:
         bound = {
             getattr(node, "asname", None) or node.name

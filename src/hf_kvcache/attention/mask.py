@@ -31,6 +31,14 @@ class KVMask:
         counts = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
         self._arguments = arguments | counts | {"attention_mask": attention_mask}
         self._dense: list[torch.Tensor | None] = []
+        self._moved: dict[torch.device, KVMask] = {}
+
+    def to(self, device, non_blocking: bool = False) -> KVMask:
+        """The same on another device: accelerate asks for it where layers lie on several (`device_map`)."""
+        device = torch.device(device)
+        if device not in self._moved:
+            self._moved[device] = _Moved(self, device)
+        return self._moved[device]
 
     def dense(self) -> torch.Tensor | None:
         """The boolean mask `[B, 1, S, N]` that sdpa would get, or None where it needs none."""
@@ -48,6 +56,21 @@ class KVMask:
     def contiguous(self) -> KVMask:
         """Tensors are asked for this by `prepare_inputs_for_generation`."""
         return self
+
+
+class _Moved(KVMask):
+    """A mask on another device than the one that it was made on, moved once for all layers there."""
+
+    def __init__(self, mask: KVMask, device: torch.device):
+        vars(self).update(vars(mask), _dense=[])
+        self._made, self._device = mask, device
+        self.padding = None if mask.padding is None else mask.padding.to(device)
+
+    def dense(self) -> torch.Tensor | None:
+        if not self._dense:
+            dense = self._made.dense()
+            self._dense.append(None if dense is None else dense.to(self._device))
+        return self._dense[0]
 
 
 def resolve(view, mask, n_new: int) -> torch.Tensor | None:

@@ -65,9 +65,9 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
         ValueError: nothing is left of a class that is needed.
     """
     absent = {path.partition(":")[2].rpartition(".")[2] for path in recipe.absent}
-    trivial = Trivial()
+    trivial, texts = Trivial(), {}
     while True:
-        read = functools.partial(_read, recipe.facts, absent, trivial)
+        read = functools.partial(_read, texts, recipe.facts, absent, trivial)
         shaken = Shaken(read, recipe.roots, {*recipe.dropped, *recipe.absent})
         # what has come to do nothing, or next to nothing, need not be called
         before, more = trivial, shaken.trivial()
@@ -93,8 +93,10 @@ def _refuse_ambiguous(recipe: Recipe, shaken: Shaken) -> None:
             raise ValueError(f"{meant[name]} is to be absent, and {path} would be, too")
 
 
-def _read(facts: Mapping[str, Any], absent: set[str], trivial: Trivial, name: str) -> Module:
-    return Module(name, fold(where(name).read_text(), facts, absent, trivial))
+def _read(texts: dict[str, str], facts: Mapping[str, Any], absent: set[str], trivial: Trivial, name: str) -> Module:
+    """A module, folded; `texts` are what modules have come to so far."""
+    texts[name] = fold(texts.get(name) or where(name).read_text(), facts, absent, trivial)
+    return Module(name, texts[name])
 
 
 class _Flat:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -70,8 +70,9 @@ def fold(source: str, facts: Mapping[str, Any], absent: Collection[str] = (), tr
         SyntaxError: the source cannot be read.
     """
     text, trivial = source.encode(), Trivial() if trivial is None else trivial
-    while (edit := _Search(Text(text), dict(facts), frozenset(absent), trivial).edit()) is not None:
-        text = text[: edit.start] + edit.text + text[edit.stop :]
+    while edits := _Search(Text(text), dict(facts), frozenset(absent), trivial).edits():
+        for edit in reversed(edits):
+            text = text[: edit.start] + edit.text + text[edit.stop :]
     return text.decode()
 
 
@@ -91,12 +92,13 @@ class Text:
     @cached_property
     def tests(self) -> set[int]:
         """Expressions of which only the truth counts, by id."""
-        todo = [
-            node.test for node in ast.walk(self.tree) if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert))
-        ]
-        todo += [test for node in ast.walk(self.tree) for test in getattr(node, "ifs", ())]
-        todo += [n.operand for n in ast.walk(self.tree) if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.Not)]
-        found = set()
+        todo, found = [], set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
+                todo.append(node.test)
+            elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+                todo.append(node.operand)
+            todo += getattr(node, "ifs", ())
         while todo:
             node = todo.pop()
             found.add(id(node))
@@ -130,7 +132,7 @@ class Text:
 
 
 class _Search:
-    """Finds the next thing to take out, the outermost first.
+    """Finds what to take out next, the outermost first.
 
     Args:
         at: the text.
@@ -141,13 +143,23 @@ class _Search:
         self.at, self.facts, self.absent, self.trivial = at, facts, absent, trivial
         self.tests = at.tests
 
-    def edit(self, within: ast.AST | None = None) -> Edit | None:
-        todo = [self.at.tree if within is None else within]
+    def edits(self) -> list[Edit]:
+        """One edit of every function, which do not touch each other, in their order; or one of what is around them."""
+        found = [edit for function in _outermost(self.at.tree) if (edit := self._of_function(function)) is not None]
+        if not found and (edit := self._edit(self.at.tree)) is not None:
+            found = [edit]
+        return sorted(found)
+
+    def _of_function(self, function: ast.FunctionDef) -> Edit | None:
+        known = self.facts | _constants(function), self.absent - _stored(function)
+        return _Search(self.at, *known, self.trivial)._edit(function)
+
+    def _edit(self, within: ast.AST) -> Edit | None:
+        todo = [within]
         while todo:
             node = todo.pop(0)
             if isinstance(node, ast.FunctionDef) and node is not within:
-                local = _Search(self.at, self.facts | _constants(node), self.absent - _stored(node), self.trivial)
-                if (edit := local.edit(node)) is not None:
+                if isinstance(within, ast.FunctionDef) and (edit := self._of_function(node)) is not None:
                     return edit
                 continue
             for field in ("body", "orelse", "finalbody"):
@@ -319,6 +331,17 @@ def _compared(op: ast.cmpop, left: Any, right: Any) -> Any:
             return UNKNOWN
         return isinstance(op, (ast.IsNot, ast.NotEq))
     return _COMPARE[type(op)](left, right)
+
+
+def _outermost(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    """Functions and methods that are in no other."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        else:
+            todo += ast.iter_child_nodes(node)
 
 
 def _stored(function: ast.FunctionDef) -> set[str]:
