@@ -8,23 +8,9 @@ import sys
 import warnings
 from pathlib import Path
 
-HIDDEN = ("hf_kvcache", "peft", "triton")
+from hiding import hide
 
-
-class Hiding:
-    """A finder that does not find some packages."""
-
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
-
-
-sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+hide("hf_kvcache", "peft", "triton")
 
 import torch  # noqa: E402
 import transformers  # noqa: E402

@@ -11,26 +11,13 @@ import warnings
 from importlib import import_module
 from pathlib import Path
 
+from hiding import hide
+
 MODE, FOLDER, OUT, *OPS = sys.argv[1:]
 HIDDEN = ("hf_kvcache",) if MODE == "interpreter" else ("hf_kvcache", "triton")
+hide(*HIDDEN)
 if MODE == "interpreter":
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-class Hiding:
-    """A finder that does not find some packages."""
-
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
-
-
-sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 
 import torch  # noqa: E402
 from kernel_cases import CASES, WRONG  # noqa: E402

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import ARCHITECTURES, BY_ID, new_model, padded
+from cases import ARCHITECTURES, BY_ID, new_model, padded, stock_implementation
 from test_export import attention_functions, retrofitted  # noqa: F401
 from transformers import AutoModelForCausalLM
 
@@ -25,11 +25,13 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_repository_has_what_its_cache_asks_for(kind, tmp_path):
     arch, make, *prepare = KINDS[kind]
-    ours = new_model(ARCHITECTURES[arch](), "eager" if arch == "gemma2" else "sdpa")
+    attention = stock_implementation(arch)
+    ours = new_model(ARCHITECTURES[arch](), attention)
     for change in prepare:
         ours = change(ours)
     export(ours, make(), tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.float32).eval()
+    how = dict(trust_remote_code=True, dtype=torch.float32, attn_implementation=attention)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, **how).eval()
     ids, mask, _ = padded([60, 41])
     options = dict(attention_mask=mask, max_new_tokens=16, do_sample=False, eos_token_id=None)
     options |= dict(return_dict_in_generate=True, output_logits=True)
