@@ -492,3 +492,14 @@ def test_arguments_that_cannot_work(make, message):
 def test_settings_that_do_not_fit_the_model(options, message):
     with pytest.raises(ValueError, match=message):
         filled(shared(**options))
+
+
+def test_layers_on_two_devices_share_nothing():
+    model, cache = new_model(LlamaConfig(**SIZES)), shared()
+
+    def elsewhere(*_):
+        cache.layers[0].device = torch.device("meta")
+
+    model.model.layers[1].self_attn.register_forward_pre_hook(elsewhere)
+    with pytest.raises(ValueError, match="layers 0 to 1 share rows, and lie on cpu and meta"):
+        filled(cache, model=model)
