@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 # the models are tiny: a second thread costs ten times what it gains
 torch.set_num_threads(1)
@@ -21,6 +22,17 @@ def quiet_fallback():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="hf_kvcache: .* runs on the PyTorch reference")
         yield
+
+
+@pytest.fixture(autouse=True)
+def auto_classes():
+    """What a test makes known to the Auto classes is not known to the next one."""
+    mappings = CONFIG_MAPPING, AutoModel._model_mapping, AutoModelForCausalLM._model_mapping
+    before = [dict(mapping._extra_content) for mapping in mappings]
+    yield
+    for mapping, content in zip(mappings, before, strict=True):
+        mapping._extra_content.clear()
+        mapping._extra_content.update(content)
 
 
 COMPILE_ALL = """

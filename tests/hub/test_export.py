@@ -235,6 +235,12 @@ def test_the_library_loads_retrofits_without_their_code(repositories, inputs, na
     assert tokens == expected(name, "float32", inputs)[0]
 
 
+def test_the_library_takes_the_cache_that_was_exported(tmp_path):
+    cache = kv.DMSCache(kv.Quantize(8, axis="token"))
+    export(retrofitted("dms")(plain()), cache, tmp_path)
+    assert spec_of(load(tmp_path).new_cache()) == spec_of(cache) != spec_of(kv.DMSCache())
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_files_are_clean_and_need_nothing_else(repositories, name):
     files = sorted((repositories / name).glob("*.py"))

@@ -21,6 +21,7 @@ from hf_kvcache.adapters.modules import RETROFIT_CHILD
 from hf_kvcache.dmc.retrofitting import retrofit
 from hf_kvcache.dmc.settings import DEFAULTS, Settings
 from hf_kvcache.hub.citizen import TakesCache, with_cache
+from hf_kvcache.hub.spec import cache_of
 
 MODULE = "modeling_kv_dmc"  # of the file that a folder brings along
 _CODE = '''"""Needs hf_kvcache (pip install hf_kvcache): {title} decides which tokens keep a row of its KV cache."""
@@ -101,10 +102,12 @@ class _Model(TakesCache):
         """Nothing, as in the config."""
 
     def new_cache(self):
-        """The cache that goes with this model, empty."""
+        """The cache that goes with this model, empty: what an exported config says, or rows as they are."""
         from hf_kvcache.presets import DMCCache, DMSCache
 
         config = self.config.get_text_config(decoder=True)
+        if getattr(self.config, "kv_cache", None) is not None:
+            return cache_of(self.config.kv_cache, config=config)
         return {"dmc": DMCCache, "dms": DMSCache}[self.config.kv_dmc_method](config=config)
 
 
