@@ -73,11 +73,9 @@ class KVCache(Cache):
         self.compact = compact
         # whether more of the prompt follows this call; None means that nobody has said (see `prefill`)
         self.prompt_goes_on: bool | None = None
-        if min(window, n_sink, edge_layers, min_length) < 0:
-            raise ValueError(
-                f"window={window}, n_sink={n_sink}, edge_layers={edge_layers} and min_length={min_length} must not be "
-                "negative"
-            )
+        sizes = dict(window=window, n_sink=n_sink, edge_layers=edge_layers, min_length=min_length)
+        if min(sizes.values()) < 0:
+            raise ValueError(f"{', '.join(f'{name}={n}' for name, n in sizes.items())}: they must not be negative")
         if policy is not None and not isinstance(policy, Policy):
             raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
         self.codec = self._pair(codec)
@@ -223,6 +221,8 @@ class KVCache(Cache):
 
     def codec_of_layer(self, layer_idx: int, n_layers: int | None) -> tuple[Codec, Codec] | None:
         """The pair of codecs of one layer; `n_layers` is None while the model is not known yet."""
+        if not self.edge_layers:
+            return self.codec
         # only layer 0 is ever created before the model is known
         is_last = n_layers is not None and layer_idx >= n_layers - self.edge_layers
         return self.edge_codec if layer_idx < self.edge_layers or is_last else self.codec

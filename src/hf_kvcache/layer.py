@@ -56,7 +56,7 @@ class KVLayer(CacheLayerMixin):
         self.record_past = False
         self._forget()
 
-    def _make_store(self, keys, values, policy, compact, **sizes) -> UniformStore:
+    def _make_store(self, keys, values, policy, *, compact, **sizes) -> UniformStore:
         tracked = {} if policy is None else {"position": torch.int32, **policy.state}
         # where in RoPE a key is, as far as it is not where the token is in the text
         tracked |= {"angle": torch.int32} if compact else {}

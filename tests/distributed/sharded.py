@@ -41,7 +41,7 @@ def run(make, model, work=None, rows=2, **options) -> dict:
         "logits": torch.stack(out.logits),
         "nbytes": sum(layer.nbytes for layer in ours),
         "common": sum(common_bytes(buffer) for layer in ours for buffer in layer.store.buffers().values()),
-        "lengths": [layer.store.packed.lengths for layer in ours if layer.store.is_ragged],
+        "lengths": [layer.store.packed.lengths for layer in ours if getattr(layer.store, "is_ragged", False)],
         "heads": {layer.n_kv_heads for layer in ours},
     }
 

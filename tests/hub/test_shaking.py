@@ -7,10 +7,12 @@ import textwrap
 import pytest
 
 from hf_kvcache.hub.flatten import Recipe, flatten
-from hf_kvcache.hub.fold import SOMETHING, Text, Trivial, fold, only_checks, returned
+from hf_kvcache.hub.fold import fold, only_checks, returned
 from hf_kvcache.hub.library import Module
 from hf_kvcache.hub.shake import Shaken
+from hf_kvcache.hub.text import Text
 from hf_kvcache.hub.unused import unused
+from hf_kvcache.hub.values import SOMETHING, Trivial
 
 CLASSES = """
 class Base:

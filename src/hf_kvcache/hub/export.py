@@ -41,6 +41,7 @@ from hf_kvcache.compat import rotary_parameters
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.card import card_of
 from hf_kvcache.hub.flatten import WIDTH, flatten
+from hf_kvcache.hub.join import join
 from hf_kvcache.hub.library import defined
 from hf_kvcache.hub.recipes import classes_in, recipe_of
 from hf_kvcache.hub.spec import spec_of
@@ -178,6 +179,7 @@ def export(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = flatten(recipe_of(cache, adapter, model.config), __version__)
+    files = join(files, {"hub_citizen", *(module for module, _ in classes_in(cache))})
     prefix = family.upper() if len(family) == 3 else family.capitalize()
     names = {
         "base": base.__name__,
@@ -243,6 +245,7 @@ def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
     if isinstance(cache.policy, (Learned, Locret)):
         raise ValueError(f"{type(cache.policy).__name__} goes by what a model carries: export that model")
     files = flatten(recipe_of(cache), __version__)
+    files = join(files, {"hub_spec", *(module for module, _ in classes_in(cache))})
     imports, mentions, parts = _found(files, cache, {"hub_spec": ["cache_of"]})
     values = {
         "version": __version__,

@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_kvcache.hub.fold import Edit, Text, Trivial, fold
+from hf_kvcache.hub.fixed import settle
+from hf_kvcache.hub.fold import fold
 from hf_kvcache.hub.library import PACKAGE, Module, imported, where
-from hf_kvcache.hub.shake import Shaken
-from hf_kvcache.hub.unused import unused
+from hf_kvcache.hub.shake import Shaken, member_name
+from hf_kvcache.hub.text import Edit, Text, until_done
+from hf_kvcache.hub.untyped import untyped
+from hf_kvcache.hub.unused import unread, unused
+from hf_kvcache.hub.values import Trivial
 
 HEADER = "# SPDX-License-Identifier: Apache-2.0\n# {module} {version}, by `hf-kvcache {command}`\n"
 
@@ -40,6 +44,7 @@ class Recipe:
     Attributes:
         roots: "module:name" or "module:Class.member" that must be there.
         facts, absent: see `fold`; absent ones as "module:name".
+        fixed: see `settle`.
         dropped: what is not to be followed, "module:Class.member".
         command: that makes it.
         is_documented: whether docstrings keep their sections.
@@ -47,6 +52,7 @@ class Recipe:
 
     roots: tuple[str, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     command: str = "export"
@@ -67,12 +73,11 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
     absent = {path.partition(":")[2].rpartition(".")[2] for path in recipe.absent}
     trivial, texts = Trivial(), {}
     while True:
-        read = functools.partial(_read, texts, recipe.facts, absent, trivial)
+        read = functools.partial(_read, texts, recipe, absent, trivial)
         shaken = Shaken(read, recipe.roots, {*recipe.dropped, *recipe.absent})
         # what has come to do nothing, or next to nothing, need not be called
-        before, more = trivial, shaken.trivial()
+        before, trivial = trivial, trivial | shaken.trivial()
         idle = shaken.idle() - absent
-        trivial = Trivial({**trivial.values, **more.values}, trivial.same | more.same)
         if not idle and trivial == before:
             break
         absent |= idle
@@ -93,9 +98,13 @@ def _refuse_ambiguous(recipe: Recipe, shaken: Shaken) -> None:
             raise ValueError(f"{meant[name]} is to be absent, and {path} would be, too")
 
 
-def _read(texts: dict[str, str], facts: Mapping[str, Any], absent: set[str], trivial: Trivial, name: str) -> Module:
+def _read(texts: dict[str, str], recipe: Recipe, absent: set[str], trivial: Trivial, name: str) -> Module:
     """A module, folded; `texts` are what modules have come to so far."""
-    texts[name] = fold(texts.get(name) or where(name).read_text(), facts, absent, trivial)
+    if name not in texts:
+        texts[name] = settle(where(name).read_text(), recipe.fixed)
+    texts[name] = fold(texts[name], recipe.facts, absent, trivial)
+    text = until_done(Text(texts[name].encode()), lambda text: unread(text, trivial.unread))
+    texts[name] = until_done(text, unused).text.decode()
     return Module(name, texts[name])
 
 
@@ -106,12 +115,11 @@ class _Flat:
         self.module, self.shaken = module, shaken
 
     def source(self, is_documented: bool = False) -> str:
-        text = _apply(self.module.text, self._unneeded())
-        text = _apply(text, self._untyped(text))
-        text = text if is_documented else _apply(text, brief(text))
-        while edits := unused(text):
-            text = _apply(text, edits)
-        source = _apply(text, self._imports(text)).text.decode()
+        text = self.module.text.edited(self._unneeded())
+        if not is_documented:
+            text = until_done(text.edited(brief(text)), untyped)
+        text = text.edited(self._untyped(text))
+        source = text.edited(self._imports(text)).text.decode()
         source = _BANNER.sub("", source)
         for old, new in _BY_NAME.items():
             source = source.replace(old, new)
@@ -135,7 +143,7 @@ class _Flat:
     def _members(self, cls: ast.ClassDef) -> list[Edit]:
         at, edits, left = self.module.text, [], len(cls.body)
         for statement in cls.body:
-            name = getattr(statement, "name", None)
+            name = member_name(statement)
             if name is not None and (self.module.name, cls.name, name) not in self.shaken.members:
                 edits.append(Edit(*at.lines_with_comments(statement), b""))
                 left -= 1
@@ -200,10 +208,10 @@ class _Flat:
         if "Any" in used and "Any" not in self.module.imports:
             lines.append("from typing import Any\n")
         at = text.lines[first.end_lineno]
-        return [*edits, Edit(at, at, _block(lines).encode())]
+        return [*edits, Edit(at, at, block(lines).encode())]
 
 
-def _block(lines: list[str]) -> str:
+def block(lines: list[str]) -> str:
     """Imports in sections: the standard library, others, Triton if it is there, ours."""
     sections: dict[int, set[str]] = {}
     for line in _joined(lines):
@@ -269,13 +277,6 @@ def _without(statement: ast.stmt, names) -> list[str]:
         return []
     left = ", ".join(f"{a.name} as {a.asname}" if a.asname else a.name for a in kept)
     return [(f"from {statement.module} import " if isinstance(statement, ast.ImportFrom) else "import ") + left + "\n"]
-
-
-def _apply(text: Text, edits: list[Edit]) -> Text:
-    source = text.text
-    for edit in sorted(edits, reverse=True):
-        source = source[: edit.start] + edit.text + source[edit.stop :]
-    return Text(source)
 
 
 def _tidy(source: str) -> str:

@@ -3,56 +3,13 @@
 from __future__ import annotations
 
 import ast
-import operator
 from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-UNKNOWN = object()
+from hf_kvcache.hub.text import Edit, Text
+from hf_kvcache.hub.values import SOMETHING, UNKNOWN, Known, Trivial, name_of
 
-
-class Something:
-    """Known to be there, and to be true; not what it is."""
-
-
-SOMETHING = Something()
-
-_COMPARE = {
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Gt: operator.gt,
-    ast.Lt: operator.lt,
-    ast.GtE: operator.ge,
-    ast.LtE: operator.le,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-}
-
-
-_ASKS_TEXT = ("startswith", "endswith")
-
-
-class Edit(NamedTuple):
-    """Bytes `[start, stop)` of a source text, and what comes in their place."""
-
-    start: int
-    stop: int
-    text: bytes
-
-
-class Trivial(NamedTuple):
-    """Functions whose calls come to something that is known, by name.
-
-    Attributes:
-        values: what they return.
-        same: those that return their only argument.
-    """
-
-    values: Mapping[str, Any] = MappingProxyType({})
-    same: frozenset[str] = frozenset()
+_MAY_BE_KNOWN = (ast.BoolOp, ast.Compare, ast.UnaryOp, ast.Call, ast.ListComp, ast.DictComp, ast.GeneratorExp)
 
 
 def fold(source: str, facts: Mapping[str, Any], absent: Collection[str] = (), trivial: Trivial | None = None) -> str:
@@ -69,66 +26,10 @@ def fold(source: str, facts: Mapping[str, Any], absent: Collection[str] = (), tr
     Raises:
         SyntaxError: the source cannot be read.
     """
-    text, trivial = source.encode(), Trivial() if trivial is None else trivial
-    while edits := _Search(Text(text), dict(facts), frozenset(absent), trivial).edits():
-        for edit in reversed(edits):
-            text = text[: edit.start] + edit.text + text[edit.stop :]
-    return text.decode()
-
-
-class Text:
-    """A source text and where its nodes are.
-
-    Args:
-        text: UTF-8.
-    """
-
-    def __init__(self, text: bytes):
-        self.text, self.tree = text, ast.parse(text)
-        self.lines = [0]
-        for line in text.splitlines(keepends=True):
-            self.lines.append(self.lines[-1] + len(line))
-
-    @cached_property
-    def tests(self) -> set[int]:
-        """Expressions of which only the truth counts, by id."""
-        todo, found = [], set()
-        for node in ast.walk(self.tree):
-            if isinstance(node, (ast.If, ast.IfExp, ast.While, ast.Assert)):
-                todo.append(node.test)
-            elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-                todo.append(node.operand)
-            todo += getattr(node, "ifs", ())
-        while todo:
-            node = todo.pop()
-            found.add(id(node))
-            todo += node.values if isinstance(node, ast.BoolOp) else []
-        return found
-
-    def start(self, node: ast.AST) -> int:
-        return self.lines[node.lineno - 1] + node.col_offset
-
-    def stop(self, node: ast.AST) -> int:
-        return self.lines[node.end_lineno - 1] + node.end_col_offset
-
-    def of(self, node: ast.AST) -> bytes:
-        return self.text[self.start(node) : self.stop(node)]
-
-    def first_line(self, node: ast.AST) -> int:
-        """Index of the line that a statement begins on, decorators included."""
-        return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1
-
-    def whole_lines(self, first: ast.AST, last: ast.AST) -> tuple[int, int]:
-        """Where the lines of statements begin, and where the next one does."""
-        return self.lines[self.first_line(first)], self.lines[last.end_lineno]
-
-    def lines_with_comments(self, node: ast.AST) -> tuple[int, int]:
-        """The same of one statement with the comments above it."""
-        first, (start, stop) = self.first_line(node), self.whole_lines(node, node)
-        while first and self.text[self.lines[first - 1] : start].lstrip().startswith(b"#"):
-            first -= 1
-            start = self.lines[first]
-        return start, stop
+    text, known = Text(source.encode()), Known(dict(facts), frozenset(absent), trivial or Trivial())
+    while edits := _Search(text, known).edits():
+        text = text.edited(edits)
+    return text.text.decode()
 
 
 class _Search:
@@ -136,12 +37,11 @@ class _Search:
 
     Args:
         at: the text.
-        facts, absent, trivial: see `fold`.
+        known: what expressions in it come to.
     """
 
-    def __init__(self, at: Text, facts: Mapping[str, Any], absent: frozenset[str], trivial: Trivial):
-        self.at, self.facts, self.absent, self.trivial = at, facts, absent, trivial
-        self.tests = at.tests
+    def __init__(self, at: Text, known: Known):
+        self.at, self.known, self.tests = at, known, at.tests
 
     def edits(self) -> list[Edit]:
         """One edit of every function, which do not touch each other, in their order; or one of what is around them."""
@@ -151,8 +51,7 @@ class _Search:
         return sorted(found)
 
     def _of_function(self, function: ast.FunctionDef) -> Edit | None:
-        known = self.facts | _constants(function), self.absent - _stored(function)
-        return _Search(self.at, *known, self.trivial)._edit(function)
+        return _Search(self.at, self.known.within(function))._edit(function)
 
     def _edit(self, within: ast.AST) -> Edit | None:
         todo = [within]
@@ -176,11 +75,11 @@ class _Search:
     def _suite(self, suite: list[ast.stmt]) -> Edit | None:
         for i, statement in enumerate(suite):
             if isinstance(statement, ast.If):
-                value = False if self._returns_absent(statement.body) else self.value(statement.test, True)
+                value = False if self._returns_absent(statement.body) else self.known.value(statement.test, True)
                 if value is not UNKNOWN:
                     return self._branch(statement, bool(value), is_alone=len(suite) == 1)
             if isinstance(statement, ast.ImportFrom) and statement.col_offset:
-                if all(alias.name in self.absent for alias in statement.names):
+                if all(alias.name in self.known.absent for alias in statement.names):
                     return self._put(statement, b'raise ImportError("this repository does without it")')
             if self._is_idle(statement):
                 start, stop = self.at.lines_with_comments(statement)
@@ -191,20 +90,17 @@ class _Search:
         return None
 
     def _is_idle(self, statement: ast.stmt) -> bool:
-        """Whether a statement does nothing: a call of what is absent, a loop around nothing."""
+        """Whether a statement does nothing: a call of what is absent, a loop around nothing, a union with nothing."""
         if isinstance(statement, ast.For):
-            return self._is_empty(statement.iter) or all(isinstance(inner, ast.Pass) for inner in statement.body)
+            return self.known.is_empty(statement.iter) or all(isinstance(inner, ast.Pass) for inner in statement.body)
+        if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.BitOr):
+            return self.known.is_empty(statement.value)
         call = statement.value if isinstance(statement, ast.Expr) else None
-        return isinstance(call, ast.Call) and self._is_absent(call.func)
-
-    def _is_empty(self, node: ast.expr) -> bool:
-        """Whether a loop goes over nothing: `range(0)`, or Triton's `tl.static_range(0)`."""
-        is_range = isinstance(node, ast.Call) and self._name(node.func) in ("range", "static_range")
-        return is_range and len(node.args) == 1 and self.value(node.args[0]) == 0
+        return isinstance(call, ast.Call) and self.known.is_absent(call.func)
 
     def _returns_absent(self, body: list[ast.stmt]) -> bool:
         only = body[-1]
-        return isinstance(only, ast.Return) and isinstance(only.value, ast.Name) and only.value.id in self.absent
+        return isinstance(only, ast.Return) and isinstance(only.value, ast.Name) and only.value.id in self.known.absent
 
     def _branch(self, node: ast.If, is_taken: bool, is_alone: bool) -> Edit:
         """Put what an `if` comes to in its place."""
@@ -228,17 +124,17 @@ class _Search:
 
     def _expression(self, node: ast.AST) -> Edit | None:
         at = self.at
-        if isinstance(node, ast.IfExp) and (value := self.value(node.test, True)) is not UNKNOWN:
+        if isinstance(node, ast.IfExp) and (value := self.known.value(node.test, True)) is not UNKNOWN:
             return self._put(node, at.of(node.body if value else node.orelse))
-        if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Name) and self._is_absent(node.body):
+        if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Name) and self.known.is_absent(node.body):
             return self._put(node, at.of(node.orelse))
         is_test = id(node) in self.tests
-        if isinstance(node, (ast.BoolOp, ast.Compare, ast.UnaryOp, ast.Call)):
+        if isinstance(node, _MAY_BE_KNOWN):
             is_number = isinstance(getattr(node, "op", None), (ast.USub, ast.UAdd))
-            value = UNKNOWN if is_number else self.value(node, is_test)
+            value = UNKNOWN if is_number else self.known.value(node, is_test)
             if value is not UNKNOWN and (is_test or value is not SOMETHING):
                 return self._put(node, repr(True if value is SOMETHING else value).encode())
-        if isinstance(node, ast.Call) and self._name(node.func) in self.trivial.same and len(node.args) == 1:
+        if isinstance(node, ast.Call) and name_of(node.func) in self.known.trivial.same and len(node.args) == 1:
             inner = node.args[0]
             if not node.keywords and not isinstance(inner, ast.Starred):
                 is_atom = isinstance(inner, (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant))
@@ -250,23 +146,33 @@ class _Search:
                 v
                 for v in node.values
                 if (v is node.values[-1] and not is_test)
-                or (known := self.value(v, is_test)) is UNKNOWN
+                or (known := self.known.value(v, is_test)) is UNKNOWN
                 or bool(known) is not passed
             ]
             if len(left) < len(node.values):
                 word = b" and " if passed else b" or "
                 return self._put(node, word.join(self._operand(v) for v in left))
         if isinstance(node, ast.Dict):
-            gone = [i for i, v in enumerate(node.values) if self._is_absent(v)]
-            if gone:
-                pairs = [i for i in range(len(node.values)) if i not in gone]
-                inner = b", ".join(at.of(node.keys[i]) + b": " + at.of(node.values[i]) for i in pairs)
-                return self._put(node, b"{" + inner + b"}")
-        if isinstance(node, (ast.Tuple, ast.List)) and any(map(self._is_absent, node.elts)):
-            left = [at.of(e) for e in node.elts if not self._is_absent(e)]
+            pairs = list(zip(node.keys, node.values, strict=True))
+            left = [(k, v) for k, v in pairs if not (self.known.is_empty(v) if k is None else self.known.is_absent(v))]
+            if len(left) < len(pairs):
+                parts = [(b"**" if k is None else at.of(k) + b": ") + at.of(v) for k, v in left]
+                return self._put(node, b"{" + b", ".join(parts) + b"}")
+        if isinstance(node, ast.BinOp) and (left := self._only_operand(node)) is not None:
+            return self._put(node, self._operand(left))
+        if isinstance(node, (ast.Tuple, ast.List)) and any(map(self.known.is_absent, node.elts)):
+            left = [at.of(e) for e in node.elts if not self.known.is_absent(e)]
             inner = b", ".join(left) + (b"," if isinstance(node, ast.Tuple) and len(left) == 1 else b"")
             return self._put(node, b"(%s)" % inner if isinstance(node, ast.Tuple) else b"[%s]" % inner)
         return None
+
+    def _only_operand(self, node: ast.BinOp) -> ast.expr | None:
+        """What a union with nothing comes to, or a sum with zero; None for others."""
+        if isinstance(node.op, ast.BitOr):
+            sides = (node.left, node.right), (node.right, node.left)
+            return next((other for side, other in sides if self.known.is_empty(side)), None)
+        is_sum = isinstance(node.op, (ast.Add, ast.Sub)) and self.known.value(node.right) == 0
+        return node.left if is_sum else None
 
     def _operand(self, node: ast.AST) -> bytes:
         """An operand of `and` or `or`, in the brackets that it may have had."""
@@ -275,62 +181,6 @@ class _Search:
 
     def _put(self, node: ast.AST, text: bytes) -> Edit:
         return Edit(self.at.start(node), self.at.stop(node), text)
-
-    @staticmethod
-    def _name(node: ast.AST) -> str | None:
-        return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
-
-    def _is_absent(self, node: ast.AST) -> bool:
-        return self._name(node) in self.absent and isinstance(node.ctx, ast.Load)
-
-    def value(self, node: ast.AST, is_test: bool = False) -> Any:
-        """What an expression is, or UNKNOWN; where only its truth counts (`is_test`), something as true or false."""
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, ast.Name):
-            return self.facts.get(node.id, UNKNOWN)
-        if isinstance(node, ast.Attribute):
-            return self.facts.get(f".{node.attr}", self.facts.get(node.attr, UNKNOWN))
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            value = self.value(node.operand, True)
-            return UNKNOWN if value is UNKNOWN else not value
-        if isinstance(node, ast.BoolOp):
-            decides = isinstance(node.op, ast.Or)
-            values = [self.value(v, is_test) for v in node.values]
-            for i, value in enumerate(values):
-                if value is not UNKNOWN and bool(value) is decides and (is_test or UNKNOWN not in values[:i]):
-                    return value
-            return UNKNOWN if any(value is UNKNOWN for value in values) else values[-1]
-        if isinstance(node, ast.Compare):
-            values = [self.value(x) for x in (node.left, *node.comparators)]
-            found = [_compared(*three) for three in zip(node.ops, values, values[1:])]
-            return False if False in found else UNKNOWN if UNKNOWN in found else True
-        if isinstance(node, ast.NamedExpr):
-            return self.value(node.value)
-        if isinstance(node, ast.Call) and self._is_absent(node.func):
-            return None
-        if isinstance(node, ast.Call) and self._name(node.func) in self.trivial.values:
-            return self.trivial.values[self._name(node.func)]
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ASKS_TEXT:
-            of, what = (self.value(x) for x in (node.func.value, node.args[0]))
-            return getattr(of, node.func.attr)(what) if isinstance(of, str) and isinstance(what, str) else UNKNOWN
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
-            if self._is_absent(node.args[1]):
-                return False
-        return UNKNOWN
-
-
-def _compared(op: ast.cmpop, left: Any, right: Any) -> Any:
-    """What a comparison comes to, or UNKNOWN."""
-    if UNKNOWN in (left, right) or type(op) not in _COMPARE:
-        return UNKNOWN
-    if SOMETHING in (left, right):
-        # it is true, and nothing else is known of it
-        other = right if left is SOMETHING else left
-        if other or not isinstance(op, (ast.Is, ast.IsNot, ast.Eq, ast.NotEq)):
-            return UNKNOWN
-        return isinstance(op, (ast.IsNot, ast.NotEq))
-    return _COMPARE[type(op)](left, right)
 
 
 def _outermost(tree: ast.AST) -> Iterator[ast.FunctionDef]:
@@ -344,31 +194,18 @@ def _outermost(tree: ast.AST) -> Iterator[ast.FunctionDef]:
             todo += ast.iter_child_nodes(node)
 
 
-def _stored(function: ast.FunctionDef) -> set[str]:
-    """Names that are local to a function."""
-    names = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
-    return names | {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-
-
-def _constants(function: ast.FunctionDef) -> dict[str, Any]:
-    """Local names that are a constant throughout."""
-    stores = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
-    stores += [arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)]
-    found = {}
-    for statement in function.body:
-        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and isinstance(statement.value, ast.Constant):
-            target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
-            if isinstance(target, ast.Name) and stores.count(target.id) == 1:
-                found[target.id] = statement.value.value
-    return found
-
-
-def returned(node: ast.AST) -> ast.expr | None:
-    """What a function returns that does nothing else."""
-    if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+def returned(node: ast.AST, decorators: tuple[str, ...] = ()) -> ast.expr | None:
+    """What a function returns that does nothing else, and has no other decorators than these."""
+    if not isinstance(node, ast.FunctionDef) or any(name_of(d) not in decorators for d in node.decorator_list):
         return None
     body = node.body[ast.get_docstring(node) is not None :]
     return body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
+
+
+def passes_on(node: ast.FunctionDef) -> bool:
+    """Whether a property returns what that of the base class does."""
+    value = returned(node, ("property",))
+    return isinstance(value, ast.Attribute) and value.attr == node.name and ast.unparse(value.value) == "super()"
 
 
 def does_nothing(node: ast.AST) -> bool:

@@ -7,7 +7,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-from hf_kvcache.hub.fold import Text
+from hf_kvcache.hub.text import Text
 
 PACKAGE = "hf_kvcache"
 

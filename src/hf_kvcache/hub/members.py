@@ -56,7 +56,7 @@ class Members:
 
     def is_foreign(self, kind: type, name: str) -> bool:
         """Whether a class that is not ours has it, too: transformers and torch will ask for it."""
-        return any(name in vars(base) for base in _foreign(kind))
+        return any(name in vars(base) for base in foreign(kind))
 
     def _is_asked(self, made: type, name: str) -> bool:
         is_dunder = name.startswith("__") and name.endswith("__")
@@ -81,5 +81,6 @@ def _first(order: tuple[type, ...], name: str) -> type | None:
     return next((kind for kind in order if name in vars(kind)), None)
 
 
-def _foreign(kind: type) -> list[type]:
+def foreign(kind: type) -> list[type]:
+    """The bases of a class that are not ours."""
     return [base for base in kind.__mro__ if not base.__module__.startswith("hf_kvcache") and base is not object]

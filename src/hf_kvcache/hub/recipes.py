@@ -12,7 +12,7 @@ from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.compat import stock_layers
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.flatten import Recipe, flat
-from hf_kvcache.hub.fold import SOMETHING
+from hf_kvcache.hub.values import SOMETHING
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.learned import Learned
 
@@ -65,15 +65,19 @@ ROOTS = (
     f"{_LAYER}crop.batch_repeat_interleave.reorder_cache.offload.prefetch",
 )
 # saving caches, models in pieces: what the library is for
-DROPPED = (f"{_P}codecs.base:Codec.__rshift__",) + tuple(
+DROPPED = (f"{_P}codecs.base:Codec.__rshift__", f"{_P}codecs.dense:Dense.__rshift__") + tuple(
     f"{_CACHE}{name}" for name in ("save", "load", "check_model", "expect", "fingerprint")
 )
 # a store in pages only has no dense window that rows could come from or go to
 _NOT_LEARNED = (
     *(f"{_P}stores.uniform:UniformStore.{name}" for name in ("append", "crop", "newest_queries")),
     *(f"{_P}stores.ragged:RaggedStore.{name}" for name in ("keep", "_to_pages", "_unpack")),
-    f"{_P}stores.buffer:RowBuffer.append",
+    f"{_P}stores.paged:PagedBuffer.n_rows",
+    *(f"{_P}stores.buffer:RowBuffer.{name}" for name in ("__getitem__", "append", "gather", "own", "remove")),
     *(f"{_P}view:KVView.{name}" for name in ("memory", "positions", "queries", "scaling", "softcap")),
+    *(f"{_P}view:KVView.{name}" for name in ("n_kept", "tokens_seen", "dtype", "device")),
+    *(f"{_P}adapters.modules:Attention.{name}" for name in ("layer_idx", "n_heads")),
+    f"{_P}dmc.hooks:Hooks.remove",
 )
 
 
@@ -102,7 +106,15 @@ def recipe_of(cache: KVCache, adapter: dict | None = None, config=None) -> Recip
     _of_codecs(cache, parts, facts, absent)
     if kind == "basis":
         _of_bases(adapter, [part for part in parts if isinstance(part, LowRank)], facts, absent)
-    return Recipe(tuple(roots), facts, tuple(f"{_P}{path}" for path in absent), tuple(dropped))
+    fixed = _fixed(cache)
+    return Recipe(tuple(roots), facts, fixed, tuple(f"{_P}{path}" for path in absent), tuple(dropped))
+
+
+def _fixed(cache: KVCache) -> dict:
+    """Arguments of caches that are left at what they are by default, so that nothing passes them on."""
+    plain = KVCache()
+    names = ("codec", "edge_layers", "edge_codec", "min_length", "max_length", "exact_prefill", "compact")
+    return {name: value for name in names if getattr(cache, name) == (value := getattr(plain, name))}
 
 
 def classes_in(cache: KVCache) -> list[tuple[str, str]]:
@@ -176,6 +188,8 @@ def _of_codecs(cache: KVCache, parts: list, facts: dict, absent: list[str]) -> N
     needs = frozenset().union(*(codec.needs for codec in codecs))
     pairs = [pair for pair in (cache.codec, cache.edge_codec) if pair is not None]
     formats = {codec.format for pair in pairs for codec in pair}
+    if not pairs:
+        absent.append("hub.spec:make_codecs")
     if not any(isinstance(codec, Chain) for codec in codecs):
         absent.append("codecs.base:Chain")
     if all(codec.share_layers == 1 for codec in codecs):

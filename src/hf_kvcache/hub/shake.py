@@ -8,9 +8,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from hf_kvcache.hub.fold import Trivial, does_nothing, only_checks, returned
+from hf_kvcache.hub.attributes import Attributes, is_mentioned
+from hf_kvcache.hub.fold import does_nothing, only_checks, passes_on, returned
 from hf_kvcache.hub.library import Module, where
-from hf_kvcache.hub.members import Members, receiver
+from hf_kvcache.hub.members import Members, foreign, receiver
+from hf_kvcache.hub.values import Trivial, name_of
 
 OPS = "hf_kvcache.kernels"
 # functions that look at classes, and the place of these among the arguments
@@ -39,7 +41,8 @@ class Shaken:
         self.defined: set[tuple[str, str]] = set()
         self.members: set[tuple[str, str, str]] = set()
         self.asked: set[tuple[str, str]] = set()
-        self._used = Members()
+        self._passed: set[tuple[str, str, str]] = set()
+        self._used, self._attributes = Members(), Attributes()
         self._classes: list[tuple[Module, ast.ClassDef]] = []
         self._work: list[tuple[Module, ast.AST]] = []
         for root in roots:
@@ -76,10 +79,42 @@ class Shaken:
             is_same = isinstance(value, ast.Name) and own == [value.id] and not _takes_more(function.args)
             same.setdefault(name, []).append(is_same)
             found.setdefault(name, []).append(function)
-            if isinstance(value, ast.Constant) and not cls:
+            is_foreign = cls and self._used.is_foreign(_runtime(module, cls), name)
+            if isinstance(value, ast.Constant) and not is_foreign:
                 values[name] = value.value
         values = {name: value for name, value in values.items() if len(found[name]) == 1}
-        return Trivial(values, frozenset(name for name, all_same in same.items() if all(all_same)))
+        alike = frozenset(name for name, all_same in same.items() if all(all_same))
+        attributes = self._constant_attributes() | self._constant_properties(found)
+        return Trivial(values, alike, attributes, self._unread_attributes())
+
+    def _constant_properties(self, found: dict[str, list[ast.FunctionDef]]) -> dict[str, Any]:
+        """Properties that return one constant wherever they are, under names that nothing else has."""
+        properties = {}
+        for name, functions in found.items():
+            inner = [returned(function, ("property",)) for function in functions]
+            if all(isinstance(value, ast.Constant) and f.decorator_list for value, f in zip(inner, functions)):
+                if len({repr(value.value) for value in inner}) == 1 and name not in self._attributes.stores:
+                    properties[name] = inner[0].value
+        return properties
+
+    def _constant_attributes(self) -> dict[str, Any]:
+        """Attributes of instances that hold one constant throughout."""
+        found = self._attributes.constant()
+        return {name: value for name, value in found.items() if not self._is_known_elsewhere(name)}
+
+    def _unread_attributes(self) -> frozenset[str]:
+        """Attributes of instances that nothing reads."""
+        found = self._attributes.unread()
+        return frozenset(name for name in found if not self._is_known_elsewhere(name))
+
+    def _is_known_elsewhere(self, name: str) -> bool:
+        """Whether classes define a name, too, ours or those that ours are derived from."""
+        if name.startswith(self._used.prefixes or ("\n",)):
+            return True
+        if any(member_name(s) == name for _, cls in self._classes for s in cls.body):
+            return True
+        kinds = {base for module, cls in self._classes for base in foreign(_runtime(module.name, cls.name))}
+        return is_mentioned(name, kinds)
 
     def functions(self) -> dict[str, ast.FunctionDef]:
         """Those of all modules, and the methods of classes that are needed, as "module:name" or "module:Class.name"."""
@@ -156,13 +191,20 @@ class Shaken:
                 return
 
     def _is_reached(self, module: Module, cls: ast.ClassDef, statement: ast.stmt) -> bool:
-        name = getattr(statement, "name", None) or f"line {statement.lineno}"
+        name = member_name(statement) or f"line {statement.lineno}"
         key = module.name, cls.name, name
-        if key in self.members or f"{module.name}:{cls.name}.{name}" in self._dropped:
+        if key in self.members | self._passed or f"{module.name}:{cls.name}.{name}" in self._dropped:
             return False
         if isinstance(statement, ast.FunctionDef):
             kind = _runtime(module.name, cls.name)
             if not self._used.reach(kind, name) or (only_checks(statement) and not self._used.is_super(kind, name)):
+                return False
+            if passes_on(statement):
+                # what it asks for is followed, and found without it
+                self._passed.add(key)
+                return True
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            if not _is_field(cls, statement) and not self._used.reach(_runtime(module.name, cls.name), name):
                 return False
         elif isinstance(statement, ast.Expr):
             return False
@@ -171,6 +213,7 @@ class Shaken:
 
     def _follow(self, module: Module, node: ast.AST) -> None:
         """What a node uses."""
+        self._attributes.note(_evaluated(node))
         passive = _passive(node)
         for child in _evaluated(node):
             if isinstance(child, ast.Name):
@@ -205,6 +248,22 @@ class Shaken:
             for name in names:
                 self.asked.add((f"{OPS}.{op}.{file}", name))
                 self.define(f"{OPS}.{op}.{file}", name)
+
+
+def member_name(statement: ast.stmt) -> str | None:
+    """What a statement in the body of a class defines: a method, or one attribute."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        return getattr(statement.targets[0], "id", None)
+    if isinstance(statement, ast.AnnAssign):
+        return getattr(statement.target, "id", None)
+    return getattr(statement, "name", None)
+
+
+def _is_field(cls: ast.ClassDef, statement: ast.stmt) -> bool:
+    """Whether it is a field of instances, as classes of data have them."""
+    is_data = any(name_of(getattr(d, "func", d)) == "dataclass" for d in cls.decorator_list)
+    is_data |= any(name_of(base) == "NamedTuple" for base in cls.bases)
+    return is_data and isinstance(statement, ast.AnnAssign) and "ClassVar" not in ast.unparse(statement.annotation)
 
 
 def _evaluated(node: ast.AST) -> Iterator[ast.AST]:

@@ -43,7 +43,12 @@ def cache_of(spec: dict, **options) -> KVCache:
     """
     arguments = dict(spec)
     policy = policy_from_spec(arguments.pop("policy", None))
+    make_codecs(arguments)
+    return KVCache(policy, **arguments, **options)
+
+
+def make_codecs(arguments: dict) -> None:
+    """Put codecs in the place of what describes them."""
     for name in ("codec", "edge_codec"):
         if name in arguments:
             arguments[name] = tuple(codec_from_spec(side) for side in arguments[name])
-    return KVCache(policy, **arguments, **options)
