@@ -111,21 +111,21 @@ def merged(out, lse, q):
     return out.view(B, Hq, S, rank), lse[:, :, ::pieces]
 
 
-def attend(q, keys, values, expansion, out, lse, rows_per_split, Hkv, *, scaling, mask, softcap):
-    """Fill the partial results; without `values`, weights and their statistics instead."""
+def attend(q, keys, fused_values, expansion, out, lse, rows_per_split, Hkv, *, scaling, mask, softcap):
+    """Fill the partial results; without `fused_values`, weights and their statistics instead."""
     B, Hq, S, D = q.shape
     N, n_rows = keys.rows.shape[2], Hq // Hkv * S
     if N == 0:
         return
     q = q if q.stride(3) == 1 else q.contiguous()
-    k_tensors, v_tensors = side_tensors(keys), side_tensors(keys if values is None else values)
+    k_tensors, v_tensors = side_tensors(keys), side_tensors(keys if fused_values is None else fused_values)
     up, mean, positions, tables = (None,) * 4 if expansion is None else expansion
     up = q if up is None else up if up.stride(2) == 1 else up.contiguous()
     unit = stride_unit(k_tensors[0], v_tensors[0], up)
     # tensors that a call does not have are stood in for
     coarse, fine = (q, q) if tables is None else (x.contiguous() for x in tables)
     places = k_tensors[0] if positions is None else positions if positions.stride(2) == 1 else positions.contiguous()
-    v_format = None if values is None else side_format(values)
+    v_format = None if fused_values is None else side_format(fused_values)
     rotary = None if expansion is None else 0 if tables is None else 2 * fine.shape[2]
     config = key_config(D, n_rows, side_format(keys), v_format, rotary, mean is not None)
     grid = (triton.cdiv(n_rows, config["BM"]), triton.cdiv(N, rows_per_split), B * Hkv)

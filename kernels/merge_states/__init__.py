@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["merge_states"]
+__all__ = ["merge_states", "merge_two"]
 
 
 def merge_states(states: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,7 +21,7 @@ def merge_states(states: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch
     if len(states) == 1:
         return states[0]
     if len(states) == 2:
-        return _merge_two(*states)
+        return merge_two(*states)
     lse = torch.stack([lse for _, lse in states])  # [P, B, Hq, S]
     top = lse.amax(0).clamp(min=torch.finfo(lse.dtype).min)
     weight = torch.exp(lse - top)
@@ -31,8 +31,14 @@ def merge_states(states: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch
     return out.to(states[0][0].dtype), top + torch.log(total)
 
 
-def _merge_two(first, second):
-    """The usual case, packed rows and dense ones, in half as many steps."""
+def merge_two(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`merge_states` of the usual two, packed rows and dense ones, in half as many steps.
+
+    Args:
+        first, second: output `[B, Hq, S, D]` and log-sum-exp `[B, Hq, S]` each.
+    """
     (a, lse_a), (b, lse_b) = first, second
     # where neither saw a key both outputs are zero, and any share will do
     share = torch.sigmoid(lse_a - lse_b).nan_to_num(0.0).unsqueeze(-1)  # [B, Hq, S, 1]

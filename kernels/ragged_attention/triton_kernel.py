@@ -91,8 +91,10 @@ def tiling(n_pool, n_longest, n_heads, n_blocks, device):
 
 def side_format(side, D):
     """`(form, kept channels, bits, groups)` of one side; form "plain" is what needs no expansion by classes."""
+    if side.places is None and side.bits is None:
+        return "plain", D, 0, 0
     form, keep, bits, groups = sparse.side_format(side, D)
-    if form == "all" and (not bits or (D % 16 == 0 and D // groups % side.values.shape[3] == 0)):
+    if form == "all" and D % 16 == 0 and D // groups % side.values.shape[3] == 0:
         form = "plain"
     return form, keep, bits, groups
 
@@ -105,19 +107,23 @@ def side_tensors(side):
 
 def ragged_config(D, keys, values, page, itemsize):
     """Compile-time constants of the kernel for one format of each side."""
-    by_class = "plain" != keys[0] or "plain" != values[0]
-    config = sparse.sparse_config(D, keys, values) | {"PAGE": page}
-    v_tiles = 2 if D > 128 and values[0] == "plain" and values[2] and not by_class else 1
-    for name, (form, _, bits, _), tiles in (("K", keys, 1), ("V", values, v_tiles)):
+    is_plain = keys[0] == values[0] == "plain"
+    v_tiles = 2 if D > 128 and values[2] and is_plain else 1
+    if is_plain:
+        # wide dense rows take what dense_attention gives them: two warps to a lane, and one step on its way
+        wide = D * itemsize > 256 and not values[2]
+        config = {"BM": BLOCK_M, "NB": 4, "NR": 16, "num_warps": 8 if wide else 4, "num_stages": 2 if wide else 3}
+    else:
+        config = sparse.sparse_config(D, keys, values)
+    for name, (form, keep, bits, groups), tiles in (("K", keys, 1), ("V", values, v_tiles)):
         if form == "plain":
             # a field of the words is a class of channels side by side
             words = D * bits // 16 or D
-            config[f"{name}_W"], config[f"{name}_C"] = D // words, max(16, triton.next_power_of_2(words) // tiles)
-    if not by_class:
-        # wide dense rows take what dense_attention gives them: two warps to a lane, and one step on its way
-        wide = D * itemsize > 256 and not values[2]
-        config |= {"NB": 4, "NR": 16, "num_warps": 8 if wide else 4, "num_stages": 2 if wide else 3}
-    return config | {"V_TILES": v_tiles}
+            config |= {
+                f"{name}_FORM": form, f"{name}_KEEP": keep, f"{name}_BITS": bits, f"{name}_GROUPS": groups,
+                f"{name}_W": D // words, f"{name}_C": max(16, triton.next_power_of_2(words) // tiles),
+            }  # fmt: skip
+    return config | {"D": D, "PAGE": page, "V_TILES": v_tiles, "enable_fp_fusion": True}
 
 
 @triton.jit

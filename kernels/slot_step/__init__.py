@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels import choose, select
+from hf_kvcache.kernels import select
 
 __all__ = ["place_rows", "slot_step"]
 
@@ -62,14 +62,7 @@ def place_rows(
         ValueError: shapes or dtypes do not fit together.
     """
     check_places(k, v, alpha, is_real, ring, lengths, k_pages, v_pages, table)
-    if choose("slot_step", alpha.device).backend == "triton":
-        from hf_kvcache.kernels.slot_step import triton_kernel
-
-        place = triton_kernel.place_rows
-    else:
-        from hf_kvcache.kernels.slot_step import reference
-
-        place = reference.place_rows
+    place = select("slot_step", alpha.device, name="place_rows")
     place(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table)
 
 

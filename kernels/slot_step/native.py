@@ -8,6 +8,9 @@ import torch
 
 from hf_kvcache.kernels import native
 
+# on CPUs rows are put where the op says by a store; in one call only the reference does
+from hf_kvcache.kernels.slot_step.reference import place_rows as place_rows
+
 _CALL = struct.Struct("16q")
 
 

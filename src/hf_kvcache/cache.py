@@ -443,12 +443,15 @@ class KVCache(Cache):
     def nbytes(self) -> int:
         """Bytes allocated by all layers: storages that exist, spare rows and metadata included."""
         ropes = {layer.rope for layer in self.layers if isinstance(layer, KVLayer)} - {None}
-        return sum(_nbytes(layer) for layer in self.layers) + sum(rope.nbytes for rope in ropes)
+        layers = [layer.nbytes if isinstance(layer, KVLayer) else compat.stock_nbytes(layer) for layer in self.layers]
+        return sum(layers) + sum(rope.nbytes for rope in ropes)
 
     @property
     def nbytes_dense(self) -> int:
         """Bytes that a dense cache of the same tokens would hold."""
-        return sum(layer.nbytes_dense if isinstance(layer, KVLayer) else _nbytes(layer) for layer in self.layers)
+        return sum(
+            layer.nbytes_dense if isinstance(layer, KVLayer) else compat.stock_nbytes(layer) for layer in self.layers
+        )
 
     @property
     def compression_ratio(self) -> float:
@@ -463,8 +466,8 @@ class KVCache(Cache):
                 "class": type(layer).__name__,
                 "tokens_seen": layer.get_seq_length() if hasattr(layer, "get_seq_length") else None,
                 "n_kept": layer.store.n_kept if isinstance(layer, KVLayer) else None,
-                "nbytes": _nbytes(layer),
-                "nbytes_dense": layer.nbytes_dense if isinstance(layer, KVLayer) else _nbytes(layer),
+                "nbytes": layer.nbytes if isinstance(layer, KVLayer) else compat.stock_nbytes(layer),
+                "nbytes_dense": layer.nbytes_dense if isinstance(layer, KVLayer) else compat.stock_nbytes(layer),
             }
             for i, layer in enumerate(self.layers)
         ]
@@ -474,15 +477,3 @@ class KVCache(Cache):
         seen = self.get_seq_length() if self.layers else 0
         parts.append(f"{len(self.layers)} layers, {seen} tokens, {self.nbytes} bytes")
         return f"{type(self).__name__}({', '.join(parts)})"
-
-
-def _nbytes(layer) -> int:
-    """Bytes of one layer of any class, by unique storages."""
-    if isinstance(layer, KVLayer):
-        return layer.nbytes
-    storages = {}
-    for value in vars(layer).values():
-        for tensor in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(tensor, torch.Tensor):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())

@@ -76,6 +76,16 @@ def stock_layers(config) -> list[CacheLayerMixin | None]:
     return [None if type(layer) is DynamicLayer else layer for layer in layers]
 
 
+def stock_nbytes(layer: CacheLayerMixin) -> int:
+    """Bytes of one of transformers' own cache layers, by unique storages."""
+    storages = {}
+    for value in vars(layer).values():
+        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
 def rope_kind(module: torch.nn.Module) -> tuple:
     """What tells the rotary embeddings of a model's layers apart."""
     has_rope = bool(getattr(module, "use_rope", True))

@@ -184,17 +184,16 @@ def test_exported_models_reach_their_kernels():
     """The dispatcher asks every module whether it can run, and imports it by name."""
     adapter = {"kind": "retrofit", "settings": Settings().to_dict()}
     files = flatten(recipe_of(kv.DMCCache(), adapter, AutoConfig.from_pretrained(kv.embedded_model())), "0")
-    assert "import kernels_slot_step_triton_kernel as triton_kernel" in files["kernels_slot_step.py"]
-    assert "def place_rows(" in files["kernels_slot_step_triton_kernel.py"]
-    asked = {*re.findall(r'(?:select|choose)\("(\w+)"', "".join(files.values()))}
+    asked = {*re.findall(r'select\("(\w+)"', "".join(files.values()))}
     assert asked >= {"merge_step", "ragged_attention", "slot_step"}
-    for name in asked:
+    for op in asked:
         bound = {
             getattr(node, "asname", None) or node.name
-            for node in ast.walk(ast.parse(files[f"kernels_{name}_triton_kernel.py"]))
+            for node in ast.walk(ast.parse(files[f"kernels_{op}_triton_kernel.py"]))
             if isinstance(node, (ast.alias, ast.FunctionDef))
         }
-        assert {"unavailable", name} <= bound, name
+        # the store calls nothing else of this op where Triton serves
+        assert {"unavailable", "place_rows" if op == "slot_step" else op} <= bound, op
 
 
 def test_an_unknown_op_is_a_mistake(capsys, tmp_path):

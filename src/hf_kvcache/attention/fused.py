@@ -7,9 +7,10 @@ import torch
 from hf_kvcache.attention import blockwise
 from hf_kvcache.attention.mask import visible
 from hf_kvcache.codecs.base import ROWS, Chain, Codec
+from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
-from hf_kvcache.kernels.merge_states import merge_states
+from hf_kvcache.kernels.merge_states import merge_two
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.ragged_attention import ragged_attention
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
@@ -36,15 +37,15 @@ def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
     if not store.n_packed:
         dense = store.dense
         return dense_attention(q, dense["k"], dense["v"], scaling=scaling, mask=mask, softcap=softcap)[0]
-    op = _op(store.keys.format, store.values.format)
-    if op is None:
+    attend_op = op_of(store.keys.format, store.values.format)
+    if attend_op is None:
         return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if softcap is not None and store.keys.query_offset(q) is not None:
         # what a projected query lacks belongs inside the cap
         return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if store.keys.projects or store.values.projects:
-        return _attend_projected(op, q, store, scaling, mask, softcap)
-    return op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)[0]
+        return _attend_projected(attend_op, q, store, scaling, mask, softcap)
+    return attend_op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)[0]
 
 
 def _attend_pages(q, view, scaling, softcap):
@@ -58,7 +59,7 @@ def _attend_pages(q, view, scaling, softcap):
     if n_new > 1 or view.layer.has_padding:
         mask = visible(store.dense["position"], view.tokens_seen, n_new)
     tail = dense_attention(q, store.dense["k"], store.dense["v"], scaling=scaling, mask=mask, softcap=softcap)
-    return merge_states([(store.values.project_output(out).to(q.dtype), lse), tail])[0]
+    return merge_two((store.values.project_output(out).to(q.dtype), lse), tail)[0]
 
 
 def _attend_projected(op, q, store, scaling, mask, softcap):
@@ -69,15 +70,15 @@ def _attend_projected(op, q, store, scaling, mask, softcap):
     out, lse = op(in_basis, store, None, scaling=scaling, mask=packed_mask, softcap=softcap)
     offset = store.keys.query_offset(q)
     lse = lse if offset is None else lse + scaling * offset
-    states = [(store.values.project_output(out).to(q.dtype), lse)]
-    if store.dense.n_tokens:
-        tail_mask = None if mask is None else mask[..., n:]
-        k, v = store.dense["k"], store.dense["v"]
-        states.append(dense_attention(q, k, v, scaling=scaling, mask=tail_mask, softcap=softcap))
-    return merge_states(states)[0]
+    out = store.values.project_output(out).to(q.dtype)
+    if not store.dense.n_tokens:
+        return out
+    tail_mask = None if mask is None else mask[..., n:]
+    tail = dense_attention(q, store.dense["k"], store.dense["v"], scaling=scaling, mask=tail_mask, softcap=softcap)
+    return merge_two((out, lse), tail)[0]
 
 
-def _op(keys: str, values: str):
+def op_of(keys: str, values: str):
     """The function below that reads these formats, or None."""
     if keys in ("int/channel", "int") and values == "int":
         return attend_integers
@@ -134,9 +135,9 @@ def attend_lowrank(q, store, dense, *, scaling, mask, softcap):
 
 def as_latents(codec: Codec, encoded: dict[str, torch.Tensor]) -> Latents:
     """One side of a store as the op reads it; dense and quantised rows are latents of one head and full rank."""
-    if not codec.format.endswith("int"):
-        return Latents(encoded["latents" if codec.format.startswith("lowrank") else "rows"])
     prefix, integers = ("second.", codec.second) if isinstance(codec, Chain) else ("", codec)
+    if not isinstance(integers, Quantize):
+        return Latents(encoded["latents" if codec.format.startswith("lowrank") else "rows"])
     codes, scale, zero = (encoded[prefix + name] for name in ("codes", "scale", "zero"))
     return Latents(codes, scale, zero, integers.bits)
 

@@ -86,9 +86,10 @@ def resolve(view, mask, n_new: int) -> torch.Tensor | None:
     """
     layer = view.layer
     has_gaps = layer.store.is_ragged and layer.store.n_packed
-    if has_gaps or (view.n_kept < view.tokens_seen and layer.has_padding):
+    has_evicted = layer.policy is not None and view.n_kept < view.tokens_seen
+    if has_gaps or (has_evicted and layer.has_padding):
         return visible(view.positions, view.tokens_seen, n_new)
-    if view.n_kept < view.tokens_seen:
+    if has_evicted:
         # whatever has gone, the rows left are older than the new ones, which stand at the end
         return None if n_new == 1 else causal(view.n_kept, n_new, view.device)
     if isinstance(mask, KVMask):

@@ -73,6 +73,7 @@ from transformers import {theirs}
 {imports}
 
 # cache_of and the dispatcher find these by their names; transformers fetches the files that are named here
+# ruff: noqa: F401
 if TYPE_CHECKING:
 {mentions}
 
@@ -113,6 +114,7 @@ from typing import TYPE_CHECKING
 {imports}
 
 # cache_of and the dispatcher find these by their names; transformers fetches the files that are named here
+# ruff: noqa: F401
 if TYPE_CHECKING:
 {mentions}
 
@@ -179,7 +181,7 @@ def export(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = flatten(recipe_of(cache, adapter, model.config), __version__)
-    files = join(files, {"hub_citizen", *(module for module, _ in classes_in(cache))})
+    files = join(files, {"hub_citizen", "cache", "layer", *(module for module, _ in classes_in(cache))})
     prefix = family.upper() if len(family) == 3 else family.capitalize()
     names = {
         "base": base.__name__,
@@ -245,7 +247,7 @@ def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
     if isinstance(cache.policy, (Learned, Locret)):
         raise ValueError(f"{type(cache.policy).__name__} goes by what a model carries: export that model")
     files = flatten(recipe_of(cache), __version__)
-    files = join(files, {"hub_spec", *(module for module, _ in classes_in(cache))})
+    files = join(files, {"hub_spec", "cache", "layer", *(module for module, _ in classes_in(cache))})
     imports, mentions, parts = _found(files, cache, {"hub_spec": ["cache_of"]})
     values = {
         "version": __version__,
@@ -403,7 +405,7 @@ def _found(files: dict[str, str], cache: KVCache, imports: dict[str, list[str]])
     lines = [f"from .{module} import {', '.join(sorted(imports[module]))}" for module in sorted(imports)]
     reached = _reached(files, imports)
     hidden = [stem for stem in _stems(files) if stem not in reached]
-    mentions = [f"    from .{stem} import {_some(files[f'{stem}.py'])} as {stem}  # noqa: F401" for stem in hidden]
+    mentions = [f"    from .{stem} import {_some(files[f'{stem}.py'])} as {stem}" for stem in hidden]
     return "\n".join(lines), "\n".join(mentions), [name for _, name in parts]
 
 

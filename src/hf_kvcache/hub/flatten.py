@@ -13,13 +13,14 @@ from typing import Any
 from hf_kvcache.hub.fixed import settle
 from hf_kvcache.hub.fold import fold
 from hf_kvcache.hub.library import PACKAGE, Module, imported, where
+from hf_kvcache.hub.parameters import unread_parameters
 from hf_kvcache.hub.shake import Shaken, member_name
 from hf_kvcache.hub.text import Edit, Text, until_done
 from hf_kvcache.hub.untyped import untyped
 from hf_kvcache.hub.unused import unread, unused
 from hf_kvcache.hub.values import Trivial
 
-HEADER = "# SPDX-License-Identifier: Apache-2.0\n# {module} {version}, by `hf-kvcache {command}`\n"
+HEADER = "# SPDX-License-Identifier: Apache-2.0\n# {module} {version}\n"
 
 # where the library finds modules by their names
 _BY_NAME = {
@@ -30,7 +31,7 @@ _BY_NAME = {
     ),
 }
 _BANNER = re.compile(r"^ *# -- .*-{8,}\n\n?", re.MULTILINE)
-_FUTURE = "from __future__ import annotations\n\n"
+FUTURE = "from __future__ import annotations\n\n"
 WIDTH = 120  # of a line
 
 # transformers refuses files that import what is not installed, unless they say that they can do without
@@ -45,17 +46,17 @@ class Recipe:
         roots: "module:name" or "module:Class.member" that must be there.
         facts, absent: see `fold`; absent ones as "module:name".
         fixed: see `settle`.
+        same: functions that return their only argument, whatever they look like.
         dropped: what is not to be followed, "module:Class.member".
-        command: that makes it.
         is_documented: whether docstrings keep their sections.
     """
 
     roots: tuple[str, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    same: frozenset[str] = frozenset()
     absent: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
-    command: str = "export"
     is_documented: bool = False
 
 
@@ -71,7 +72,7 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
         ValueError: nothing is left of a class that is needed.
     """
     absent = {path.partition(":")[2].rpartition(".")[2] for path in recipe.absent}
-    trivial, texts = Trivial(), {}
+    trivial, texts = Trivial(same=recipe.same), {}
     while True:
         read = functools.partial(_read, texts, recipe, absent, trivial)
         shaken = Shaken(read, recipe.roots, {*recipe.dropped, *recipe.absent})
@@ -85,7 +86,7 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
     files = {}
     for name, module in shaken.modules.items():
         body = _Flat(module, shaken).source(recipe.is_documented)
-        files[f"{flat(name)}.py"] = HEADER.format(module=name, version=version, command=recipe.command) + body
+        files[f"{flat(name)}.py"] = HEADER.format(module=name, version=version) + body
     return files
 
 
@@ -118,6 +119,8 @@ class _Flat:
         text = self.module.text.edited(self._unneeded())
         if not is_documented:
             text = until_done(text.edited(brief(text)), untyped)
+            asked = self._asked()
+            text = until_done(text, lambda text: unused(text) or unread_parameters(text, asked))
         text = text.edited(self._untyped(text))
         source = text.edited(self._imports(text)).text.decode()
         source = _BANNER.sub("", source)
@@ -166,6 +169,13 @@ class _Flat:
                 return None
             source, name = of.imports[name]
         return source, name
+
+    def _asked(self) -> set[str]:
+        """Names that other modules, or the dispatcher, ask this one for."""
+        imports = [of for module in self.shaken.modules.values() for of in module.imports.values()]
+        names = {name for module, name in [*imports, *self.shaken.asked] if module == self.module.name}
+        # None is the module itself, of which anything may be asked
+        return set(self.module.units) if None in names else names
 
     def _untyped(self, text: Text) -> list[Edit]:
         """Types that have not come along, in annotations."""
@@ -289,7 +299,7 @@ def _tidy(source: str) -> str:
     n_blank = 2 if isinstance(after, (ast.FunctionDef, ast.ClassDef)) else 1
     rest = "".join(lines[ends[-1] :]).strip("\n")
     source = "".join(lines[: ends[-1]]) + ("\n" * n_blank + rest + "\n" if rest else "")
-    return source if _has_annotations(ast.parse(source)) else source.replace(_FUTURE, "", 1)
+    return source if _has_annotations(ast.parse(source)) else source.replace(FUTURE, "", 1)
 
 
 def _has_annotations(tree: ast.AST) -> bool:

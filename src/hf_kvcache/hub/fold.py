@@ -126,8 +126,11 @@ class _Search:
         at = self.at
         if isinstance(node, ast.IfExp) and (value := self.known.value(node.test, True)) is not UNKNOWN:
             return self._put(node, at.of(node.body if value else node.orelse))
-        if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Name) and self.known.is_absent(node.body):
-            return self._put(node, at.of(node.orelse))
+        if isinstance(node, ast.IfExp):
+            sides = (node.body, node.orelse), (node.orelse, node.body)
+            left = next((other for side, other in sides if self._is_never(side)), None)
+            if left is not None:
+                return self._put(node, at.of(left))
         is_test = id(node) in self.tests
         if isinstance(node, _MAY_BE_KNOWN):
             is_number = isinstance(getattr(node, "op", None), (ast.USub, ast.UAdd))
@@ -165,6 +168,11 @@ class _Search:
             inner = b", ".join(left) + (b"," if isinstance(node, ast.Tuple) and len(left) == 1 else b"")
             return self._put(node, b"(%s)" % inner if isinstance(node, ast.Tuple) else b"[%s]" % inner)
         return None
+
+    def _is_never(self, side: ast.expr) -> bool:
+        """Whether one side of a choice is something absent, or a call of it."""
+        of = side.func if isinstance(side, ast.Call) else side
+        return isinstance(of, (ast.Name, ast.Attribute)) and self.known.is_absent(of)
 
     def _only_operand(self, node: ast.BinOp) -> ast.expr | None:
         """What a union with nothing comes to, or a sum with zero; None for others."""

@@ -6,10 +6,10 @@ import ast
 import re
 from collections.abc import Collection
 
-from hf_kvcache.hub.flatten import WIDTH, block
+from hf_kvcache.hub.flatten import FUTURE, block
 from hf_kvcache.hub.library import defined, imported
 
-LONGEST = 20_000  # bytes beyond which nothing is added to a file
+LONGEST = 24_000  # bytes beyond which nothing is added to a file
 _OWN_NAME = re.compile(r"(?<!\.)__name__")
 _PLAIN = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
@@ -21,13 +21,11 @@ class _File:
         self.name, self.source, tree = name, source, ast.parse(source)
         lines = source.splitlines(keepends=True)
         doc, *body = tree.body
-        self.title = ast.get_docstring(tree).partition("\n")[0]
         imports = [s for s in body if isinstance(s, (ast.Import, ast.ImportFrom))]
         self.plain = [s for s in imports if getattr(s, "module", None) != "__future__"]
-        self.definitions = body[len(imports) :]
+        self.definitions = [s for s in body if s not in imports]
         self.head = "".join(lines[: doc.end_lineno])
-        first = self.definitions[0] if self.definitions else None
-        self.body = "".join(lines[_first_line(lines, first) :]) if first is not None else ""
+        self.body = "".join(lines[max(s.end_lineno for s in [doc, *imports]) :]).strip("\n")
         self.bound = {name: of for s in self.plain for name, of in imported(s).items()}
         self.names = {name for s in self.definitions for name in defined(s)}
         # modules beside this one, by the names that each is asked for; None for the module itself
@@ -75,6 +73,9 @@ def _next(parts: dict[str, str], kept: Collection[str]) -> tuple[str, str] | Non
 def _fits(file: _File, user: _File) -> bool:
     """Whether names mean the same in both, and the one asks for names of the other at its top alone."""
     asks = user.of[file.name]
+    # Triton is imported where it may be missing, which stays as it is
+    if any(isinstance(s, ast.Try) for s in user.definitions):
+        return False
     if user.name in file.of or any(node not in user.plain or not node.module for node in asks):
         return False
     if any(alias.asname for node in asks for alias in node.names):
@@ -86,27 +87,9 @@ def _fits(file: _File, user: _File) -> bool:
 
 def _joined(user: _File, file: _File) -> str:
     imports = [node for node in [*file.plain, *user.plain] if getattr(node, "module", None) != file.name]
-    lines = "".join(ast.unparse(node) + "\n" for node in imports)
-    heading = f"# hf_kvcache.{file.name}: {file.title}"[:WIDTH].rstrip()
-    typing, rest = _split(user)
-    sections = [typing, f"{heading}\n\n\n{file.body}", rest]
-    text = "\n\n".join(section.strip("\n") + "\n" for section in sections if section)
-    return f"{user.head}\nfrom __future__ import annotations\n{block(lines.splitlines(keepends=True))}\n{text}"
-
-
-def _split(file: _File) -> tuple[str, str]:
-    """What a file imports for its annotations, and its definitions."""
-    first = file.definitions[0]
-    if not isinstance(first, ast.If):
-        return "", file.body
-    lines = file.source.splitlines(keepends=True)
-    typing = "".join(lines[first.lineno - 1 : first.end_lineno])
-    return typing, "".join(lines[first.end_lineno :])
-
-
-def _first_line(lines: list[str], statement: ast.stmt) -> int:
-    """Index of the line that a statement begins on, decorators and comments included."""
-    at = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", ()))]) - 1
-    while lines[at - 1].startswith("#"):
-        at -= 1
-    return at
+    lines = block([ast.unparse(node) + "\n" for node in imports])
+    # the line that says which module it was
+    heading = file.head.splitlines()[1].rpartition(" ")[0]
+    future = FUTURE if FUTURE in user.source + file.source else ""
+    top = f"{user.head}\n{future.rstrip()}" if future else user.head
+    return f"{top}\n{lines}\n{heading}\n\n\n{file.body}\n\n\n{user.body}\n"

@@ -88,7 +88,7 @@ def sources(op: str, version: str) -> dict[str, str]:
     roots += tuple(f"{OPS}.{op}:{name}" for name in _TYPES.get(op, ()))
     if op in ("sparse_attention", "ragged_attention"):
         roots += _GLUON
-    recipe = Recipe(roots, absent=(f"{OPS}:forced_backend",), command="kernel", is_documented=True)
+    recipe = Recipe(roots, absent=(f"{OPS}:forced_backend",), is_documented=True)
     files = flatten(recipe, version)
     dispatcher = f"{flat(OPS)}.py"
     if dispatcher in files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
+from hf_kvcache.attention.fused import op_of
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain, Codec
 from hf_kvcache.codecs.lowrank import LowRank
@@ -19,7 +20,8 @@ from hf_kvcache.policies.learned import Learned
 _P = "hf_kvcache."
 _CACHE, _LAYER = f"{_P}cache:KVCache.", f"{_P}layer:KVLayer."
 
-_FACTS = {"_expected": None, "offloading": False}
+# huge pages serve the kernels for CPUs, which stay behind
+_FACTS = {"_expected": None, "offloading": False, "_madvise": None}
 _NO_POLICY = dict(
     policy=None,
     _policy=None,
@@ -68,6 +70,12 @@ ROOTS = (
 DROPPED = (f"{_P}codecs.base:Codec.__rshift__", f"{_P}codecs.dense:Dense.__rshift__") + tuple(
     f"{_CACHE}{name}" for name in ("save", "load", "check_model", "expect", "fingerprint")
 )
+# what only policies ask for
+_FOR_POLICIES = (
+    *(f"{_P}view:KVView.{name}" for name in ("memory", "positions", "queries", "scaling", "softcap")),
+    f"{_P}stores.uniform:UniformStore.positions",
+    f"{_P}shards:Shard.mean",
+)
 # a store in pages only has no dense window that rows could come from or go to
 _NOT_LEARNED = (
     *(f"{_P}stores.uniform:UniformStore.{name}" for name in ("append", "crop", "newest_queries")),
@@ -94,11 +102,13 @@ def recipe_of(cache: KVCache, adapter: dict | None = None, config=None) -> Recip
     kind = None if adapter is None else adapter["kind"]
     absent += [f"hub.children:{function}" for name, function in _ADAPTERS.items() if name != kind]
     absent += ["hub.children:add_children"] if adapter is None else []
-    dropped = list(DROPPED)
+    dropped = [*DROPPED, *(_FOR_POLICIES if cache.policy is None else ())]
     if config is not None:
         dropped += _of_model(config, facts, absent)
     if kind == "retrofit":
         dropped += _of_retrofit(adapter["settings"], facts)
+        # rows without a codec are placed and written at once where Triton serves
+        dropped += [f"{_P}kernels.slot_step.triton_kernel:slot_step"] if cache.codec is None else []
     if not cache.compact and not any("model" in part.needs for part in parts):
         dropped.append(f"{_LAYER}bind")
         facts |= dict(needs_model=False, rope=None)
@@ -106,14 +116,18 @@ def recipe_of(cache: KVCache, adapter: dict | None = None, config=None) -> Recip
     _of_codecs(cache, parts, facts, absent)
     if kind == "basis":
         _of_bases(adapter, [part for part in parts if isinstance(part, LowRank)], facts, absent)
-    fixed = _fixed(cache)
-    return Recipe(tuple(roots), facts, fixed, tuple(f"{_P}{path}" for path in absent), tuple(dropped))
+    # keys before RoPE are rebuilt, so queries stay as they are
+    same = frozenset({"project_query"} if kind == "basis" and adapter["rotary"] else ())
+    missing = tuple(f"{_P}{path}" for path in absent)
+    return Recipe(tuple(roots), facts, fixed=_fixed(cache), same=same, absent=missing, dropped=tuple(dropped))
 
 
 def _fixed(cache: KVCache) -> dict:
     """Arguments of caches that are left at what they are by default, so that nothing passes them on."""
     plain = KVCache()
-    names = ("codec", "edge_layers", "edge_codec", "min_length", "max_length", "exact_prefill", "compact")
+    names = ["codec", "edge_layers", "edge_codec", "min_length", "max_length", "exact_prefill", "compact"]
+    # pages only: there is no place for sinks of the cache
+    names += ["n_sink"] if isinstance(cache.policy, Learned) else []
     return {name: value for name in names if getattr(cache, name) == (value := getattr(plain, name))}
 
 
@@ -145,7 +159,7 @@ def _of_model(config, facts: dict, absent: list[str]) -> list[str]:
     if any(stock_layers(config)):
         return []
     # all layers are ours
-    absent += ["cache:KVCache._stock_layer", "compat:drop_rows"]
+    absent += ["cache:KVCache._stock_layer", "compat:drop_rows", "compat:stock_nbytes"]
     return [f"{_CACHE}update_conv_state"]
 
 
@@ -190,6 +204,13 @@ def _of_codecs(cache: KVCache, parts: list, facts: dict, absent: list[str]) -> N
     formats = {codec.format for pair in pairs for codec in pair}
     if not pairs:
         absent.append("hub.spec:make_codecs")
+    if all(op_of(keys.format, values.format) is not None for keys, values in pairs):
+        facts["attend_op"] = SOMETHING
+    if cache.codec is not None and not cache.edge_layers:
+        # every layer has one, for both sides
+        facts |= {"keys": SOMETHING, "codec": SOMETHING}
+        if all("positions" in keys.needs for keys, _ in pairs):
+            facts |= dict(needs_positions=True, has_rope=True)
     if not any(isinstance(codec, Chain) for codec in codecs):
         absent.append("codecs.base:Chain")
     if all(codec.share_layers == 1 for codec in codecs):
@@ -210,6 +231,10 @@ def _of_codecs(cache: KVCache, parts: list, facts: dict, absent: list[str]) -> N
     if not any(codec.projects for codec in codecs):
         facts["projects"] = False
         absent += ["codecs.base:Codec.query_offset", "codecs.base:Chain.query_offset"]
+    elif all(any(codec.projects for codec in pair) for pair in pairs):
+        facts["projects"] = True
+    if not any(isinstance(codec, Quantize) for codec in codecs):
+        absent.append("codecs.quantize:Quantize")
     if cache.exact_prefill:
         facts["exact_prefill"] = True
         absent.append("layer:KVLayer.project_new")
@@ -226,12 +251,13 @@ def _of_kernels(pairs: list, codecs: list[Codec], facts: dict) -> None:
     formats = {codec.format for pair in pairs for codec in pair}
     if not formats:
         # rows of pages are as the model made them
-        facts |= {".places": None, ".format": "dense", "ORDERED": False}
+        facts |= {".places": None, ".format": "dense", "ORDERED": False, "is_plain": True}
         facts |= dict.fromkeys(("FORM", "K_FORM", "V_FORM"), "plain")
     bits = {codec.bits for codec in codecs if isinstance(codec, Quantize)}
     is_integer = {"int" in fmt for fmt in formats}
     if not bits:
         facts |= {".bits": None, "BITS": 0, "K_BITS": 0, "V_BITS": 0, "GROUPS": 0, "K_GROUPS": 0, "V_GROUPS": 0}
+        facts["bits"] = 0
     elif len(bits) == 1 and is_integer == {True}:
         facts |= dict.fromkeys((".bits", "BITS", "K_BITS", "V_BITS"), bits.pop())
     axes = {codec.axis for codec in codecs if hasattr(codec, "axis")}
@@ -255,6 +281,10 @@ def _of_bases(adapter: dict, codecs: list, facts: dict, absent: list[str]) -> No
         return
     # keys are rebuilt and rotated, so values are summed by a kernel of their own
     facts |= dict(rotated=True, REBUILD=True, FUSED=False, expansion=SOMETHING, tables=SOMETHING, up=SOMETHING)
-    facts |= {".tables": SOMETHING, "HALF": adapter["rotary"] // 2}
+    facts |= {".tables": SOMETHING, "HALF": adapter["rotary"] // 2, "rotary": SOMETHING, "found": SOMETHING}
+    facts["fused_values"] = None
+    if {shapes["k_up"][-1] for shapes in adapter["shapes"].values()} == {adapter["rotary"]}:
+        facts |= dict(RF=0, rest=0)
+    absent += [f"codecs.{path}.query_offset" for path in ("base:Codec", "base:Chain", "lowrank:LowRank")]
     if len(means := {"k_mean" in shapes for shapes in adapter["shapes"].values()}) == 1:
         facts["MEAN"] = means.pop()

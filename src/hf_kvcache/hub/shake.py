@@ -74,7 +74,7 @@ class Shaken:
             cls, _, name = inner.rpartition(".")
             if (module, cls, name) not in self.members and (module, name) not in self.defined:
                 continue
-            value = returned(function)
+            value = returned(function, ("jit",))
             own = [arg.arg for arg in function.args.args[bool(cls) :]]
             is_same = isinstance(value, ast.Name) and own == [value.id] and not _takes_more(function.args)
             same.setdefault(name, []).append(is_same)
@@ -204,7 +204,8 @@ class Shaken:
                 self._passed.add(key)
                 return True
         elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
-            if not _is_field(cls, statement) and not self._used.reach(_runtime(module.name, cls.name), name):
+            kind = _runtime(module.name, cls.name)
+            if not (_is_field(cls, statement) or self._used.reach(kind, name) or is_mentioned(name, foreign(kind))):
                 return False
         elif isinstance(statement, ast.Expr):
             return False
@@ -244,7 +245,8 @@ class Shaken:
         if not (call.args and isinstance(call.args[0], ast.Constant)):
             return
         op = call.args[0].value
-        for file, names in (("reference", [op]), ("triton_kernel", [op, "unavailable", "obstacle"])):
+        name = next((k.value.value for k in call.keywords if k.arg == "name"), op)
+        for file, names in (("reference", [name]), ("triton_kernel", [name, "unavailable", "obstacle"])):
             for name in names:
                 self.asked.add((f"{OPS}.{op}.{file}", name))
                 self.define(f"{OPS}.{op}.{file}", name)

@@ -91,6 +91,8 @@ class Known:
             return self._called(node)
         if type(node) in _EMPTY and self.is_empty(node):
             return _EMPTY[type(node)]
+        if isinstance(node, ast.Tuple) and UNKNOWN not in (values := tuple(map(self.value, node.elts))):
+            return values
         return UNKNOWN
 
     def is_empty(self, node: ast.AST) -> bool:

@@ -80,16 +80,23 @@ def choose(op: str, device: torch.device, operands: tuple = ()) -> Choice:
     return Choice("reference", why_not) if why_not else Choice(fast, f"{device.type} tensors")
 
 
-def select(op: str, device: torch.device, operands: tuple = ()):
-    """The function that runs `op` on `device`; says once, with the reason, when that is the reference."""
+def select(op: str, device: torch.device, operands: tuple = (), name: str | None = None):
+    """The function that runs `op` on `device`; says once, with the reason, when that is the reference.
+
+    Args:
+        op, device, operands: see `choose`.
+        name: of the function, where an op has several.
+    """
+    if forced_backend() is not None:
+        return getattr(_module(op, choose(op, device, operands).backend), name or op)
     fast = _fast(device)
-    if forced_backend() is None and _obstacle(op, fast, device, operands) is None:
-        return getattr(_module(op, fast), op)
-    choice = choose(op, device, operands)
-    if choice.backend == "reference" and choice.reason != "asked for" and (op, choice.reason) not in _said:
-        _said.add((op, choice.reason))
-        warnings.warn(f"hf_kvcache: {op} runs on the PyTorch reference: {choice.reason}", stacklevel=3)
-    return getattr(_module(op, choice.backend), op)
+    why_not = _obstacle(op, fast, device, operands)
+    if why_not is None:
+        return getattr(_module(op, fast), name or op)
+    if (op, why_not) not in _said:
+        _said.add((op, why_not))
+        warnings.warn(f"hf_kvcache: {op} runs on the PyTorch reference: {why_not}", stacklevel=3)
+    return getattr(_module(op, "reference"), name or op)
 
 
 def _fast(device: torch.device) -> str:

@@ -138,7 +138,8 @@ class UniformStore(Store):
 
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.n_sink - self.window
-        is_short = not self.n_packed and self.n_kept < max(self.min_length, self.rows_to_fit)
+        least = max(self.min_length, self.rows_to_fit)
+        is_short = least and not self.n_packed and self.n_kept < least
         # a crop may have taken every query that a rule would go by; the next call brings new ones
         is_blind = self.needs_queries and not self.queries.n_tokens
         if self.keys is None or surplus < self.step or is_short or is_blind:
