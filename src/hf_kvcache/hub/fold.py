@@ -27,7 +27,8 @@ def fold(source: str, facts: Mapping[str, Any], absent: Collection[str] = (), tr
         SyntaxError: the source cannot be read.
     """
     text, known = Text(source.encode()), Known(dict(facts), frozenset(absent), trivial or Trivial())
-    while edits := _Search(text, known).edits():
+    done: set[bytes] = set()
+    while edits := _Search(text, known).edits(done):
         text = text.edited(edits)
     return text.text.decode()
 
@@ -43,9 +44,19 @@ class _Search:
     def __init__(self, at: Text, known: Known):
         self.at, self.known, self.tests = at, known, at.tests
 
-    def edits(self) -> list[Edit]:
-        """One edit of every function, which do not touch each other, in their order; or one of what is around them."""
-        found = [edit for function in _outermost(self.at.tree) if (edit := self._of_function(function)) is not None]
+    def edits(self, done: set[bytes]) -> list[Edit]:
+        """One edit of every function, which do not touch each other, in their order; or one of what is around them.
+
+        `done` are functions, as text, in which there is nothing to find any more.
+        """
+        found = []
+        for function in _outermost(self.at.tree):
+            if (source := self.at.of(function)) in done:
+                continue
+            if (edit := self._of_function(function)) is None:
+                done.add(source)
+            else:
+                found.append(edit)
         if not found and (edit := self._edit(self.at.tree)) is not None:
             found = [edit]
         return sorted(found)

@@ -48,25 +48,23 @@ def join(files: dict[str, str], kept: Collection[str] = ()) -> dict[str, str]:
         files: see `flatten`.
         kept: stems of those that are found by their names, beside those of ops.
     """
-    parts = {name.removesuffix(".py"): source for name, source in files.items()}
+    parts = {name.removesuffix(".py"): _File(name.removesuffix(".py"), source) for name, source in files.items()}
     while (found := _next(parts, kept)) is not None:
-        inner, outer = found
-        parts[outer] = _joined(_File(outer, parts[outer]), _File(inner, parts.pop(inner)))
-    return {f"{stem}.py": source for stem, source in parts.items()}
+        file, user = found
+        parts[user.name] = _File(user.name, _joined(user, parts.pop(file.name)))
+    return {f"{stem}.py": file.source for stem, file in parts.items()}
 
 
-def _next(parts: dict[str, str], kept: Collection[str]) -> tuple[str, str] | None:
+def _next(parts: dict[str, _File], kept: Collection[str]) -> tuple[_File, _File] | None:
     """A file that can go, and the one that it goes to."""
-    read = {stem: _File(stem, source) for stem, source in parts.items()}
-    for stem, file in sorted(read.items()):
-        users = [other for other in read.values() if stem in other.of]
+    for stem, file in sorted(parts.items()):
+        users = [other for other in parts.values() if stem in other.of]
         # backends of ops are found by their names
         is_kept = stem in kept or stem.startswith("kernels") and stem.endswith(("_reference", "_triton_kernel"))
         if is_kept or len(users) != 1 or not file.is_plain:
             continue
-        user = users[0]
-        if _fits(file, user) and len(file.source) + len(user.source) <= LONGEST:
-            return stem, user.name
+        if _fits(file, users[0]) and len(file.source) + len(users[0].source) <= LONGEST:
+            return file, users[0]
     return None
 
 
