@@ -27,6 +27,11 @@ def merge_step(x: torch.Tensor, weights: torch.Tensor, taps: torch.Tensor, cell:
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
+    check_members(x, weights, taps, cell)
+    return select("merge_step", x.device, (x, weights, taps))(x, weights, taps, cell)
+
+
+def check_members(x, weights, taps, cell):
     B, H, D = x.shape
     w = weights.shape[-1]
     if weights.shape != (B, H, w) or taps.shape != (B, H, w, D) or not 0 <= cell < w:
@@ -36,4 +41,3 @@ def merge_step(x: torch.Tensor, weights: torch.Tensor, taps: torch.Tensor, cell:
         )
     if taps.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"taps are {taps.dtype}, the token is {x.dtype}")
-    return select("merge_step", x.device, (x, weights, taps))(x, weights, taps, cell)

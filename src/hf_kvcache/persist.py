@@ -149,8 +149,8 @@ def whose(layer: KVLayer, module: torch.nn.Module) -> dict:
 def _groups(cache) -> list[list[int]]:
     """Layers that share their packed rows, the one that holds them first."""
     stores = [layer.store if isinstance(layer, KVLayer) else None for layer in cache.layers]
-    leaders = [store for store in stores if isinstance(store, SharedStore) and store.sharers[:1] == [store]]
-    return [[stores.index(store) for store in leader.sharers] for leader in leaders]
+    leaders = [store for store in stores if isinstance(store, SharedStore) and store.group[:1] == [store]]
+    return [[stores.index(store) for store in leader.group] for leader in leaders]
 
 
 def _attention(model, layer_idx: int) -> torch.nn.Module:

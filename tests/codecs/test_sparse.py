@@ -5,7 +5,8 @@ import torch
 from cases import assert_close, padded, prompt, replay, tiny_model
 
 import hf_kvcache as kv
-from hf_kvcache.attention import blockwise, fused
+from hf_kvcache.attention import fused
+from hf_kvcache.attention.blockwise import attend_blocks
 from hf_kvcache.codecs.saliency import RULES
 from hf_kvcache.stores.uniform import QUERIES, UniformStore
 
@@ -223,7 +224,7 @@ def test_attention_is_prune_then_dense(pair, width, groups, n_new):
     expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ kept_v.repeat_interleave(groups, 1)
     options = dict(scaling=width**-0.5, mask=layer.store.to_view_order(mask))
     assert_close("fused", fused.attend(q[:, :, 150:], view, **options), expected, 1e-5)
-    assert_close("blockwise", blockwise.attend(q[:, :, 150:], view, **options), expected, 1e-5)
+    assert_close("blockwise", attend_blocks(q[:, :, 150:], view, **options), expected, 1e-5)
 
 
 def test_pruned_rows_are_the_pruned_originals():

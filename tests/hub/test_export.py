@@ -35,13 +35,14 @@ def plain(dtype="bfloat16"):
 
 
 def bases(config):
-    """Of random orthogonal directions."""
+    """Of random orthogonal directions around a mean, as calibration gives them."""
     generator, layers = torch.Generator().manual_seed(0), {}
     for i in range(config.num_hidden_layers):
         for side in "kv":
             draw = torch.randn(config.num_key_value_heads, config.head_dim, config.head_dim, generator=generator)
             q = torch.linalg.qr(draw)[0][..., : config.head_dim // 2]
-            layers.setdefault(i, {})[side] = Basis(q, q.transpose(1, 2).unsqueeze(1).contiguous())
+            mean = torch.randn(config.num_key_value_heads, config.head_dim, generator=generator) / 8
+            layers.setdefault(i, {})[side] = Basis(q, q.transpose(1, 2).unsqueeze(1).contiguous(), mean)
     return Bases(layers=layers, rope="pre")
 
 

@@ -15,6 +15,7 @@ KINDS = {
     "the model's RoPE, by the policy": ("llama", BY_ID["expected-budget24"].make),
     "the model's RoPE, to close gaps": ("llama", BY_ID["streaming-compact"].make),
     "places among the layers, pages": ("llama", BY_ID["duo"].make),
+    "a side of which only some channels stay": ("llama", BY_ID["sparsek-densev-window8"].make),
     "codecs in a chain": ("qwen3", BY_ID["keydiff-sparse-quant8"].make),
     "layers with a window, softcaps": ("gemma2", BY_ID["quant8k4v-window8"].make),
     "a channel of queries": ("qwen2", kv.DMSCache, retrofitted("dms", decision="borrowed")),
@@ -30,6 +31,7 @@ def test_a_repository_has_what_its_cache_asks_for(kind, tmp_path):
     for change in prepare:
         ours = change(ours)
     export(ours, make(), tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.py")) < 122_000
     how = dict(trust_remote_code=True, dtype=torch.float32, attn_implementation=attention)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, **how).eval()
     ids, mask, _ = padded([60, 41])
@@ -42,3 +44,6 @@ def test_a_repository_has_what_its_cache_asks_for(kind, tmp_path):
     assert found.sequences.tolist() == expected.sequences.tolist()
     assert torch.allclose(torch.stack(found.logits), torch.stack(expected.logits), atol=1e-5)
     assert found.past_key_values.nbytes == expected.past_key_values.nbytes
+    # what this code does without is not ignored in silence
+    with pytest.raises(TypeError, match="offloading"):
+        type(found.past_key_values)(offloading=True)

@@ -92,6 +92,11 @@ def test_calls_of_what_is_absent_and_loops_around_nothing_go():
     assert folded(source, absent={"note"}) == "\ndef f(self, x):\n    return x\n"
 
 
+def test_names_that_are_put_into_themselves():
+    source = "def f(self, x, y):\n    x = x\n    self.x = x\n    x = y = x\n    return x\n"
+    assert folded(source) == source.replace("    x = x\n", "", 1)
+
+
 def test_a_suite_is_never_left_empty():
     source = """
     def f(self):

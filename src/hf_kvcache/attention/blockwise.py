@@ -9,7 +9,7 @@ from hf_kvcache.kernels.dense_attention.reference import OnlineSoftmax
 BLOCK = 1024
 
 
-def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
+def attend_blocks(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
     """Attend over the rows of `view` without expanding more than one block of them.
 
     Args:

@@ -128,9 +128,9 @@ def attend_parallel(q, k, v, mask, call, scaling, softcap=None, dropout=0.0) -> 
 
 
 def without_channel(module, q: torch.Tensor, retrofit) -> torch.Tensor:
-    """Queries `[B, Hq, S, D]` without the borrowed channel after RoPE, too, where the retrofit was made so."""
+    """Queries `[B, Hq, S, D]` without the borrowed channel after RoPE, too: for retrofits that were made so."""
     settings = retrofit.settings
-    if not (settings.zero_after_rope and settings.ablates) or retrofit.fade:
+    if retrofit.fade:
         return q
     q = q.clone()
     heads = q if settings.merges else q.unflatten(1, (-1, module.num_key_value_groups))[:, :, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.attention import blockwise
+from hf_kvcache.attention.blockwise import attend_blocks
 from hf_kvcache.attention.mask import visible
 from hf_kvcache.codecs.base import ROWS, Chain, Codec
 from hf_kvcache.codecs.quantize import Quantize
@@ -24,7 +24,7 @@ _LATENTS = ("lowrank", "dense", "int")
 
 
 def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
-    """Attend over what `view`'s layer keeps; arguments and result as in `blockwise.attend`.
+    """Attend over what `view`'s layer keeps; arguments and result as in `attend_blocks`.
 
     `mask` may also be a function that makes it: over pages it is not needed.
     """
@@ -33,16 +33,16 @@ def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
         return _attend_pages(q, view, scaling, softcap)
     mask = mask() if callable(mask) else mask
     if q.shape[2] > MAX_QUERIES:
-        return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
+        return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if not store.n_packed:
         dense = store.dense
         return dense_attention(q, dense["k"], dense["v"], scaling=scaling, mask=mask, softcap=softcap)[0]
     attend_op = op_of(store.keys.format, store.values.format)
     if attend_op is None:
-        return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
+        return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if softcap is not None and store.keys.query_offset(q) is not None:
         # what a projected query lacks belongs inside the cap
-        return blockwise.attend(q, view, scaling=scaling, mask=mask, softcap=softcap)
+        return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if store.keys.projects or store.values.projects:
         return _attend_projected(attend_op, q, store, scaling, mask, softcap)
     return attend_op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)[0]

@@ -8,7 +8,8 @@ import torch
 
 from hf_kvcache import compat
 from hf_kvcache.adapters.modules import attached_retrofit
-from hf_kvcache.attention import compacted, fused
+from hf_kvcache.attention import compacted
+from hf_kvcache.attention.fused import MAX_QUERIES, attend
 from hf_kvcache.attention.mask import KVMask, as_additive, as_boolean, resolve
 from hf_kvcache.view import KVView
 
@@ -35,7 +36,8 @@ def kv_attention(module, query, key, value, attention_mask, **kwargs):
     if (retrofit := attached_retrofit(module)) is not None:
         if retrofit.compresses:
             return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, **kwargs)
-        query = compacted.without_channel(module, query, retrofit)
+        if retrofit.settings.clears_queries:
+            query = compacted.without_channel(module, query, retrofit)
     return _exact(module, query, key, value, _tensor(attention_mask), **kwargs)
 
 
@@ -71,7 +73,8 @@ def _pass_through(stock, fuses):
         if isinstance(key, torch.Tensor) and (retrofit := attached_retrofit(module)) is not None:
             if retrofit.compresses:
                 return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, fuses=fuses, **kwargs)
-            query = compacted.without_channel(module, query, retrofit)
+            if retrofit.settings.clears_queries:
+                query = compacted.without_channel(module, query, retrofit)
         return stock(module, query, key, value, attention_mask, **kwargs)
 
     # several copies of this code may be at work: a model's repository can bring its own
@@ -90,7 +93,8 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
         _refuse_unfused(module, fuses, kwargs)
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        query = compacted.without_channel(module, query, attached_retrofit(module))
+        if attached_retrofit(module).settings.clears_queries:
+            query = compacted.without_channel(module, query, attached_retrofit(module))
         out = compacted.attend_rows(query, view, scaling, kwargs.get("softcap"))
         view.layer.settle(query, view)
         view.cache.after_attention(module.layer_idx)
@@ -102,12 +106,12 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
         out = stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
     elif not fuses or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _UNFUSED):
         out = _attend_dense(stock, module, query, view, mask, **kwargs)
-    elif n_new > fused.MAX_QUERIES and not view.layer.store.n_packed and not _differ_in_padding(view):
+    elif n_new > MAX_QUERIES and not view.layer.store.n_packed and not _differ_in_padding(view):
         # a chunk of a prompt over rows that are dense anyway: the model's own function is made for that
         out = stock(module, query, *view.materialize(), resolve(view, mask, n_new), **kwargs)
     else:
         scaling = kwargs.get("scaling")
-        attended = fused.attend(
+        attended = attend(
             query,
             view,
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -131,8 +135,10 @@ def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses=True, *
         )
     scaling, mask = kwargs.get("scaling"), as_boolean(_tensor(mask))
     _refuse_packing(module, mask, retrofit.call.is_real)
+    if retrofit.settings.clears_queries:
+        query = compacted.without_channel(module, query, retrofit)
     out = compacted.attend_parallel(
-        compacted.without_channel(module, query, retrofit),
+        query,
         key,
         value,
         mask,

@@ -80,6 +80,11 @@ class Settings:
         return 0 if self.merges else self.window
 
     @property
+    def clears_queries(self) -> bool:
+        """Whether the channel is taken out of queries after RoPE, too."""
+        return self.zero_after_rope and self.ablates
+
+    @property
     def ablates(self) -> bool:
         """Whether a channel is taken from attention."""
         return self.decision != "linear"

@@ -31,8 +31,11 @@ class TakesCache:
 class CacheModel(TakesCache):
     """The same of an exported model, whose config says what its cache is: `kv_cache` and `kv_adapter`."""
 
-    # what is fitted or trained beside the model is as precise as it was made
-    _keep_in_fp32_modules_strict = {"kv_lowrank", "kv_retain"}
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # what is fitted or trained beside the model is as precise as it was made
+        theirs = cls._keep_in_fp32_modules_strict or ()
+        cls._keep_in_fp32_modules_strict = {"kv_lowrank", "kv_retain", *theirs}
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)

@@ -40,11 +40,12 @@ from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.compat import rotary_parameters
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.card import card_of
-from hf_kvcache.hub.flatten import WIDTH, flatten
+from hf_kvcache.hub.flatten import flatten
 from hf_kvcache.hub.join import join
 from hf_kvcache.hub.library import defined
 from hf_kvcache.hub.recipes import classes_in, recipe_of
 from hf_kvcache.hub.spec import spec_of
+from hf_kvcache.hub.text import WIDTH
 from hf_kvcache.policies.learned import Learned
 from hf_kvcache.policies.locret import Locret
 

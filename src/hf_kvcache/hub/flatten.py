@@ -14,8 +14,8 @@ from hf_kvcache.hub.fixed import settle
 from hf_kvcache.hub.fold import fold
 from hf_kvcache.hub.library import PACKAGE, Module, imported, where
 from hf_kvcache.hub.parameters import unread_parameters
-from hf_kvcache.hub.shake import Shaken, member_name
-from hf_kvcache.hub.text import Edit, Text, until_done
+from hf_kvcache.hub.shake import Shaken, member_key, member_names
+from hf_kvcache.hub.text import WIDTH, Edit, Text, until_done
 from hf_kvcache.hub.untyped import untyped
 from hf_kvcache.hub.unused import unread, unused
 from hf_kvcache.hub.values import Trivial
@@ -32,7 +32,6 @@ _BY_NAME = {
 }
 _BANNER = re.compile(r"^ *# -- .*-{8,}\n\n?", re.MULTILINE)
 FUTURE = "from __future__ import annotations\n\n"
-WIDTH = 120  # of a line
 
 # transformers refuses files that import what is not installed, unless they say that they can do without
 _GUARD = ("except ImportError:  # PyTorch serves\n", "    raise\n")
@@ -146,8 +145,8 @@ class _Flat:
     def _members(self, cls: ast.ClassDef) -> list[Edit]:
         at, edits, left = self.module.text, [], len(cls.body)
         for statement in cls.body:
-            name = member_name(statement)
-            if name is not None and (self.module.name, cls.name, name) not in self.shaken.members:
+            key = self.module.name, cls.name, member_key(statement)
+            if member_names(statement) and key not in self.shaken.members:
                 edits.append(Edit(*at.lines_with_comments(statement), b""))
                 left -= 1
         for base in cls.bases:

@@ -106,6 +106,8 @@ class _Search:
             return self.known.is_empty(statement.iter) or all(isinstance(inner, ast.Pass) for inner in statement.body)
         if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.BitOr):
             return self.known.is_empty(statement.value)
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name):
+            return [getattr(target, "id", None) for target in statement.targets] == [statement.value.id]
         call = statement.value if isinstance(statement, ast.Expr) else None
         return isinstance(call, ast.Call) and self.known.is_absent(call.func)
 

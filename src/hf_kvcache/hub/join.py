@@ -89,5 +89,5 @@ def _joined(user: _File, file: _File) -> str:
     # the line that says which module it was
     heading = file.head.splitlines()[1].rpartition(" ")[0]
     future = FUTURE if FUTURE in user.source + file.source else ""
-    top = f"{user.head}\n{future.rstrip()}" if future else user.head
-    return f"{top}\n{lines}\n{heading}\n\n\n{file.body}\n\n\n{user.body}\n"
+    top = f"{user.head}\n{future.rstrip()}\n" if future else user.head
+    return f"{top}{lines}\n{heading}\n\n\n{file.body}\n\n\n{user.body}\n"

@@ -48,6 +48,7 @@ _LEFT_OUT = (
     "kernels.dense_attention:check_operands",
     "kernels.lowrank_attention:check_latents",
     "kernels.ragged_attention:check_pages",
+    "kernels.merge_step:check_members",
     "kernels.slot_step:check_slots",
     "kernels.slot_step:check_places",
     "kernels.quant_attention:_check_packed",
@@ -57,7 +58,7 @@ _LEFT_OUT = (
 
 MODEL_ROOTS = (
     f"{_P}hub.citizen:CacheModel",
-    f"{_P}hub.citizen:CacheModel.from_pretrained._prepare_cache_for_generation._keep_in_fp32_modules_strict",
+    f"{_P}hub.citizen:CacheModel.from_pretrained._prepare_cache_for_generation",
     f"{_P}hub.citizen:with_cache",
 )
 ROOTS = (
@@ -86,6 +87,7 @@ _NOT_LEARNED = (
     *(f"{_P}view:KVView.{name}" for name in ("n_kept", "tokens_seen", "dtype", "device")),
     *(f"{_P}adapters.modules:Attention.{name}" for name in ("layer_idx", "n_heads")),
     f"{_P}dmc.hooks:Hooks.remove",
+    f"{_P}dmc.retrofitting:Retrofit.extra_repr",
 )
 
 
@@ -125,7 +127,7 @@ def recipe_of(cache: KVCache, adapter: dict | None = None, config=None) -> Recip
 def _fixed(cache: KVCache) -> dict:
     """Arguments of caches that are left at what they are by default, so that nothing passes them on."""
     plain = KVCache()
-    names = ["codec", "edge_layers", "edge_codec", "min_length", "max_length", "exact_prefill", "compact"]
+    names = ["offloading", "codec", "edge_layers", "edge_codec", "min_length", "max_length", "exact_prefill", "compact"]
     # pages only: there is no place for sinks of the cache
     names += ["n_sink"] if isinstance(cache.policy, Learned) else []
     return {name: value for name in names if getattr(cache, name) == (value := getattr(plain, name))}
@@ -166,7 +168,7 @@ def _of_model(config, facts: dict, absent: list[str]) -> list[str]:
 def _of_retrofit(values: dict, facts: dict) -> tuple[str, ...]:
     """The model decides, always in the same way, and is not trained any more; returns what its cache does without."""
     settings = Settings.from_dict(values)
-    known = ("merges", "ablates", "decision", "zero_after_rope", "per")
+    known = ("merges", "ablates", "clears_queries", "decision", "zero_after_rope", "per")
     facts |= {f".{name}": getattr(settings, name) for name in known}
     facts |= {"window": settings.window, ".method": settings.method}
     facts |= {"trains": False, "is_relaxed": False, ".noise": None, ".compresses": True, ".fade": 0.0, "noise": None}
@@ -251,7 +253,7 @@ def _of_kernels(pairs: list, codecs: list[Codec], facts: dict) -> None:
     formats = {codec.format for pair in pairs for codec in pair}
     if not formats:
         # rows of pages are as the model made them
-        facts |= {".places": None, ".format": "dense", "ORDERED": False, "is_plain": True}
+        facts |= {".places": None, ".format": "dense", "ORDERED": False, "is_plain": True, "order": None}
         facts |= dict.fromkeys(("FORM", "K_FORM", "V_FORM"), "plain")
     bits = {codec.bits for codec in codecs if isinstance(codec, Quantize)}
     is_integer = {"int" in fmt for fmt in formats}
@@ -277,6 +279,10 @@ def _of_bases(adapter: dict, codecs: list, facts: dict, absent: list[str]) -> No
     absent += [f"codecs.{path}.fitted" for path in ("base:Codec", "base:Chain", "lowrank:LowRank")]
     if not any(codec.mix for codec in codecs):
         facts["is_mixed"] = False
+    if adapter["rope"] == "post":
+        # queries go to the latents, so that no row is rebuilt
+        facts |= dict(expansion=None, tables=None, rotary=None, rotated=False, rotates=False, needs_positions=False)
+        facts |= dict(REBUILD=False, MEAN=False, HALF=0, RF=0)
     if not adapter["rotary"]:
         return
     # keys are rebuilt and rotated, so values are summed by a kernel of their own

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
+
 from hf_kvcache.hub.attributes import Attributes, is_mentioned
 from hf_kvcache.hub.fold import does_nothing, only_checks, passes_on, returned
 from hf_kvcache.hub.library import Module, where
@@ -15,6 +17,8 @@ from hf_kvcache.hub.members import Members, foreign, receiver
 from hf_kvcache.hub.values import Trivial, name_of
 
 OPS = "hf_kvcache.kernels"
+# what tensors and containers are asked for
+_COMMON = {name for kind in (torch.Tensor, dict, list, str) for name in dir(kind)}
 # functions that look at classes, and the place of these among the arguments
 _ASKS = {"isinstance": 1, "issubclass": 1, "_subclasses": 0}
 
@@ -82,7 +86,7 @@ class Shaken:
             is_foreign = cls and self._used.is_foreign(_runtime(module, cls), name)
             if isinstance(value, ast.Constant) and not is_foreign:
                 values[name] = value.value
-        values = {name: value for name, value in values.items() if len(found[name]) == 1}
+        values = {name: value for name, value in values.items() if len(found[name]) == 1 and name not in _COMMON}
         alike = frozenset(name for name, all_same in same.items() if all(all_same))
         attributes = self._constant_attributes() | self._constant_properties(found)
         return Trivial(values, alike, attributes, self._unread_attributes())
@@ -95,7 +99,15 @@ class Shaken:
             if all(isinstance(value, ast.Constant) and f.decorator_list for value, f in zip(inner, functions)):
                 if len({repr(value.value) for value in inner}) == 1 and name not in self._attributes.stores:
                     properties[name] = inner[0].value
-        return properties
+        # other classes may have an attribute or a field of that name
+        fields = {
+            name
+            for _, cls in self._classes
+            for s in cls.body
+            if isinstance(s, (ast.Assign, ast.AnnAssign))
+            for name in member_names(s)
+        }
+        return {name: value for name, value in properties.items() if name not in fields | _COMMON}
 
     def _constant_attributes(self) -> dict[str, Any]:
         """Attributes of instances that hold one constant throughout."""
@@ -111,7 +123,7 @@ class Shaken:
         """Whether classes define a name, too, ours or those that ours are derived from."""
         if name.startswith(self._used.prefixes or ("\n",)):
             return True
-        if any(member_name(s) == name for _, cls in self._classes for s in cls.body):
+        if any(name in member_names(s) for _, cls in self._classes for s in cls.body):
             return True
         kinds = {base for module, cls in self._classes for base in foreign(_runtime(module.name, cls.name))}
         return is_mentioned(name, kinds)
@@ -191,7 +203,7 @@ class Shaken:
                 return
 
     def _is_reached(self, module: Module, cls: ast.ClassDef, statement: ast.stmt) -> bool:
-        name = member_name(statement) or f"line {statement.lineno}"
+        name = member_key(statement)
         key = module.name, cls.name, name
         if key in self.members | self._passed or f"{module.name}:{cls.name}.{name}" in self._dropped:
             return False
@@ -205,7 +217,8 @@ class Shaken:
                 return True
         elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
             kind = _runtime(module.name, cls.name)
-            if not (_is_field(cls, statement) or self._used.reach(kind, name) or is_mentioned(name, foreign(kind))):
+            is_asked = any(self._used.reach(kind, n) or is_mentioned(n, foreign(kind)) for n in member_names(statement))
+            if not (is_asked or _is_field(cls, statement)):
                 return False
         elif isinstance(statement, ast.Expr):
             return False
@@ -252,13 +265,16 @@ class Shaken:
                 self.define(f"{OPS}.{op}.{file}", name)
 
 
-def member_name(statement: ast.stmt) -> str | None:
-    """What a statement in the body of a class defines: a method, or one attribute."""
-    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-        return getattr(statement.targets[0], "id", None)
-    if isinstance(statement, ast.AnnAssign):
-        return getattr(statement.target, "id", None)
-    return getattr(statement, "name", None)
+def member_names(statement: ast.stmt) -> list[str]:
+    """What a statement in the body of a class defines: a method, or attributes."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", statement)]
+    names = [getattr(target, "id", getattr(target, "name", None)) for target in targets]
+    return [name for name in names if name is not None]
+
+
+def member_key(statement: ast.stmt) -> str:
+    """What tells it apart from others of its class."""
+    return ".".join(member_names(statement)) or f"line {statement.lineno}"
 
 
 def _is_field(cls: ast.ClassDef, statement: ast.stmt) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import NamedTuple
 
+WIDTH = 120  # of a line
+
 
 class Edit(NamedTuple):
     """Bytes `[start, stop)` of a source text, and what comes in their place."""

@@ -7,9 +7,8 @@ import copy
 import re
 from collections.abc import Iterator
 
-from hf_kvcache.hub.text import Edit, Text
+from hf_kvcache.hub.text import WIDTH, Edit, Text
 
-WIDTH = 120
 _END = re.compile(rb"[\s,]*\)\s*:|\s*:")
 
 

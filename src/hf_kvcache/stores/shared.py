@@ -31,10 +31,6 @@ class SharedStore(UniformStore):
         self.group.append(self)
 
     @property
-    def sharers(self) -> list[SharedStore]:
-        return self.group
-
-    @property
     def is_leader(self) -> bool:
         return not self.group or self is self.group[0]
 
@@ -101,6 +97,14 @@ class SharedStore(UniformStore):
             parts = (s.lowrank(side).encode(s.dense[side][:, :, rows].float(), None, where) for s in self.group)
             chunks.append(sum(part["latents"] for part in parts).to(self.dtype))
         return _followed(codec, {"latents": torch.cat(chunks, 2)})
+
+    def _drop(self, start: int, stop: int) -> None:
+        for store in self.group:
+            super(SharedStore, store)._drop(start, stop)
+
+    def _restore(self, start: int) -> None:
+        for store in self.group:
+            super(SharedStore, store)._restore(start)
 
     def _heads(self, side: str) -> tuple[int, int]:
         """`(Hkv, D)`."""

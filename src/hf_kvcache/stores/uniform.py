@@ -154,8 +154,7 @@ class UniformStore(Store):
         self.packed.append(rows, n)
         if is_first and self.max_length is not None:
             self.packed.reserve(self.max_length - self.n_sink - self.window)
-        for store in self.sharers:
-            store._drop(start, stop)
+        self._drop(start, stop)
 
     def _encoded_rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """What the packed buffer holds of the dense rows `[start, stop)`: codes, tracked state, positions."""
@@ -167,11 +166,6 @@ class UniformStore(Store):
             encoded = self._encode(codec, side, start, stop, queries, rope)
             rows |= {f"{side}.{name}": t for name, t in encoded.items()}
         return rows
-
-    @property
-    def sharers(self) -> list[UniformStore]:
-        """The stores that read these packed rows."""
-        return [self]
 
     def _encode(self, codec: Codec, side: str, start: int, stop: int, queries, rope) -> dict[str, torch.Tensor]:
         """The dense rows `[start, stop)` of one side, encoded."""
@@ -239,8 +233,7 @@ class UniformStore(Store):
         unit = self.packed.unit
         n = min(-(-n_tokens // unit) * unit, self.n_packed)
         start = self.n_packed - n
-        for store in self.sharers:
-            store._restore(start)
+        self._restore(start)
         self.packed.truncate(start)
 
     def _restore(self, start: int) -> None:
