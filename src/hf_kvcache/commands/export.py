@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 from pathlib import Path
 
@@ -52,12 +53,10 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(str(error)) from error
     model, tokenizer = load_model(args)
     facts = {"command": _command(args), "license": args.license}
+    if not args.no_measure:
+        facts["measured"] = functools.partial(measure, model, tokenizer, spec)
     try:
-        # first, because what cannot be exported is found at once
         where = export(model, spec.build(model.config), args.out, tokenizer=tokenizer, **facts)
-        if not args.no_measure:
-            facts["measured"] = measure(model, tokenizer, spec)
-            export(model, spec.build(model.config), args.out, tokenizer=tokenizer, **facts)
     except (ValueError, TypeError, OSError) as error:
         raise UserError(str(error)) from error
     return say_written(where)

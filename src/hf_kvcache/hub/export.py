@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from pprint import pformat
 
@@ -150,7 +152,7 @@ def export(
     family: str | None = None,
     command: str | None = None,
     license: str | None = None,
-    measured: dict | None = None,
+    measured: dict | Callable[[], dict] | None = None,
 ) -> Path:
     """Write a repository whose model has caches like this one.
 
@@ -161,7 +163,8 @@ def export(
         directory: created if need be; files of the same names are replaced, code of an earlier export goes.
         tokenizer: saved beside it.
         family: how the model type begins; see `family_of`.
-        command, license, measured: what the card says, see `card_of`.
+        command, license, measured: what the card says, see `card_of`. A function is called when all is written, so that
+            what cannot be exported is found before it is measured.
 
     Returns:
         The folder.
@@ -224,7 +227,10 @@ def export(
     source = model.config.name_or_path
     base_model = source if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else None
     described = json.dumps(spec, indent=2)
-    (directory / "README.md").write_text(card_of(base_model, names, family, described, command, license, measured))
+    card = functools.partial(card_of, base_model, names, family, described, command, license)
+    (directory / "README.md").write_text(card(None if callable(measured) else measured))
+    if callable(measured):
+        (directory / "README.md").write_text(card(measured()))
     return directory
 
 

@@ -65,7 +65,10 @@ class Known:
 
     def within(self, function: ast.FunctionDef) -> Known:
         """The same where the names of a function count."""
-        return Known(self.facts | _constants(function), self.absent - _stored(function), self.trivial)
+        nodes = list(ast.walk(function))
+        arguments = [node.arg for node in nodes if isinstance(node, ast.arg)]
+        stores = arguments + [n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
+        return Known(self.facts | _constants(function, nodes, stores), self.absent - set(stores), self.trivial)
 
     def value(self, node: ast.AST, is_test: bool = False) -> Any:
         """What an expression is, or UNKNOWN; where only its truth counts (`is_test`), something as true or false."""
@@ -178,20 +181,17 @@ def _compared(op: ast.cmpop, left: Any, right: Any) -> Any:
     return _COMPARE[type(op)](left, right)
 
 
-def _stored(function: ast.FunctionDef) -> set[str]:
-    """Names that are local to a function."""
-    names = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
-    return names | {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+def _constants(function: ast.FunctionDef, nodes: list[ast.AST], stores: list[str]) -> dict[str, Any]:
+    """Local names that are a constant throughout, or something empty that nothing is put into.
 
-
-def _constants(function: ast.FunctionDef) -> dict[str, Any]:
-    """Local names that are a constant throughout, or something empty that nothing is put into."""
-    stores = [n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
-    stores += [arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)]
+    Args:
+        nodes: of the function.
+        stores: names that are put somewhere in it, as often as they are.
+    """
     # something is asked of it, or put into it
     used = {
         node.value.id
-        for node in ast.walk(function)
+        for node in nodes
         if isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.value, ast.Name)
     }
     found = {}
