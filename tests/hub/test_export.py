@@ -20,6 +20,7 @@ from hf_kvcache.adapters import AdapterError, Bases, attach
 from hf_kvcache.cli import main
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.dmc import Settings, load, retrofit, retrofits
+from hf_kvcache.hub.citizen import CacheModel
 from hf_kvcache.hub.export import export, export_generate
 from hf_kvcache.hub.spec import cache_of, spec_of
 from hf_kvcache.kernels import use_backend
@@ -233,6 +234,17 @@ def test_the_library_loads_retrofits_without_their_code(repositories, inputs, na
     with use_backend("reference"):
         tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False).tolist()
     assert tokens == expected(name, "float32", inputs)[0]
+
+
+def test_what_a_base_model_keeps_in_float32_stays_so():
+    class Base:
+        _keep_in_fp32_modules_strict = {"router"}
+
+    class Exported(CacheModel, Base):
+        pass
+
+    assert Exported._keep_in_fp32_modules_strict == {"kv_lowrank", "kv_retain", "router"}
+    assert Base._keep_in_fp32_modules_strict == {"router"}
 
 
 def test_the_library_takes_the_cache_that_was_exported(tmp_path):
