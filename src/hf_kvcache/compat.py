@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from inspect import signature
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -15,11 +16,15 @@ from transformers.masking_utils import sdpa_mask
 from hf_kvcache.rope import rotate
 
 __all__ = [
+    "CACHE_NAME",
+    "CACHE_NAMES",
     "CacheLayerMixin",
     "attention_functions",
+    "cache_argument",
     "checkpointing",
     "drop_rows",
     "eager_attention",
+    "given_cache",
     "register_attention",
     "register_mask",
     "rope_kind",
@@ -28,6 +33,24 @@ __all__ = [
     "sdpa_mask",
     "stock_layers",
 ]
+
+
+# the name under which a cache travels through forward passes and `generate`, newest first: 5.24 renamed it
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(
+    name for name in CACHE_NAMES if name in signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+def cache_argument(cache) -> dict:
+    """The keyword argument that hands `cache` to a model or to `generate`, under the name that this release has."""
+    return {CACHE_NAME: cache}
+
+
+def given_cache(arguments):
+    """The cache among the keyword arguments of a call (or the fields of a model's output), under either name; or None."""
+    found = (arguments.get(name) for name in CACHE_NAMES)
+    return next((cache for cache in found if cache is not None), None)
 
 
 def eager_attention(module: torch.nn.Module) -> Callable:
