@@ -48,7 +48,7 @@ def cache_argument(cache) -> dict:
 
 
 def given_cache(arguments):
-    """The cache among the keyword arguments of a call (or the fields of a model's output), under either name; or None."""
+    """The cache among the arguments of a call, or the fields of a model's output, under either name; or None."""
     found = (arguments.get(name) for name in CACHE_NAMES)
     return next((cache for cache in found if cache is not None), None)
 
