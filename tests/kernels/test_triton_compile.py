@@ -2,10 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from hf_kvcache.kernels import compilers
 
 pytest.importorskip("triton")
 
@@ -77,18 +79,15 @@ def test_variants_compile_without_spilling():
     # a process per target: the mode of Triton is fixed by whoever imports it first
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "hf_kvcache.kernels.aot", "--json", "--only", *VARIANTS, *GLUON, "--cc"]
-    running = [
-        subprocess.Popen([*command, cc], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for cc in ("80", "90")
-    ]
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda cc: compilers.run([*command, cc], env=env), ("80", "90")))
     reports = []
-    for process in running:
-        out, err = process.communicate()
-        reports += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        assert reports, err[-3000:]
+    for process in done:
+        reports += [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+        assert reports, process.stderr[-3000:]
     faults = {f"{r['name']} sm_{r['cc']}": r["faults"] for r in reports if r["faults"]}
     assert not faults, faults
-    assert all(process.returncode == 0 for process in running)
+    assert all(process.returncode == 0 for process in done)
     names = {r["name"] for r in reports}
     wanted = VARIANTS + (GLUON if any(spec.name in GLUON for spec in specs()) else [])
     assert all(any(variant in name for name in names) for variant in wanted)

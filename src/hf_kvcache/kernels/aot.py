@@ -13,12 +13,13 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from hf_kvcache.kernels import compilers
 
 SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024}  # bytes a thread block may ask for
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
@@ -128,7 +129,9 @@ def _cuobjdump(flag, path):
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+    done = compilers.run([tool, flag, path])
+    done.check_returncode()
+    return done.stdout
 
 
 def specs() -> list[Spec]:
