@@ -36,6 +36,8 @@ def obstacle(q, keys, values) -> str | None:
         return f"Triton {triton.__version__} has no scatter in shared memory (3.7 has)"
     if q.element_size() != 2:
         return f"{q.dtype} rows have no Gluon kernel"
+    if values.row_width(D) != D:
+        return f"keys of {D} and values of {values.row_width(D)} channels have no Gluon kernel"
     if D < 64 or D % 16:
         return f"head size {D} is not a multiple of 16 from 64 up"
     for side in (keys, values):
@@ -79,7 +81,7 @@ def _difference(device, dtype, D, keys, values):
         x = torch.randn(1, n_heads, n_rows, D, generator=random).to(device, dtype)
         kept = sparse_pack(x, keep=side.keep, layout=side.layout, group_size=side.group_size)
         sides.append(side._replace(values=kept[0], places=kept[1]))
-    partials = dense.Partials(q, n_heads, [n_rows])
+    partials = dense.Partials(q, n_heads, D, [n_rows])
     attend(partials, 0, q, *sides, scaling=D**-0.5, mask=None, softcap=None)
     got = partials.merged()[0].float()
     expected = reference.sparse_attention(
