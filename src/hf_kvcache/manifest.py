@@ -25,7 +25,7 @@ class StockEntry:
         state: numbers and flags by attribute; `name.i` for entry `i` of a dictionary.
     """
 
-    kind: str
+    kind: str = field(metadata={"key": "class"})
     state: dict[str, bool | int]
 
 
@@ -43,7 +43,7 @@ class LayerEntry:
         the others: attributes of `KVLayer`.
     """
 
-    kind: str
+    kind: str = field(metadata={"key": "class"})
     keys: dict | None
     values: dict | None
     n_tokens: dict[str, int]
@@ -69,7 +69,7 @@ class LayerEntry:
         _refuse_outside(self, ("batch_size", "n_kv_heads", "head_dim"), 1, MOST_TOKENS)
         for name, n in self.n_tokens.items():
             if not 0 <= n <= MOST_TOKENS:
-                raise Misfit(f"n_tokens.{name}: {n} is no number of rows")
+                raise Misfit(f"n_tokens.{shown(name)}: {n} is no number of rows")
         shape = self.batch_size, self.n_kv_heads, self.head_dim, self.dtype
         if (self.keys is None) != (self.values is None):
             raise Misfit("keys, values: one side has a codec and the other has none")
@@ -80,7 +80,7 @@ class LayerEntry:
                 raise Misfit(f"tokens_seen: {self.tokens_seen}, and no dtype of any row")
             return
         if self.dtype not in DTYPES:
-            raise Misfit(f"dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+            raise Misfit(f"dtype: {shown(self.dtype)} is none of {', '.join(DTYPES)}")
         if self.n_kv_heads * self.head_dim > MOST_CHANNELS:
             raise Misfit(f"head_dim: {self.n_kv_heads} heads of {self.head_dim} channels are more than any model has")
 
@@ -113,7 +113,7 @@ class Manifest:
     """
 
     format_version: int
-    kind: str
+    kind: str = field(metadata={"key": "class"})
     model: dict[str, str | int | None] | None
     policy: dict | None
     window: int
@@ -141,7 +141,7 @@ class Manifest:
         if not TENSORS_NAME.fullmatch(self.tensors):
             raise Misfit(f"tensors: {shown(self.tensors)} is a name that no cache would write")
         if not re.fullmatch("[0-9a-f]{64}", self.sha256) or self.sha256[:16] not in self.tensors:
-            raise Misfit(f"sha256: {shown(self.sha256)} is not the checksum in the name of {self.tensors}")
+            raise Misfit(f"sha256: {shown(self.sha256)} is not the checksum in the name of tensors, {self.tensors}")
         entries = [read_entry(raw, i) for i, raw in enumerate(self.layers)]
         object.__setattr__(self, "layers", entries)
         seen = [i for group in self.groups for i in group]
@@ -177,7 +177,7 @@ def read_manifest(raw) -> Manifest:
         raise Misfit(f"has format {shown(version)}, this release reads {' and '.join(map(str, READ_VERSIONS))}")
     refuse_depth(raw, DEEPEST)
     try:
-        return build(Manifest, _renamed(raw), "")
+        return build(Manifest, raw, "")
     except Misfit as error:
         raise Misfit(str(error).removeprefix(":").removeprefix(".").strip()) from None
 
@@ -187,7 +187,7 @@ def read_entry(raw, i: int) -> LayerEntry | StockEntry:
     where = f"layers[{i}]"
     is_ours = isinstance(raw, dict) and raw.get("class") == "KVLayer"
     try:
-        return build(LayerEntry if is_ours else StockEntry, _renamed(raw), where)
+        return build(LayerEntry if is_ours else StockEntry, raw, where)
     except Misfit as error:
         text = str(error)
         raise Misfit(text if text.startswith(where) else f"{where}.{text}") from None
@@ -197,11 +197,6 @@ def dense_bytes(layers: list[dict]) -> int:
     """Bytes of a dense cache of the tokens that layers of ours, as the manifest describes them, have seen."""
     entries = [read_entry(raw, i) for i, raw in enumerate(layers)]
     return sum(entry.nbytes_dense for entry in entries if isinstance(entry, LayerEntry))
-
-
-def _renamed(raw):
-    """`class` is no name that a field can have."""
-    return {"kind" if name == "class" else name: value for name, value in raw.items()} if isinstance(raw, dict) else raw
 
 
 def _refuse_outside(entry, names: tuple[str, ...], least: int, most: int) -> None:

@@ -156,12 +156,12 @@ def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], co
         begin(cache, policy=policy, codec=codec, edge_codec=edge_codec, config=config, **options)
     except Exception as error:
         # options that never were may break a constructor anywhere
-        raise Misfit(f"policy, codec, {', '.join(OPTIONS)}: {error}") from error
+        raise Misfit(f"policy, codec, {', '.join(OPTIONS)}: {str(error)[:300]}") from error
     for name, value in later.items():
         setattr(cache, name, value)
     for name, value in manifest.attributes.items():
         if hasattr(cache, name):
-            raise Misfit(f"attributes.{name}: a {kind.__name__} has that already")
+            raise Misfit(f"attributes.{shown(name)[1:-1]}: a {kind.__name__} has that already")
         setattr(cache, name, value)
     cache._records_past = manifest.records_past
     stock, cache.layers = cache.layers, []
@@ -184,7 +184,9 @@ def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], co
         elif i < len(stock) and type(stock[i]).__name__ == entry.kind:
             cache.layers.append(restoring.restore_stock(i, stock[i], entry, own))
         else:
-            raise Misfit(f"layers[{i}].class: layer {i} is a {entry.kind}; load it with model= that has one there")
+            raise Misfit(
+                f"layers[{i}].class: layer {i} is a {shown(entry.kind)}; load it with model= that has one there"
+            )
     restoring.join_groups(cache.layers, manifest.groups)
     if cache._stock is not None:
         for i, layer in enumerate(cache.layers):

@@ -11,7 +11,7 @@ from hf_kvcache.codecs.base import ROWS, Chain, Codec
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.described import SIDES, describe_pair, described_codec, described_pair
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.manifest import MOST_TOKENS, LayerEntry, StockEntry
+from hf_kvcache.manifest import MOST_CHANNELS, MOST_TOKENS, LayerEntry, StockEntry
 from hf_kvcache.slots import SlotLayer, layer_class
 from hf_kvcache.stores.buffer import RowBuffer
 from hf_kvcache.stores.paged import PagedBuffer
@@ -158,7 +158,7 @@ def _check_codecs(held, at_reset, cache, where: str) -> None:
         try:
             cache._check_pair(held)
         except ValueError as error:
-            raise Misfit(f"{where}.keys: {error}") from None
+            raise Misfit(f"{where}.keys: {str(error)[:300]}") from None
 
 
 def _is_lowrank(codec: Codec) -> bool:
@@ -174,7 +174,7 @@ def _with_constants(side: str, codec: Codec, entry: LayerEntry, tensors: dict, w
         complete = codec.with_constants(constants)
     except Exception as error:
         # constants that never were may break a codec anywhere
-        raise Misfit(f"{where}.{side}: {error}") from None
+        raise Misfit(f"{where}.{side}: {str(error)[:300]}") from None
     if complete.constants().keys() != constants.keys():
         raise Misfit(f"{where}.{side}: {', '.join(sorted(constants))} are not the constants of {codec}")
     return complete
@@ -226,11 +226,14 @@ def _check_tensors(layer: KVLayer, entry: LayerEntry, tensors: dict, is_follower
     rows = {"k": (dtype, (entry.head_dim,)), "v": (dtype, None)} if buffers["dense"].tokens_per_row else {}
     rows |= {name: (of, ()) for name, of in tracked.items()}
     encoded = {name: (of, ()) for name, of in tracked.items()}
-    for side, codec in zip("kv", (store.keys, store.values), strict=True):
+    dense_v = tensors.get("dense.v")
+    # values may be of another width than keys
+    widths = entry.head_dim, entry.head_dim if dense_v is None or dense_v.dim() != 4 else dense_v.shape[3]
+    for side, codec, width in zip("kv", (store.keys, store.values), widths, strict=True):
         if codec is not None and _of("packed", tensors):
             if codec.is_unfitted:
                 raise Misfit(f"{where}: rows are packed, and the directions that they were packed with are missing")
-            encoded |= {f"{side}.{name}": like for name, like in _encoded_like(codec, entry, where).items()}
+            encoded |= {f"{side}.{name}": like for name, like in _encoded_like(codec, entry, width, where).items()}
     for of, buffer in buffers.items():
         own, n = _of(of, tensors), entry.n_tokens.get(of, 0)
         path = f"{where}.n_tokens.{of}"
@@ -285,15 +288,18 @@ def _check_pages(own: dict, buffer: PagedBuffer, n: int, lead: tuple, expected: 
             raise Misfit(f"{where}.{name}: {own[name].dtype} {list(own[name].shape)} are not {n_rows} rows of {dtype}")
 
 
-def _encoded_like(codec: Codec, entry: LayerEntry, where: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape behind the rows of what a codec makes of rows like these."""
+def _encoded_like(
+    codec: Codec, entry: LayerEntry, width: int, where: str
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape behind the rows of what a codec makes of rows of `width` channels."""
+    what = f"{entry.n_kv_heads} heads of {width} channels"
+    if entry.n_kv_heads * width > MOST_CHANNELS:
+        raise Misfit(f"{where}: {what} are more than any model has")
     try:
-        return _probe(codec, entry.n_kv_heads, entry.head_dim, entry.dtype)
+        return _probe(codec, entry.n_kv_heads, width, entry.dtype)
     except Exception as error:
         # settings that never were may break a codec anywhere
-        raise Misfit(
-            f"{where}: {entry.n_kv_heads} heads of {entry.head_dim} channels cannot be encoded by {codec}: {error}"
-        ) from None
+        raise Misfit(f"{where}: {what} cannot be encoded by {codec}: {str(error)[:300]}") from None
 
 
 @lru_cache(maxsize=256)

@@ -37,25 +37,28 @@ def build(kind: type, raw, where: str):
         raise
     except Exception as error:
         # settings that never were may break a constructor anywhere
-        raise Misfit(f"{where}: {error}") from error
+        raise Misfit(f"{where}: {str(error)[:300]}") from error
 
 
 def arguments(kind: type, raw, where: str) -> dict:
-    """Named values that `kind`, a dataclass, can be made of, checked one by one; see `build`."""
+    """Named values that `kind`, a dataclass, can be made of, checked one by one; see `build`.
+
+    A field whose name in the file is no name in Python says so by `metadata={"key": ...}`.
+    """
     if not isinstance(raw, dict):
         raise Misfit(f"{where}: {shown(raw)} is no object")
-    declared = {field.name: field for field in fields(kind) if field.init}
+    declared = {field.metadata.get("key", field.name): field for field in fields(kind) if field.init}
     hints = _hints(kind)
-    for name, value in raw.items():
-        if name not in declared:
-            raise Misfit(f"{where}.{shown(name)[1:-1]}: {kind.__name__} has no such field")
-        hint = hints.get(name, Any)
+    for key, value in raw.items():
+        if key not in declared:
+            raise Misfit(f"{where}.{shown(key)[1:-1]}: {kind.__name__} has no such field")
+        hint = hints.get(declared[key].name, Any)
         if not fits(value, hint):
-            raise Misfit(f"{where}.{name}: {shown(value)} is not {_named(hint)}")
-    for name, field in declared.items():
-        if name not in raw and field.default is MISSING and field.default_factory is MISSING:
-            raise Misfit(f"{where}.{name} is missing")
-    return raw
+            raise Misfit(f"{where}.{key}: {shown(value)} is not {_named(hint)}")
+    for key, field in declared.items():
+        if key not in raw and field.default is MISSING and field.default_factory is MISSING:
+            raise Misfit(f"{where}.{key} is missing")
+    return {declared[key].name: value for key, value in raw.items()}
 
 
 def fits(value, hint) -> bool:
