@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import Cache
 
-from hf_kvcache import compat, persist
+from hf_kvcache import compat, persist, pickling
 from hf_kvcache.attention.handed import Handed, note_lender
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.codecs.base import ROWS, Codec
@@ -439,18 +439,28 @@ class KVCache(Cache):
         self._expected = None
 
     def save(self, directory: str | os.PathLike) -> Path:
-        """Write the cache to a folder, atomically; `KVCache.load` goes on from there.
+        """Write the cache to a folder, atomically; `KVCache.load` goes on from there, and this cache goes on as it was.
 
-        Under tensor parallelism every process writes a folder of its own, and reads it again.
+        Written are the rows in use of every layer, what policies and codecs remember, what still waits to be evicted or
+        packed, the options of the cache and a fingerprint of the model. Bases that were given as `LowRank(bases=...)`
+        stay behind: the rows of this text go on without them, another text does not. Under tensor parallelism every
+        process writes a folder of its own, and reads it again.
 
         Returns:
             The folder, with `manifest.json` and one safetensors file.
+
+        Raises:
+            ValueError: a forward pass is under way, the model that filled the cache is gone, or something that the
+                cache holds cannot be written down.
         """
         return persist.save(self, directory)
 
     @staticmethod
     def load(directory: str | os.PathLike, model=None, device=None) -> KVCache:
         """Read a cache that `save` wrote; the continuation is the same as without saving.
+
+        Files are read as data: nothing in them is run, and everything is checked before a cache is made of it. The
+        cache is of the class that was saved; `offloading` is only taken up on a GPU.
 
         Args:
             directory: the folder.
@@ -459,9 +469,17 @@ class KVCache(Cache):
             device: where to put the tensors.
 
         Raises:
-            CacheFileError: files are missing, truncated, altered, of another format version or of another model.
+            CacheFileError: files are missing, truncated, altered, contradict each other, are of another format version
+                or of another model; the message names file and field.
         """
         return persist.load(KVCache, directory, model, device)
+
+    def __reduce__(self):
+        # as DynamicCache travels: `pickle`, `torch.save`, `multiprocessing`
+        return pickling.reduced(self)
+
+    def __deepcopy__(self, memo: dict) -> KVCache:
+        return pickling.twin(self, memo)
 
     @property
     def first_layer(self) -> int:

@@ -76,6 +76,8 @@ class KVLayer(CacheLayerMixin):
         self._queries: torch.Tensor | None = None
         self._is_unsettled = self._is_decoding = self._is_due = False
         self._is_bound = False
+        # codecs of a text that was loaded, with what had been found out about it
+        self._held: tuple[Codec, Codec] | None = None
         self.policy = self._policy
         self.scaling, self.softcap = 1.0, None
         self.rope: Rope | None = None
@@ -210,7 +212,7 @@ class KVLayer(CacheLayerMixin):
         """
         if self._policy is not None:
             self.policy = self._policy.for_model(host)
-        for side, template in zip(("keys", "values"), self._codecs, strict=True):
+        for side, template in zip(("keys", "values"), self._held or self._codecs, strict=True):
             if template is None:
                 continue
             width = self.head_dim if side == "keys" else self.v_head_dim

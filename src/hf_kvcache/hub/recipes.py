@@ -69,7 +69,7 @@ ROOTS = (
 )
 # saving caches, models in pieces: what the library is for
 DROPPED = (f"{_P}codecs.base:Codec.__rshift__", f"{_P}codecs.dense:Dense.__rshift__") + tuple(
-    f"{_CACHE}{name}" for name in ("save", "load", "check_model", "expect", "fingerprint")
+    f"{_CACHE}{name}" for name in ("save", "load", "__reduce__", "__deepcopy__", "check_model", "expect", "fingerprint")
 )
 # what only policies ask for
 _FOR_POLICIES = (
