@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_kvcache.rope import rotate
 
@@ -21,6 +21,7 @@ __all__ = [
     "CacheLayerMixin",
     "attention_functions",
     "cache_argument",
+    "causal_mask_function",
     "checkpointing",
     "drop_rows",
     "eager_attention",

@@ -198,7 +198,7 @@ def test_nothing_is_captured_outside_a_call(model, heads):
         with pytest.raises(RuntimeError, match="no features have been captured"):
             child.scores()
         module_of(model).q_proj(torch.zeros(1, 3, 32))
-        assert not child._capture._seen, when
+        assert child._capture._calls.now is None, when
         model(prompt())
 
 
@@ -228,7 +228,7 @@ def test_a_compiled_model_offers_them_too(model, heads):
         expected = dict(seen)
         torch.compile(model, backend="aot_eager", fullgraph=True)(prompt(1, 7), use_cache=False)
     assert all(torch.allclose(seen[i], expected[i], atol=1e-5) for i in expected)
-    assert not attached_heads(module_of(model))._capture._seen
+    assert attached_heads(module_of(model))._capture._calls.now is None
 
 
 def test_scores_of_features_need_no_call(model, heads):
@@ -439,7 +439,7 @@ def test_several_adapters_take_turns(model, heads, adapter, tmp_path):
     assert_scores(wrapped, other)
     wrapped.delete_adapter("b")
     child = module_of(wrapped).kv_retain
-    assert attached_heads(module_of(wrapped)) is None and not child._handles and not child._capture._handles
+    assert attached_heads(module_of(wrapped)) is None and not child._handles and not child._capture._watch.handles
     with pytest.raises(RuntimeError, match="no retaining heads: no adapter"):
         child.scores()
     wrapped.load_adapter(str(adapter), "a")

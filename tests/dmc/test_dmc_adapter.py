@@ -15,6 +15,7 @@ import hf_kvcache as kv
 from hf_kvcache import dmc
 from hf_kvcache.adapters import AdapterError, DMCConfig, attach, attached_retrofit, save_adapter
 from hf_kvcache.adapters.files import written
+from hf_kvcache.compat import CACHE_NAME, cache_argument, given_cache
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,8 +117,8 @@ def test_loaded_as_it_was_saved(form, route, tmp_path):
     cache = CACHES[form[:3]]
     ours, theirs = (generate(m, ids, cache(), attention_mask=mask) for m in (model, plain))
     assert torch.equal(ours.sequences, theirs.sequences)
-    assert torch.equal(lengths(ours.past_key_values), lengths(theirs.past_key_values))
-    assert lengths(ours.past_key_values).float().mean() < 40
+    assert torch.equal(lengths(given_cache(ours)), lengths(given_cache(theirs)))
+    assert lengths(given_cache(ours)).float().mean() < 40
 
 
 @pytest.mark.parametrize("arch", [arch for arch in FAMILIES if arch != "llama"])
@@ -198,7 +199,7 @@ def test_a_model_that_does_not_train_decides_hard(folder, model):
     assert child_of(training).training
     assert [name for name, p in training.named_parameters() if p.requires_grad and ".kv_dmc." not in name] == []
     with pytest.raises(RuntimeError, match="relaxed decisions"):
-        training(prompt(), past_key_values=kv.DMCCache())
+        training(prompt(), **cache_argument(kv.DMCCache()))
 
 
 def test_the_teacher_is_the_base(folder, model):
@@ -268,17 +269,17 @@ def test_rows_do_not_go_on_with_another_window(folder, tmp_path, model):
     attach(model, tmp_path / "other", "b")
     cache = kv.DMCCache()
     with torch.no_grad():
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **cache_argument(cache))
         model.set_adapter("a")
         with pytest.raises(ValueError, match="window=5.*window=3"):
-            model(prompt(1, 1), past_key_values=cache)
+            model(prompt(1, 1), **cache_argument(cache))
         cache.reset()
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **cache_argument(cache))
 
 
 def test_generate_without_our_cache_says_so(folder, model):
     attach(model, folder)
-    with pytest.raises(ValueError, match="past_key_values=DMCCache"):
+    with pytest.raises(ValueError, match=f"{CACHE_NAME}=DMCCache"):
         generate(model, prompt())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 
@@ -14,6 +15,7 @@ from hf_kvcache.attention.mask import KVMask, as_additive, as_boolean, resolve
 from hf_kvcache.view import KVView
 
 NAME = "hf_kvcache"
+_REGISTERING = threading.Lock()
 
 # arguments that change the softmax itself; the model's own function gets dense tensors when one is in use
 _UNFUSED = ("s_aux", "position_bias", "head_mask", "output_attentions")
@@ -56,12 +58,13 @@ def register() -> None:
 
 def register_pass_throughs() -> None:
     """Let every registered attention function meet a `KVView`; without one, what was there is called unchanged."""
-    functions = compat.attention_functions()
-    functions.setdefault("eager", _eager)
-    for name, stock in functions.items():
-        if name == NAME or KVView in getattr(stock, "_passes_views", ()):
-            continue
-        compat.register_attention(name, _pass_through(stock, fuses=name in ("sdpa", "eager")))
+    with _REGISTERING:
+        functions = compat.attention_functions()
+        functions.setdefault("eager", _eager)
+        for name, stock in functions.items():
+            if name == NAME or KVView in getattr(stock, "_passes_views", ()):
+                continue
+            compat.register_attention(name, _pass_through(stock, fuses=name in ("sdpa", "eager")))
 
 
 def _pass_through(stock, fuses):
@@ -128,13 +131,14 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
 def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses=True, **kwargs):
     """A retrofitted model without a cache: training, and evaluation of whole texts."""
     _refuse_unfused(module, fuses, kwargs)
-    if key.shape[2] != query.shape[2] or retrofit.call is None:
+    call = retrofit.hooks.running
+    if key.shape[2] != query.shape[2] or call is None:
         raise ValueError(
             f"layer {module.layer_idx}: a retrofitted model reads a text at once, or goes on in a cache of its own: "
-            "use past_key_values=DMCCache() or DMSCache()"
+            f"use {compat.CACHE_NAME}=DMCCache() or DMSCache()"
         )
     scaling, mask = kwargs.get("scaling"), as_boolean(_tensor(mask))
-    _refuse_packing(module, mask, retrofit.call.is_real)
+    _refuse_packing(module, mask, call.is_real)
     if retrofit.settings.clears_queries:
         query = compacted.without_channel(module, query, retrofit)
     out = compacted.attend_parallel(
@@ -142,7 +146,7 @@ def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses=True, *
         key,
         value,
         mask,
-        retrofit.call,
+        call,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         kwargs.get("softcap"),
         kwargs.get("dropout") or 0.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.compat import sdpa_mask
+from hf_kvcache.compat import causal_mask_function, sdpa_mask
 
 
 class KVMask:
@@ -45,6 +45,11 @@ class KVMask:
         if not self._dense:
             self._dense.append(sdpa_mask(**self._arguments))
         return self._dense[0]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it hides padding and later tokens, and nothing else."""
+        return self._arguments.get("mask_function", causal_mask_function) is causal_mask_function
 
     def of_all_tokens(self, tokens_seen: int, n_new: int, device: torch.device) -> torch.Tensor | None:
         """The mask of a layer that keeps everything, where the shared one is of a layer that does not."""
