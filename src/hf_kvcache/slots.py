@@ -107,8 +107,8 @@ class SlotLayer(KVLayer):
             else "shows tokens that were padding when they came, and have no rows"
         )
         raise ValueError(
-            f"layer {self.layer_idx}: the attention mask {what}; {type(self._policy).__name__} cannot tell tokens apart "
-            "any more: pass the mask of the whole text as it was, with ones for new tokens, or begin with a new cache"
+            f"layer {self.layer_idx}: the attention mask {what}; {type(self._policy).__name__} cannot tell tokens "
+            "apart any more: pass the mask of the whole text as it was, with ones for new tokens, or use a new cache"
         )
 
     def merge(self, side: str, x: torch.Tensor, call: Call) -> torch.Tensor:

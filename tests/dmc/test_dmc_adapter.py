@@ -18,6 +18,7 @@ from hf_kvcache.adapters.files import written
 from hf_kvcache.compat import CACHE_NAME, cache_argument, given_cache
 
 peft = pytest.importorskip("peft")
+peft_verbs = pytest.importorskip("peft_verbs")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FORMS = {
@@ -249,16 +250,17 @@ def test_transformers_own_methods(folder, model):
     vanilla = logits(model)
     model.load_adapter(str(folder), "a")
     mine = logits(model)
-    model.add_adapter(DMCConfig(method="dms", window=0), "b")
-    model.set_adapter("b")
+    peft_verbs.add_adapter(model, DMCConfig(method="dms", window=0), "b")
+    peft_verbs.set_adapter(model, "b")
     assert (logits(model) - vanilla).abs().max() < 1e-5
-    model.set_adapter("a")
+    peft_verbs.set_adapter(model, "a")
     assert torch.equal(logits(model), mine)
-    model.disable_adapters()
+    peft_verbs.disable_adapters(model)
     assert torch.equal(logits(model), vanilla)
-    model.enable_adapters()
+    peft_verbs.enable_adapters(model)
     assert torch.equal(logits(model), mine)
-    model.delete_adapter(["a", "b"])
+    for name in ("a", "b"):
+        peft_verbs.delete_adapter(model, name)
     assert torch.equal(logits(model), vanilla) and n_hooks(model) == 0
 
 
@@ -270,7 +272,7 @@ def test_rows_do_not_go_on_with_another_window(folder, tmp_path, model):
     cache = kv.DMCCache()
     with torch.no_grad():
         model(prompt(), **cache_argument(cache))
-        model.set_adapter("a")
+        peft_verbs.set_adapter(model, "a")
         with pytest.raises(ValueError, match="window=5.*window=3"):
             model(prompt(1, 1), **cache_argument(cache))
         cache.reset()
@@ -428,7 +430,7 @@ def test_another_model_is_refused(folder, plain):
             with pytest.raises(AdapterError, match=message):
                 load(other)
         assert n_hooks(other) == 0
-    for load in (lambda m: attach(m, folder, "b"), lambda m: m.add_adapter(DMCConfig(), "b")):
+    for load in (lambda m: attach(m, folder, "b"), lambda m: peft.inject_adapter_in_model(DMCConfig(), m, "b")):
         with pytest.raises(AdapterError, match="retrofitted already"):
             load(plain)
 
