@@ -176,11 +176,11 @@ class RetainingHeadLayer(tuner.ChildLayer):
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def _before(self, attention: nn.Module, args) -> None:
-        self._capture.drop()
-        if self.is_active:
+        is_active = self.is_active
+        self._capture.arm(attention if is_active else None)
+        if is_active:
             # PEFT may have wrapped or unwrapped a projection since
             self._capture.watch(attention, self._sources[self.current])
-            self._capture.arm(attention)
 
     def _after(self, attention: nn.Module, args, output) -> None:
         self._capture.drop()

@@ -78,7 +78,7 @@ class PagedBuffer:
     def follow_lengths(self, like: dict[str, torch.Tensor]) -> None:
         """Bring pages and counts in line with `lengths`, which have been changed in place (on a CPU)."""
         counts = self.lengths.long()
-        if (self._pages(counts) > self._pages(self.counts)).any():
+        if (self._pages(counts) > self._pages(self.counts)).any() or not self.tensors:
             self._allot(counts, like)
         self.counts = counts
 
@@ -218,6 +218,9 @@ class PagedBuffer:
         gives = ((place >= after.unsqueeze(-1)) & (place < before.unsqueeze(-1))).to(table.device)
         takes = ((place >= before.unsqueeze(-1)) & (place < after.unsqueeze(-1))).to(table.device)
         self.free = torch.cat([self.free, table[gives]])
+        if like is not None and not self.tensors:
+            # rows that are all padding need no page, but those who look for rows a place to find none in
+            self._grow(0, like)
         if n_new > self.free.shape[0]:
             self._grow(n_new - self.free.shape[0] + max(MIN_SLACK_PAGES, int(after.sum()) // SLACK), like)
         # the pages that were freed last go first
