@@ -60,7 +60,9 @@ MODEL_ROOTS = (
     f"{_P}hub.citizen:CacheModel",
     f"{_P}hub.citizen:CacheModel.from_pretrained._prepare_cache_for_generation",
     f"{_P}hub.citizen:with_cache",
+    f"{_P}hub.citizen:either_name",
 )
+GENERATE_ROOTS = tuple(f"{_P}compat:{name}" for name in ("cache_argument", "given_cache", "named_cache"))
 ROOTS = (
     f"{_P}hub.spec:cache_of",
     f"{_CACHE}nbytes.nbytes_dense.compression_ratio",
@@ -100,7 +102,7 @@ def recipe_of(cache: KVCache, adapter: dict | None = None, config=None) -> Recip
         config: of the model, whose classes take the cache; None for a repository that is for any model.
     """
     parts, facts, absent = list(_parts(cache)), dict(_FACTS), list(_LEFT_OUT)
-    roots = [*(() if config is None else MODEL_ROOTS), *ROOTS, *(_path(type(part)) for part in parts)]
+    roots = [*(GENERATE_ROOTS if config is None else MODEL_ROOTS), *ROOTS, *(_path(type(part)) for part in parts)]
     kind = None if adapter is None else adapter["kind"]
     absent += [f"hub.children:{function}" for name, function in _ADAPTERS.items() if name != kind]
     absent += ["hub.children:add_children"] if adapter is None else []
