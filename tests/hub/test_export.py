@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -356,6 +357,14 @@ def test_what_one_repository_cannot_carry(tmp_path):
     with pytest.raises(ValueError, match="goes with a machine"):
         export(plain(), kv.QuantCache(4, offloading=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_lines_of_the_card_run(repositories, capsys):
+    (lines,) = re.findall(r"```python\n(.*?)```", (repositories / "quant" / "README.md").read_text(), re.DOTALL)
+    assert '"this repository"' in lines
+    exec(lines.replace('"this repository"', repr(str(repositories / "quant"))), names := {})
+    assert names["cache"].get_seq_length() > 10 and str(names["cache"].nbytes) in capsys.readouterr().out
 
 
 def test_room_to_grow_is_part_of_the_description():

@@ -241,7 +241,8 @@ def export(
 def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
     """Write a repository whose `generate` gives any model a cache like this one.
 
-    `model.generate(**inputs, custom_generate=where, trust_remote_code=True)` then uses it.
+    `model.generate(**inputs, custom_generate=where, trust_remote_code=True)` then uses it; with `cache=` (before
+    transformers 5.24: `past_key_values=`) it goes on with a cache of an earlier call.
 
     Args:
         cache: empty; a method that needs nothing of the model.
