@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from inspect import signature
@@ -37,6 +38,7 @@ __all__ = [
     "eager_mask",
     "given_cache",
     "n_states",
+    "named_cache",
     "register_attention",
     "register_mask",
     "rope_kind",
@@ -72,6 +74,20 @@ def given_cache(arguments):
     """The cache among the arguments of a call, or the fields of a model's output, under either name; or None."""
     found = (arguments.get(name) for name in CACHE_NAMES)
     return next((cache for cache in found if cache is not None), None)
+
+
+def named_cache(arguments: dict) -> dict:
+    """The keyword arguments of a call, with its cache under the name that this release has, whichever it came under.
+
+    Given both, the newest name counts, as in transformers, and a warning says so.
+    """
+    given = [name for name in CACHE_NAMES if name in arguments]
+    if given in ([], [CACHE_NAME]):
+        return arguments
+    if any(arguments[name] is not None for name in given[1:]):
+        warnings.warn(f"{' and '.join(given)} are one argument: {given[0]} is used", stacklevel=3)
+    rest = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    return rest | cache_argument(arguments[given[0]])
 
 
 def eager_attention(module: torch.nn.Module) -> Callable:
