@@ -122,7 +122,7 @@ def load(cls, directory: str | os.PathLike, model=None, device: torch.device | s
         cache.check_model(_attention(model, cache.first_layer), str(directory))
         for i, layer in enumerate(cache.layers):
             if isinstance(layer, KVLayer) and layer.needs_model and layer.is_initialized:
-                cache.attach(_attention(model, i), layer)
+                cache.attach(_attention(model, i), layer, model)
     return cache
 
 

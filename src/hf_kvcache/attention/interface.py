@@ -99,6 +99,7 @@ def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
         view.layer.settle(query, view)
         view.cache.after_attention(module.layer_idx)
         return out.transpose(1, 2).contiguous(), None
+    view.layer.refuse_images(module, mask, n_new)
     view.layer.note_padding(mask, n_new)
     view.layer.note_positions(kwargs.get("position_ids"), mask, n_new)
     view.layer.project_new(n_new)

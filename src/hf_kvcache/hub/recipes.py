@@ -275,7 +275,7 @@ def _of_kernels(pairs: list, codecs: list[Codec], facts: dict) -> None:
 def _of_bases(adapter: dict, codecs: list, facts: dict, absent: list[str]) -> None:
     """Latents in bases that the model brings, so that none is ever fitted."""
     facts |= dict(is_unfitted=False, is_owned=False, bases=None)
-    absent += ["stores.uniform:UniformStore.fit", "compat:_probe"]
+    absent.append("stores.uniform:UniformStore.fit")
     absent += [f"codecs.{path}.fitted" for path in ("base:Codec", "base:Chain", "lowrank:LowRank")]
     if not any(codec.mix for codec in codecs):
         facts["is_mixed"] = False
