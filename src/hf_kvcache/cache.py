@@ -43,7 +43,9 @@ class KVCache(Cache):
         exact_prefill: attend to new tokens as they are and compress them afterwards. False attends to what the codec
             makes of them from the start, as published evaluations of low-rank caches do.
         compact: give the rows that stay neighbouring positions, as if the evicted ones had never been there: their keys
-            are rotated again at every eviction. By default rows keep the positions of the text.
+            are rotated at every eviction. By default rows keep the positions of the text. In float16 and bfloat16 the
+            cache then keeps keys twice, as they were appended and as they stand, because a key that is rotated and
+            rounded again and again would lose its direction.
         max_length: tokens to make room for at the first call, instead of growing.
         config: the model's config. Only models with linear-attention layers need it (hybrids such as Qwen3-Next);
             others are recognised when the cache is first used.
@@ -329,6 +331,8 @@ class KVCache(Cache):
                 )
             if self._expected is not None:
                 self.check_model(module, "the loaded cache")
+            if self._model is None:
+                _warn_of_length(module)
             self._model = weakref.ref(module)
         if view.layer.needs_model:
             self.attach(module, view.layer)
@@ -385,15 +389,18 @@ class KVCache(Cache):
             self._prefetch_ahead(module.layer_idx, layer.device)
         return layer
 
-    def attach(self, module: torch.nn.Module, layer: KVLayer) -> None:
-        """Let codecs and policy of a layer that has seen rows take from its attention module what they need."""
+    def attach(self, module: torch.nn.Module, layer: KVLayer, model: torch.nn.Module | None = None) -> None:
+        """Let codecs and policy of a layer that has seen rows take from its attention module what they need.
+
+        `model` is the one that it belongs to, where that is not running.
+        """
         sizes = layer.n_kv_heads, layer.head_dim, layer.dtype, layer.device
         stock = compat.stock_layers(module.config)
         # a model that runs its layers several times has more in its cache than its config says
         n_layers = max(len(stock), layer.layer_idx + 1)
         ours = [i for i in range(n_layers) if i >= len(stock) or stock[i] is None]
         depth = ours.index(layer.layer_idx), len(ours)
-        layer.bind(Host(module, layer.layer_idx, *sizes, self._ropes, depth))
+        layer.bind(Host(module, layer.layer_idx, *sizes, self._ropes, depth, model))
 
     def _share(self, layer_idx: int) -> None:
         """Let a layer that shares its packed rows join its group: neighbours among the layers with that codec."""
@@ -599,7 +606,7 @@ class KVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers: storages that exist, spare rows and metadata included."""
-        ropes = {layer.rope for layer in self.layers if isinstance(layer, KVLayer)} - {None}
+        ropes = set().union(*(layer.ropes for layer in self.layers if isinstance(layer, KVLayer)))
         layers = [layer.nbytes if isinstance(layer, KVLayer) else compat.stock_nbytes(layer) for layer in self.layers]
         return sum(layers) + sum(rope.nbytes for rope in ropes)
 
@@ -634,3 +641,13 @@ class KVCache(Cache):
         seen = self.get_seq_length() if self.layers else 0
         parts.append(f"{len(self.layers)} layers, {seen} tokens, {self.nbytes} bytes")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _warn_of_length(module: torch.nn.Module) -> None:
+    length = compat.leaves_cache_at(module)
+    if length is not None:
+        warn_once(
+            f"generate() of this model switches its longrope factors after {length} tokens: transformers "
+            f"then drops the cache that it was given and goes on in a dense one of its own. Texts of up to {length} "
+            "tokens, and forward passes outside of generate(), stay in this cache"
+        )

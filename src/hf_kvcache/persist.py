@@ -209,7 +209,7 @@ def attach(cache, model, what: str) -> None:
     """
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, KVLayer) and layer.needs_model and layer.is_initialized:
-            cache.attach(_attention(model, i, what), layer)
+            cache.attach(_attention(model, i, what), layer, model)
 
 
 def fingerprint(module: torch.nn.Module) -> dict:

@@ -126,6 +126,7 @@ def _attend(stock, module, query, view, mask, fuses, **kwargs):
         # a layer without keys of its own reads those of an earlier one, which has seen to everything else
         return _attend_rows(stock, module, query, view, mask, fuses, **kwargs)
     view.module = module
+    layer.refuse_images(module, mask, n_new)
     layer.note_padding(mask, n_new)
     layer.note_positions(kwargs.get("position_ids"), mask, n_new)
     layer.project_new(n_new)

@@ -40,7 +40,7 @@ from hf_kvcache.adapters.modules import (
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain
 from hf_kvcache.codecs.lowrank import LowRank
-from hf_kvcache.compat import CACHE_NAME, rotary_parameters
+from hf_kvcache.compat import CACHE_NAME
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.card import card_of
 from hf_kvcache.hub.flatten import flatten
@@ -51,6 +51,7 @@ from hf_kvcache.hub.spec import spec_of
 from hf_kvcache.hub.text import WIDTH
 from hf_kvcache.policies.learned import Learned
 from hf_kvcache.policies.locret import Locret
+from hf_kvcache.rope_of_model import rope_of
 
 _OWN = (
     "_name_or_path",
@@ -342,8 +343,8 @@ def _basis(found, codecs: dict[str, LowRank]):
     tensors, shapes, ropes, rotary = {}, {}, set(), set()
     for i, attention in found.items():
         if "k" in codecs and codecs["k"].rope != "post":
-            angles = rotary_parameters(attention.module, attention.head_dim)
-            rotary.add(0 if angles is None else 2 * angles[0].shape[0])
+            rope = rope_of(attention.module, attention.head_dim)
+            rotary.add(0 if rope is None else 2 * rope.inv_freq.shape[0])
         for side, codec in codecs.items():
             bases = codec.bases
             of = attached_basis(attention.module, side) if bases is None else (bases.of(i, side), bases.rope)

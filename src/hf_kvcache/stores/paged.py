@@ -54,9 +54,12 @@ class PagedBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages: pages, free ones included, table and lengths."""
-        held = [] if self.table is None else [self.table, self.lengths, self.free]
-        return sum(t.untyped_storage().nbytes() for t in [*self.tensors.values(), *held])
+        """Bytes of the storages: pages, free ones included, table, lengths and counts."""
+        held = [] if self.table is None else [self.table, self.lengths, self.free, self.counts]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*self.tensors.values(), *held]
+        }
+        return sum(storages.values())
 
     # -- rows in and out ---------------------------------------------------------------------------------------------
 
@@ -166,6 +169,8 @@ class PagedBuffer:
         """Take over what `views` returned."""
         if not views:
             return
+        # files may hold rows of more names than are known before the first row
+        self.fields = tuple(name for name in views if name != "counts")
         rows = {name: views[name] for name in self.fields}
         device = rows[self.fields[0]].device
         counts = views["counts"].cpu()
