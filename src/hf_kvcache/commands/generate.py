@@ -78,7 +78,7 @@ def _generate(model, tokenizer, cache, ids: list[int], args: argparse.Namespace)
     import torch
 
     from hf_kvcache.eval.memory import cache_nbytes
-    from hf_kvcache.prefill import prefill
+    from hf_kvcache.long_prompts import prefill
 
     streamer = timed_streamer(tokenizer)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
