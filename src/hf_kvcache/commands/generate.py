@@ -77,6 +77,7 @@ def _generate(model, tokenizer, cache, ids: list[int], args: argparse.Namespace)
 
     import torch
 
+    from hf_kvcache.compat import cache_argument
     from hf_kvcache.eval.memory import cache_nbytes
     from hf_kvcache.long_prompts import prefill
 
@@ -89,7 +90,7 @@ def _generate(model, tokenizer, cache, ids: list[int], args: argparse.Namespace)
     model.generate(
         prompt,
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.eos_token_id,
         streamer=streamer,
@@ -129,6 +130,8 @@ def _save(folder: Path, model, cache, ids: list[int]) -> None:
     """Prefill all but the last token, which generation feeds itself, and write cache and token ids."""
     import torch
 
+    from hf_kvcache.compat import cache_argument
+
     if not hasattr(cache, "save"):
         raise UserError(f"--save: a {type(cache).__name__} cannot be saved; use one of this package's caches")
     n_cached = cache.get_seq_length()
@@ -136,7 +139,7 @@ def _save(folder: Path, model, cache, ids: list[int]) -> None:
         raise UserError("--save needs a prompt of at least two new tokens")
     with torch.no_grad():
         new = torch.tensor([ids[n_cached:-1]], device=model.device)
-        model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(new, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     cache.save(folder)
     (folder / PROMPT).write_text(json.dumps({"ids": ids}), encoding="utf-8")
 
