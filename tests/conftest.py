@@ -13,6 +13,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
+from hf_kvcache import warn
+
 # the models are tiny: a second thread costs ten times what it gains
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -47,6 +49,12 @@ def quiet_fallback():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="hf_kvcache: .* runs on the PyTorch reference")
         yield
+
+
+@pytest.fixture
+def unsaid(monkeypatch):
+    """What was said before is said again."""
+    monkeypatch.setattr(warn, "_said", set())
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,6 @@ scattered into zeroed shared memory and read back. Needs Triton 3.7, whose share
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -18,6 +16,7 @@ from hf_kvcache.kernels.dense_attention import triton_kernel as dense
 from hf_kvcache.kernels.sparse_attention import reference
 from hf_kvcache.kernels.sparse_attention import triton_kernel as sparse
 from hf_kvcache.kernels.sparse_pack.reference import sparse_pack
+from hf_kvcache.warn import warn_once
 
 LOG2E = gl.constexpr(1.4426950408889634)
 NEG_INF = gl.constexpr(float("-inf"))
@@ -68,7 +67,7 @@ def disagreement(q, keys, values) -> str | None:
         except Exception as error:  # whatever the compiler or the driver raises is the verdict
             _verdicts[key] = f"the Gluon kernel fails: {type(error).__name__}: {str(error)[:200]}"
         if _verdicts[key]:
-            warnings.warn(f"hf_kvcache: {_verdicts[key]}", stacklevel=2)
+            warn_once(_verdicts[key])
     return _verdicts[key]
 
 

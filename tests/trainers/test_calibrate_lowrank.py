@@ -43,5 +43,9 @@ def test_after_rope(tmp_path):
     ],
 )
 def test_mistakes_are_said(arguments, message, tmp_path, capsys):
-    assert main(["calibrate", "lowrank", "--out", str(tmp_path), *SHORT, *arguments]) == 2
+    try:
+        code = main(["calibrate", "lowrank", "--out", str(tmp_path), *SHORT, *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     assert message in capsys.readouterr().err

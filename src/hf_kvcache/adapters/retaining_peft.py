@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hf_kvcache.adapters import retaining, retaining_files, tuner
+from hf_kvcache.adapters import having_peft, retaining, retaining_files, tuner  # noqa: F401
 from hf_kvcache.adapters.capture import Capture, sources
 from hf_kvcache.adapters.modules import RETAIN_CHILD, attentions, full_attentions
 from hf_kvcache.adapters.peft_types import peft_type, register

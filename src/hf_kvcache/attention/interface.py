@@ -321,3 +321,6 @@ def _is_ours(mask) -> bool:
 
 def _tensor(mask):
     return mask.dense() if isinstance(mask, KVMask) else mask
+
+
+register()
