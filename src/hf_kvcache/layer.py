@@ -342,7 +342,7 @@ class KVLayer(CacheLayerMixin):
         if self.policy is None or (n_new == 1 and not self.has_padding and self.tokens_seen > 1):
             return
         is_real = new_token_padding(mask, n_new, self.tokens_seen)
-        if is_real is not None:
+        if is_real is not None and not is_real.all():
             self.has_padding = True
             rows = self.store.dense["position"][:, :, -n_new:]
             rows.masked_fill_(~is_real.unsqueeze(1), -1)
