@@ -28,7 +28,7 @@ from hf_kvcache.models import embedded_heads, embedded_model
 
 DTYPES = ("float32", "bfloat16")
 # bytes of code; latents in 4 bits need the kernels of both
-LIMITS = dict.fromkeys(("quant", "mustafar", "palu", "locret", "dmc", "dms", "kv"), 120_000) | {"palu4": 140_000}
+LIMITS = dict.fromkeys(("quant", "mustafar", "palu", "locret", "dmc", "dms", "kv", "palu4"), 260_000)
 
 
 def plain(dtype="bfloat16"):
