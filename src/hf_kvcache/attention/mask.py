@@ -20,6 +20,7 @@ class KVMask:
 
     def __init__(self, batch_size, q_length, kv_length, q_offset=0, attention_mask=None, **kwargs):
         self.padding = attention_mask  # bool [B, T], True for real tokens, or None
+        self.is_causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
         self.n_rows = kv_length
         arguments = kwargs | {
             "batch_size": batch_size,
@@ -45,11 +46,6 @@ class KVMask:
         if not self._dense:
             self._dense.append(sdpa_mask(**self._arguments))
         return self._dense[0]
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether it hides padding and later tokens, and nothing else."""
-        return self._arguments.get("mask_function", causal_mask_function) is causal_mask_function
 
     def of_all_tokens(self, tokens_seen: int, n_new: int, device: torch.device) -> torch.Tensor | None:
         """The mask of a layer that keeps everything, where the shared one is of a layer that does not."""
