@@ -82,4 +82,5 @@ def is_mentioned(name: str, kinds: Iterable[type]) -> bool:
 
 @cache
 def _source(module: str) -> str:
-    return "" if module == "builtins" else inspect.getsource(sys.modules[module])
+    # what is built in has no source, and does not know our names
+    return "" if module in sys.builtin_module_names else inspect.getsource(sys.modules[module])
