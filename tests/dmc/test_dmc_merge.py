@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import recompute
 from tiny_retrofits import CACHES, batch, retrofitted, settings, whole
 
 from hf_kvcache.attention.compacted import attend_parallel
