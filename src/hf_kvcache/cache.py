@@ -618,8 +618,8 @@ class KVCache(Cache):
         """Some models ask for states of a layer before any layer has been called."""
         if self._stock is None:
             raise ValueError(
-                "this model has layers with states of their own (linear attention, indexers), which belong to the cache "
-                "from the start: "
+                "this model has layers with states of their own (linear attention, indexers), which belong to the "
+                "cache from the start: "
                 f"construct {type(self).__name__}(..., config=model.config)"
             )
 
