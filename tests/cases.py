@@ -24,6 +24,7 @@ from transformers import (
 
 import hf_kvcache as kv
 from hf_kvcache.codecs.basis import Basis
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.stores import PagedBuffer
 
 # -- methods -------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def generate(model, ids, cache=None, **options):
     """Greedy unless told; returns transformers' output with `.sequences` and `.logits`."""
     options = dict(max_new_tokens=16, do_sample=False, return_dict_in_generate=True, output_logits=True) | options
     options.setdefault("attention_mask", torch.ones_like(ids))
-    return model.generate(ids, past_key_values=cache, **options)
+    return model.generate(ids, **cache_argument(cache), **options)
 
 
 def replay(model, cache, ids, sizes, mask=None):
@@ -282,7 +283,7 @@ def replay(model, cache, ids, sizes, mask=None):
         if mask is not None:
             positions = (mask[:, :stop].cumsum(-1) - 1).clamp(min=0)[:, start:]
             options = dict(attention_mask=mask[:, :stop], position_ids=positions)
-        logits.append(model(ids[:, start:stop], past_key_values=cache, use_cache=True, **options).logits)
+        logits.append(model(ids[:, start:stop], **cache_argument(cache), use_cache=True, **options).logits)
         start = stop
     return torch.cat(logits, 1)
 

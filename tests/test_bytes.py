@@ -10,6 +10,7 @@ import torch
 from cases import LOSSY, prompt, random_basis, replay, tiny_model
 
 import hf_kvcache as kv
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.rope import Rope
 
 
@@ -127,7 +128,7 @@ def test_rotary_tables_are_counted_once():
 def test_a_dense_cache_does_not_hold_on_to_activations():
     # Phi-3 slices K and V out of one qkv tensor: adopting the slices would keep the queries too
     cache = kv.KVCache()
-    tiny_model("phi3")(prompt(2), past_key_values=cache)
+    tiny_model("phi3")(prompt(2), **cache_argument(cache))
     assert cache.nbytes == cache.nbytes_dense == 2 * 2 * 2 * 2 * 60 * 16 * 4
 
 

@@ -8,6 +8,7 @@ from cases import CASES, KNOBS, SIZES, generate, new_model, prompt, replay, tiny
 from transformers import DynamicCache, LlamaConfig
 
 import hf_kvcache as kv
+from hf_kvcache.compat import cache_argument
 
 
 def rows(n=4, batch=1, heads=2, width=16, dtype=torch.float32):
@@ -119,7 +120,7 @@ def test_another_batch_size(implementation):
     model, cache = tiny_model("llama", implementation), kv.QuantCache(4)
     generate(model, prompt(2), cache)
     with pytest.raises(ValueError, match="batch size of the new tokens is 3, of the cache 2; use a new cache"):
-        model(prompt(3), past_key_values=cache)
+        model(prompt(3), **cache_argument(cache))
 
 
 @pytest.mark.parametrize("implementation", ["hf_kvcache", "sdpa"])
@@ -144,7 +145,7 @@ def test_empty_prompt(implementation):
     model, cache = tiny_model("llama", implementation), kv.KVCache()
     for _ in range(2):
         with pytest.raises(ValueError, match="the input is empty; a forward pass needs at least one token"):
-            model(torch.zeros(1, 0, dtype=torch.long), past_key_values=cache)
+            model(torch.zeros(1, 0, dtype=torch.long), **cache_argument(cache))
         # and again with a filled cache
         replay(model, cache, prompt(1, 5), [5])
 
@@ -155,10 +156,10 @@ def test_nan_behaves_as_in_a_dense_cache(case):
     model, cache = tiny_model(), case.make()
     embedded = model.get_input_embeddings()(prompt(2)).clone()
     embedded[0, 5] = float("nan")
-    out = model(inputs_embeds=embedded, past_key_values=cache).logits
-    dense = model(inputs_embeds=embedded, past_key_values=DynamicCache()).logits
+    out = model(inputs_embeds=embedded, **cache_argument(cache)).logits
+    dense = model(inputs_embeds=embedded, **cache_argument(DynamicCache())).logits
     assert torch.equal(out.isnan(), dense.isnan())
-    later = [model(prompt(2, 1), past_key_values=cache).logits for _ in range(8)]
+    later = [model(prompt(2, 1), **cache_argument(cache)).logits for _ in range(8)]
     assert not any(x[1].isnan().any() for x in later)
     if not case.evicts:
         assert all(x[0].isnan().all() for x in later)

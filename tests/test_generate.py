@@ -27,6 +27,7 @@ from cases import (
 from transformers import AttentionInterface, DynamicCache, TextStreamer
 
 import hf_kvcache as kv
+from hf_kvcache.compat import cache_argument
 
 LENGTH, NEW = 60, 16
 
@@ -165,7 +166,7 @@ def test_several_turns(case, implementation):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_deepcopy_reuses_a_prefix(case):
     model, prefix = tiny_model(), case.make()
-    model(prompt(1, LENGTH), past_key_values=prefix)
+    model(prompt(1, LENGTH), **cache_argument(prefix))
     n_bytes, before = prefix.nbytes, {where: t.clone() for where, t in state(prefix).items()}
     for seed in (5, 6):
         ids = torch.cat([prompt(1, LENGTH), prompt(1, 5, seed)], 1)
@@ -178,7 +179,7 @@ def test_deepcopy_reuses_a_prefix(case):
 
 def test_deepcopy_does_not_copy_weights():
     model, cache = tiny_model(), kv.EvictionCache("keydiff", budget=48)
-    model(prompt(), past_key_values=cache)
+    model(prompt(), **cache_argument(cache))
     memo = {}
     copy.deepcopy(cache, memo)
     kinds = (torch.nn.Module, torch.nn.Parameter)
@@ -188,10 +189,10 @@ def test_deepcopy_does_not_copy_weights():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_batch_repeat_interleave_shares_a_prefix(case):
     model, cache = tiny_model(), case.make()
-    model(prompt(1, LENGTH), past_key_values=cache)
+    model(prompt(1, LENGTH), **cache_argument(cache))
     cache.batch_repeat_interleave(3)
     rebuilt = case.make()
-    model(prompt(1, LENGTH).repeat(3, 1), past_key_values=rebuilt)
+    model(prompt(1, LENGTH).repeat(3, 1), **cache_argument(rebuilt))
     tails = torch.cat([prompt(1, 6, seed) for seed in (7, 8, 9)])
     ours, theirs = (replay(model, c, tails, [3, 1, 1, 1]) for c in (cache, rebuilt))
     assert_close("logits", ours, theirs, 1e-5)
@@ -302,7 +303,7 @@ class Words:
 def test_streaming_output(capsys):
     model, cache = tiny_model(), kv.QuantCache(4, window=8)
     sequences = model.generate(
-        prompt(), past_key_values=cache, streamer=TextStreamer(Words()), max_new_tokens=10, do_sample=False
+        prompt(), **cache_argument(cache), streamer=TextStreamer(Words()), max_new_tokens=10, do_sample=False
     )
     printed = capsys.readouterr().out.strip()
     assert printed == Words().decode(sequences[0])

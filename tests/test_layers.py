@@ -18,6 +18,7 @@ from cases import (
 )
 
 import hf_kvcache as kv
+from hf_kvcache.compat import cache_argument
 
 IDS = prompt(3, 70)
 SIZES = [60] + [1] * 10
@@ -139,12 +140,12 @@ def test_waiting_eviction_follows_the_batch():
     # queries kept for an eviction that waits for `crop` are a payload too
     cache = kv.EvictionCache("keydiff", budget=24, **KNOBS)
     cache.activate_past_recording()
-    tiny_model()(IDS, past_key_values=cache)
+    tiny_model()(IDS, **cache_argument(cache))
     cache.batch_select_indices(torch.tensor([1]))
     assert cache.layers[0]._is_unsettled
     cache.crop(-3)
     alone = kv.EvictionCache("keydiff", budget=24, **KNOBS)
-    tiny_model()(IDS[1:2, :67], past_key_values=alone)
+    tiny_model()(IDS[1:2, :67], **cache_argument(alone))
     for ours, theirs in zip(cache.layers, alone.layers):
         assert torch.equal(ours.store.positions, theirs.store.positions)
 
@@ -165,7 +166,7 @@ def test_gradients_end_at_what_is_cached(case):
     model, cache = copy.deepcopy(tiny_model()).requires_grad_(True), case.make()
     for start, n in ((0, 60), (60, 1), (61, 1), (62, 5)):
         model.zero_grad()
-        model(IDS[:, start : start + n], past_key_values=cache).logits.sum().backward()
+        model(IDS[:, start : start + n], **cache_argument(cache)).logits.sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         assert model.lm_head.weight.grad.any()
         assert not any(t.requires_grad for t in state(cache).values())

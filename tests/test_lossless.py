@@ -22,6 +22,8 @@ from cases import (
 )
 from transformers import DynamicCache
 
+from hf_kvcache.compat import cache_argument
+
 IDS, MASK, ROWS = padded([40, 33])
 
 
@@ -60,8 +62,8 @@ def test_equals_dynamic_cache_under_eager(case):
 def test_prefill_is_exact(case, arch):
     model = tiny_model(arch)
     options = dict(attention_mask=MASK, use_cache=True)
-    ours = model(IDS, past_key_values=case.make(), **options).logits
-    reference = model(IDS, past_key_values=DynamicCache(config=model.config), **options).logits
+    ours = model(IDS, **cache_argument(case.make()), **options).logits
+    reference = model(IDS, **cache_argument(DynamicCache(config=model.config)), **options).logits
     assert torch.equal(ours, reference)
 
 

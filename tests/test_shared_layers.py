@@ -22,6 +22,7 @@ import hf_kvcache as kv
 from hf_kvcache import persist
 from hf_kvcache.codecs.basis import Moments
 from hf_kvcache.codecs.joint import fit_jointly
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.rope import Rope
 from hf_kvcache.stores import SharedStore
 
@@ -35,7 +36,7 @@ def shared(rank=0.5, **options):
 
 
 def filled(cache, ids=None, model=None):
-    (model or tiny_model())(prompt(2, N) if ids is None else ids, past_key_values=cache)
+    (model or tiny_model())(prompt(2, N) if ids is None else ids, **cache_argument(cache))
     return cache
 
 
@@ -204,8 +205,8 @@ def test_quantised_latents_agree_with_what_they_decode_to(bits, rope):
     decoded = DynamicCache()
     for i, store in enumerate(stores(cache)):
         decoded.update(*(rows.clone() for rows in store.logical_rows()), i)
-    ours = model(ids[:, -1:], past_key_values=cache).logits
-    assert_close("logits", ours, model(ids[:, -1:], past_key_values=decoded).logits, 1e-4)
+    ours = model(ids[:, -1:], **cache_argument(cache)).logits
+    assert_close("logits", ours, model(ids[:, -1:], **cache_argument(decoded)).logits, 1e-4)
 
 
 @pytest.mark.parametrize("is_mixed, tolerance", [(True, 1e-4), (False, 1e-2)])
@@ -439,7 +440,7 @@ def test_saved_before_anything_is_packed_and_while_a_crop_is_due(tmp_path):
     model, ids = tiny_model(), prompt(1, 260)
     cache = filled(shared(1.0), ids[:, :60])
     cache.activate_past_recording()
-    model(ids[:, 60:N], past_key_values=cache)
+    model(ids[:, 60:N], **cache_argument(cache))
     assert stores(cache)[0].n_packed == 0
     cache.save(tmp_path)
     assert stores(cache)[0].n_packed > 0

@@ -10,10 +10,11 @@ import torch
 from transformers import Cache
 
 from hf_kvcache import compat, persist
+from hf_kvcache.attention.handed import Handed, note_lender
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.codecs.base import ROWS, Codec
 from hf_kvcache.host import Host
-from hf_kvcache.layer import KVLayer
+from hf_kvcache.layer import KVLayer, batch_indices
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.slots import SlotLayer
 from hf_kvcache.stores.shared import SharedStore
@@ -42,8 +43,8 @@ class KVCache(Cache):
         compact: give the rows that stay neighbouring positions, as if the evicted ones had never been there: their keys
             are rotated again at every eviction. By default rows keep the positions of the text.
         max_length: tokens to make room for at the first call, instead of growing.
-        config: the model's config. Only models with linear-attention layers need it; others are recognised when
-            the cache is first used.
+        config: the model's config. Only models with linear-attention layers need it (hybrids such as Qwen3-Next);
+            others are recognised when the cache is first used.
         offloading: keep layers in CPU memory and bring them to the GPU one ahead of their turn (CUDA only).
 
     Raises:
@@ -89,6 +90,8 @@ class KVCache(Cache):
         self._expected: dict | None = None
         self._stock: list | None = None
         self._records_past = False
+        # what a model has got as tensors and attention has not been called with yet
+        self.handed: Handed | None = None
         # layers hold them: when the last one forgets its text, they go
         self._ropes = weakref.WeakValueDictionary()
         if config is not None:
@@ -258,7 +261,8 @@ class KVCache(Cache):
     # -- the walk ----------------------------------------------------------------------------------------------------
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
-        """Append `[B, Hkv, S, D]` to a layer; returns a `KVView` twice (tensors for layers that are not ours)."""
+        """Append `[B, Hkv, S, D]` to a layer; returns a `KVView` and its values, tensors for layers that are not ours."""
+        self._end_handing_out()
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[layer_idx]
@@ -266,7 +270,8 @@ class KVCache(Cache):
             self._prefetch_ahead(layer_idx, key_states.device)
         if self._stock is None and isinstance(layer, SlotLayer) and layer.call is None and not layer.tokens_seen:
             # the first layer of a model that may turn out to have a window there, see `bind`
-            keys = values = KVView(layer, key_states, value_states, is_prefill=True)
+            keys = KVView(layer, key_states, value_states, is_prefill=True)
+            values = keys.values
         else:
             keys, values = layer.update(key_states, value_states, *args, **kwargs)
         if isinstance(keys, KVView):
@@ -307,6 +312,44 @@ class KVCache(Cache):
             if isinstance(view.layer.store, SharedStore) and not view.layer.store.group:
                 self._share(layer_idx)
         return True
+
+    def hand_out(self, view: KVView) -> None:
+        """A model computes with the rows of `view` itself, before it calls attention or instead of calling it.
+
+        Raises:
+            ValueError: the layer needs the queries, the positions or the features of the model, which come too late.
+        """
+        view.layer.check_expandable()
+        self.handed = Handed(view.layer.layer_idx, view.n_new, view.is_prefill)
+        note_lender(self)
+        view.layer.defer()
+
+    def take_back(self) -> KVView:
+        """Attention has been called with what was handed out: the view of that layer."""
+        (layer_idx, n_new, is_prefill), self.handed = self.handed, None
+        layer = self.layers[layer_idx]
+        view = KVView(layer, *(layer.store.dense[side][:, :, -n_new:] for side in "kv"), is_prefill)
+        view.cache = self
+        return view
+
+    def _end_handing_out(self) -> None:
+        """The next rows come: a layer whose tensors no attention function has got is of a model with its own attention.
+
+        Raises:
+            ValueError: the layer would have to choose tokens, or needs something of the model.
+        """
+        if self.handed is None:
+            return
+        layer, self.handed = self.layers[self.handed.layer_idx], None
+        refused = [layer.policy] if layer.policy is not None else []
+        refused += [codec for codec in layer.codecs if layer.needs_model and "model" in codec.needs]
+        refused += [f"edge_layers={self.edge_layers}"] if self.edge_layers and self._stock is None else []
+        if refused:
+            raise ValueError(
+                f"layer {layer.layer_idx}: the attention of this model reads keys and values itself instead of calling "
+                f"a function of transformers' registry, so {refused[0]} cannot be served: use a cache that keeps all "
+                "tokens and asks nothing of the model, such as KVCache(), QuantCache(8) or SparseCache(0.5)"
+            )
 
     def layer_for(self, module: torch.nn.Module) -> KVLayer:
         """The layer that an attention module will fill, before it does."""
@@ -413,6 +456,11 @@ class KVCache(Cache):
 
     # -- what transformers asks of a cache ---------------------------------------------------------------------------
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take back what comes: while speculative decoding records, eviction waits for it."""
+        return all(layer.is_croppable for layer in self.layers)
+
     def get_mask_sizes(self, query_length: int, *args, **kwargs) -> tuple[int, int]:
         if query_length == 0:
             # asked before any layer runs: the model's own reshape would fail with a riddle
@@ -424,18 +472,81 @@ class KVCache(Cache):
         self._records_past = True
         super().activate_past_recording()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens in all layers, or raise and change none.
+
+        Raises:
+            ValueError: a layer has evicted tokens among them, or the number is positive.
+        """
+        ours = [layer for layer in self.layers if isinstance(layer, KVLayer)]
+        for layer in ours:
+            layer.check_crop(tokens_to_remove)
+        # transformers' own layers change nothing but their attributes
+        before = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, KVLayer)]
+        try:
+            for layer, _ in before:
+                layer.crop(tokens_to_remove)
+        except Exception:
+            for layer, attributes in before:
+                vars(layer).update(attributes)
+            raise
+        for layer in ours:
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let every row of the batch go on from row `beam_idx` `[B]` of it: beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices) -> None:
+        """Keep these rows of the batch, in this order.
+
+        Args:
+            indices: integers, `[B']` as a tensor, list or tuple; or a boolean mask `[B]`.
+
+        Raises:
+            IndexError: the cache has no such row; nothing is changed.
+            TypeError: something else than integers or a mask.
+        """
+        indices = batch_indices(indices, self.batch_size)
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times, copies side by side.
+
+        Raises:
+            ValueError: `repeats` is no positive number.
+        """
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats}: every row has to stay at least once")
+        super().batch_repeat_interleave(repeats)
+
     def reset(self) -> None:
+        self.handed = None
         super().reset()
         for layer in self.layers:
             compat.drop_rows(layer)
         self.rebind()
 
+    def has_previous_state(self, layer_idx: int | None = None, *args, **kwargs) -> bool:
+        self._check_layers()
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
     def update_conv_state(self, *args, **kwargs):
-        if not self.layers:
-            raise ValueError(
-                f"this model has linear-attention layers: construct {type(self).__name__}(config=model.config, ...)"
-            )
+        self._check_layers()
         return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs):
+        self._check_layers()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def _check_layers(self) -> None:
+        """Models with linear-attention layers ask for those before any layer has been called."""
+        if self._stock is None:
+            raise ValueError(
+                "this model has layers of linear attention, whose states belong to the cache from the start: "
+                f"construct {type(self).__name__}(..., config=model.config)"
+            )
 
     # -- bytes -------------------------------------------------------------------------------------------------------
 

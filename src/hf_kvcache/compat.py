@@ -11,7 +11,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils import TransformersKwargs
 
 from hf_kvcache.rope import rotate
 
@@ -21,6 +22,7 @@ __all__ = [
     "CacheLayerMixin",
     "attention_functions",
     "cache_argument",
+    "causal_mask_function",
     "checkpointing",
     "drop_rows",
     "eager_attention",
@@ -34,6 +36,15 @@ __all__ = [
     "stock_layers",
 ]
 
+
+# what attention functions are told and need not act on, or what masks say already
+HARMLESS_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) - {"output_attentions", "is_causal"} | {
+    "cache_position",
+    "sliding_window",
+    "use_cache",
+}
+# what transformers' sdpa function acts on
+SDPA_ARGUMENTS = frozenset(signature(sdpa_attention_forward).parameters)
 
 # the name under which a cache travels through forward passes and `generate`, newest first: 5.24 renamed it
 CACHE_NAMES = ("cache", "past_key_values")

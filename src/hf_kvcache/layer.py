@@ -46,7 +46,8 @@ class KVLayer(CacheLayerMixin):
         exact_prefill: bool = True,
         compact: bool = False,
     ):
-        super().__init__()
+        # not the base class's, which would hold tensors of its own
+        self.is_initialized = False
         self.layer_idx, self.policy = layer_idx, policy
         sizes = dict(window=window, n_sink=n_sink, min_length=min_length, max_length=max_length)
         self.store = self._make_store(keys, values, policy, compact=compact, **sizes)
@@ -80,7 +81,22 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        return self.policy is None
+        """Whether `crop` can take new tokens back: past states are recorded, or nothing is ever evicted."""
+        return self.policy is None or self.record_past
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Dense keys `[B, Hkv, N, D]` of the rows kept, expanded anew at every access; None before the first token.
+
+        Raises:
+            ValueError: heads keep different numbers of rows.
+        """
+        return self.store.logical_rows()[0] if self.tokens_seen else None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Dense values `[B, Hkv, N, D]`, as `keys`."""
+        return self.store.logical_rows()[1] if self.tokens_seen else None
 
     @property
     def is_decoding(self) -> bool:
@@ -94,21 +110,25 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.batch_size, self.n_kv_heads, _, self.head_dim = key_states.shape
+        self.v_head_dim = value_states.shape[3]
         self.dtype, self.device = key_states.dtype, key_states.device
-        row = key_states.new_zeros(1, self.n_kv_heads, self.store.step, self.head_dim)
-        for side, codec in (("keys", self.store.keys), ("values", self.store.values)):
+        fitting = {}
+        for side, width in (("keys", self.head_dim), ("values", self.v_head_dim)):
+            codec = getattr(self.store, side)
             if codec is not None:
                 try:
-                    codec.check(row)
+                    codec.check(key_states.new_zeros(1, self.n_kv_heads, self.store.step, width))
                 except (ValueError, StopIteration) as error:
                     raise ValueError(f"{side} of layer {self.layer_idx} cannot be encoded: {error}") from error
-                setattr(self.store, side, codec.for_shape(self.n_kv_heads, self.head_dim))
+                fitting[side] = codec.for_shape(self.n_kv_heads, width)
+        for side, codec in fitting.items():
+            setattr(self.store, side, codec)
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[KVView, KVView]:
-        """Append rows `[B, Hkv, S, D]`; returns the view, as keys and as values."""
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append rows `[B, Hkv, S, D]`; returns a `KVView`, and its values."""
         view = self.append(key_states, value_states)
-        return view, view
+        return view, view.values
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> KVView:
         """Add new rows to the dense tail and return the handle that attention reads.
@@ -140,8 +160,37 @@ class KVLayer(CacheLayerMixin):
         return self.compact or any(part is not None and "model" in part.needs for part in self._parts)
 
     @property
+    def codecs(self) -> list[Codec]:
+        """Codecs of keys and values, none for a layer that stays dense."""
+        return [codec for codec in self._codecs if codec is not None]
+
+    @property
     def _parts(self):
         return *self._codecs, self._policy
+
+    def check_expandable(self) -> None:
+        """Raise ValueError unless a model may compute with the rows itself, before it calls attention."""
+        policy, needs = self._policy, frozenset().union(*(codec.needs for codec in self.codecs))
+        is_scored_by_queries = policy is not None and (policy.n_queries or policy.observes)
+        refused = {
+            f"{policy} scores rows by queries, which do not fit latents": is_scored_by_queries,
+            f"{policy} takes something of the model's keys and values": policy is not None and "model" in policy.needs,
+            f"{policy} merges rows": policy is not None and policy.folds,
+            f"{self.codecs} goes by queries, which do not fit latents": "queries" in needs,
+            f"{self.codecs} takes RoPE off keys; use LowRank(rope='post')": "positions" in needs,
+            "exact_prefill=False changes new rows before attention": not self.exact_prefill,
+            "compact=True rotates keys": self.compact,
+        }
+        for why, is_asked in refused.items():
+            if is_asked:
+                raise ValueError(
+                    f"layer {self.layer_idx}: this model computes with keys and values between cache and attention "
+                    f"(latents that it expands, or an attention of its own), and {why}"
+                )
+
+    def defer(self) -> None:
+        """Compress before the next rows come, unless attention is called before that."""
+        self._is_unsettled, self._is_due = True, False
 
     def bind(self, host: Host) -> None:
         """Let codecs and policy take from the model what they need; called before the first attention call of a text.
@@ -229,7 +278,7 @@ class KVLayer(CacheLayerMixin):
         for side, codec in (("k", store.keys), ("v", store.values)):
             rows = store.dense[side][:, :, -n_new:]
             encoded = codec.encode(rows, None, rope)
-            rows.copy_(codec.decode(encoded, rows.dtype, self.head_dim, rope))
+            rows.copy_(codec.decode(encoded, rows.dtype, rows.shape[-1], rope))
 
     def note_padding(self, mask, n_new: int) -> None:
         """Mark new rows that are padding, so that they are neither seen nor kept."""
@@ -243,20 +292,23 @@ class KVLayer(CacheLayerMixin):
             rows.masked_fill_(~is_real.unsqueeze(1), -1)
 
     @torch.no_grad()
-    def settle(self, q: torch.Tensor, view: KVView, scaling: float | None = None, softcap: float | None = None) -> None:
+    def settle(
+        self, q: torch.Tensor | None, view: KVView, scaling: float | None = None, softcap: float | None = None
+    ) -> None:
         """Evict and pack after attention. While past states are recorded this waits for `crop`.
 
         Args:
-            q: queries after RoPE `[B, Hq, S, D]`.
+            q: queries after RoPE `[B, Hq, S, D]`; None where they do not fit the rows (see `check_expandable`).
             view: what attention has read.
             scaling, softcap: of the scores.
         """
         self._end_gradients(view)
         goes_on = None if view.cache is None else view.cache.prompt_goes_on
         # verifying drafted tokens is decoding too, several tokens at a time; one token of a prompt is not
-        self._is_decoding = goes_on is None and (q.shape[2] == 1 or (self.record_past and not view.is_prefill))
+        self._is_decoding = goes_on is None and (view.n_new == 1 or (self.record_past and not view.is_prefill))
         self.scaling, self.softcap = self.head_dim**-0.5 if scaling is None else scaling, softcap
-        self.store.note_queries(q)
+        if q is not None:
+            self.store.note_queries(q)
         if self.policy is not None:
             self.policy.note(view)
             self._queries = q.detach() if self.policy.observes else None
@@ -334,9 +386,8 @@ class KVLayer(CacheLayerMixin):
         return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Rows that attention will find, and the offset that makes the newest of them the newest token."""
-        n_kept = self.store.n_kept
-        return n_kept + query_length, self.tokens_seen - n_kept
+        """Masks are about all tokens, whichever are kept: attention takes the columns of the rows that are there."""
+        return self.tokens_seen + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -345,8 +396,8 @@ class KVLayer(CacheLayerMixin):
         """Speculative decoding begins: compress only once `crop` has said which tokens stay."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` tokens (transformers passes zero or a negative number)."""
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise ValueError where `crop` would have to bring back what is gone."""
         n = -int(tokens_to_remove)
         if n < 0:
             raise ValueError("crop() takes the tokens to remove as a number that is zero or negative")
@@ -356,6 +407,11 @@ class KVLayer(CacheLayerMixin):
                 f"cannot crop {n} tokens: {type(self.policy).__name__} has already evicted tokens among them; "
                 f"raise n_recent (now {self.policy.n_recent})"
             )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` tokens (transformers passes zero or a negative number)."""
+        self.check_crop(tokens_to_remove)
+        n = min(-int(tokens_to_remove), self.tokens_seen)
         if n:
             self.store.crop(n)
             self.tokens_seen -= n
@@ -378,7 +434,9 @@ class KVLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices) -> None:
+        """Keep these rows of the batch: integers (tensor, list, tuple) or a boolean mask `[B]`."""
+        indices = batch_indices(indices, self.batch_size if self.is_initialized else -1)
         self._map_batch(lambda t: t.index_select(0, indices.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -419,8 +477,8 @@ class KVLayer(CacheLayerMixin):
         """Bytes of a dense cache of the tokens seen."""
         if not self.tokens_seen:
             return 0
-        row = self.n_kv_heads * self.head_dim * torch.finfo(self.dtype).bits // 8
-        return 2 * self.batch_size * self.tokens_seen * row
+        row = self.n_kv_heads * (self.head_dim + self.v_head_dim) * torch.finfo(self.dtype).bits // 8
+        return self.batch_size * self.tokens_seen * row
 
     def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         where = f"layer {self.layer_idx}"
@@ -434,13 +492,14 @@ class KVLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
         if not self.tokens_seen:
             self.batch_size, self.dtype, self.device = k.shape[0], k.dtype, k.device
-        held = self.batch_size, self.n_kv_heads, self.head_dim, self.dtype, self.device
-        if (k.shape[0], k.shape[1], k.shape[3], k.dtype, k.device) == held:
+        held = self.batch_size, self.n_kv_heads, self.head_dim, self.v_head_dim, self.dtype, self.device
+        if (k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device) == held:
             return
         found = {
             "batch size": (k.shape[0], self.batch_size),
             "KV heads": (k.shape[1], self.n_kv_heads),
             "head size": (k.shape[3], self.head_dim),
+            "head size of the values": (v.shape[3], self.v_head_dim),
             "dtype": (k.dtype, self.dtype),
             "device": (k.device, self.device),
         }
@@ -450,3 +509,30 @@ class KVLayer(CacheLayerMixin):
                     f"{where}: {what} of the new tokens is {got}, of the cache {held}; "
                     "use a new cache (or reset() this one) for another batch or model"
                 )
+
+
+def batch_indices(indices, batch_size: int) -> torch.Tensor:
+    """Rows of a batch as int64 `[B']`.
+
+    Args:
+        indices: integers, as a tensor, list or tuple; or a boolean mask `[B]`.
+        batch_size: `B`; negative while it is not known.
+
+    Raises:
+        IndexError: there is no such row, or the mask has another size.
+        TypeError: something else was given.
+    """
+    indices = torch.as_tensor(indices)
+    if indices.dtype == torch.bool:
+        if batch_size >= 0 and indices.shape != (batch_size,):
+            raise IndexError(f"a mask of {list(indices.shape)} rows for a batch of {batch_size}")
+        return indices.nonzero().flatten()
+    if indices.is_floating_point() or indices.is_complex() or indices.dim() != 1:
+        raise TypeError(f"rows of a batch are integers or a boolean mask, not {indices.dtype} {list(indices.shape)}")
+    # a GPU would have to be waited for at every step of a beam search, whose indices are right
+    if batch_size >= 0 and indices.device.type == "cpu" and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if not -batch_size <= low <= high < batch_size:
+            raise IndexError(f"row {low if low < -batch_size else high} of a batch of {batch_size}")
+        return indices.long() % batch_size
+    return indices.long()

@@ -1,4 +1,4 @@
-"""The handle that `cache.update` returns and attention reads."""
+"""The handles that `cache.update` returns and attention reads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,108 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from hf_kvcache.cache import KVCache, KVLayer
+    from hf_kvcache.cache import KVCache
+    from hf_kvcache.layer import KVLayer
 
 
-class KVView:
+class _TensorLike:
+    """Stands in for a tensor `[B, Hkv, N, D]`, which is made once somebody computes with it.
+
+    Attention functions of the registry get the handle itself. A model that reshapes, splits or expands keys and values
+    on its own, between `update` and attention, finds tensors: `KVView.tensors` expands the rows for it.
+    """
+
+    __slots__ = ()
+
+    def _tensor(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    @property
+    def _new(self) -> torch.Tensor:
+        """The rows of this call, which have the dtype, the device and the other sizes of all."""
+        raise NotImplementedError
+
+    @property
+    def _n_rows(self) -> int:
+        raise NotImplementedError
+
+    # what can be answered without expanding anything
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._new.shape[:2], self._n_rows, self._new.shape[3]))
+
+    def size(self, dim: int | None = None):
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return 4
+
+    ndim = property(dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._new.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._new.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._new.requires_grad
+
+    def contiguous(self):
+        return self
+
+    def to(self, *args, **kwargs):
+        """Itself where that changes nothing, as of tensors."""
+        moved = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        if (moved.dtype, moved.device) == (self.dtype, self.device):
+            return self
+        return self._tensor().to(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        return self._tensor()[index]
+
+    def __getattr__(self, name: str):
+        # protocols of Python (copying, pickling, array interfaces) are not asked of the rows
+        if name.startswith("__") or not hasattr(torch.Tensor, name):
+            raise AttributeError(f"a {type(self).__name__} has no {name!r}, and neither have tensors")
+        return getattr(self._tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return func(*_with_tensors(args), **_with_tensors(kwargs or {}))
+
+
+def _with_tensors(value):
+    if isinstance(value, _TensorLike):
+        return value._tensor()
+    if isinstance(value, dict):
+        return {name: _with_tensors(item) for name, item in value.items()}
+    return type(value)(map(_with_tensors, value)) if type(value) in (list, tuple) else value
+
+
+def _operator(name: str):
+    def apply(self, *others):
+        return getattr(self._tensor(), name)(*_with_tensors(others))
+
+    return apply
+
+
+# Python looks operators up in the class
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "rmatmul", "neg"):
+    setattr(_TensorLike, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+class KVView(_TensorLike):
     """What attention sees of one layer after `update`: the store's rows, not a dense tensor.
+
+    Where a tensor is expected it behaves as the keys do (see `tensors`).
 
     Attributes:
         layer: the `KVLayer` whose rows these are; its store already holds the new rows.
@@ -20,14 +117,17 @@ class KVView:
         new_k, new_v: the rows of this call, dense, `[B, Hkv, S, D]`.
         is_prefill: whether the layer was empty before this call, so that `new_k` and `new_v` are everything.
         module: the attention module that reads this view, while it does.
+        values: the handle of the values.
     """
 
-    __slots__ = ("layer", "cache", "new_k", "new_v", "is_prefill", "module")
+    __slots__ = ("layer", "cache", "new_k", "new_v", "is_prefill", "module", "values", "_tensors")
 
     def __init__(self, layer: KVLayer, new_k: torch.Tensor, new_v: torch.Tensor, is_prefill: bool):
         self.layer, self.new_k, self.new_v, self.is_prefill = layer, new_k, new_v, is_prefill
         self.cache: KVCache | None = None
         self.module: torch.nn.Module | None = None
+        self.values = ValueView(self)
+        self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def n_new(self) -> int:
@@ -48,14 +148,6 @@ class KVView:
     def positions(self) -> torch.Tensor | None:
         """Logical position of every kept row, int32 `[B, Hkv, N]`, -1 for padding; None when all rows are kept."""
         return self.layer.store.positions
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.new_k.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.new_k.device
 
     @property
     def scaling(self) -> float:
@@ -98,8 +190,60 @@ class KVView:
             return self.new_k, self.new_v
         return self.layer.store.logical_rows()
 
-    def __getattr__(self, name: str):
-        raise AttributeError(
-            f"a KVView has no {name!r}: this attention implementation expects tensors. Load the model with "
-            'attn_implementation="hf_kvcache" (or "sdpa", "eager"), or call view.materialize()'
-        )
+    def in_view_order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense K and V `[B, Hkv, N, D]`, in the order of `positions` and of resolved masks (allocates them)."""
+        if self.is_prefill:
+            return self.new_k, self.new_v
+        k, v = zip(*self.blocks())
+        return (k[0], v[0]) if len(k) == 1 else (torch.cat(k, 2), torch.cat(v, 2))
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense K and V `[B, Hkv, N, D]` for a model that computes with them before attention, made once per call.
+
+        The layer compresses once attention has been called with what the model made of them (latents that are
+        expanded, as in DeepSeek's MLA), or else, where a model has an attention of its own, before the next rows come.
+
+        Raises:
+            ValueError: policy or codec need what they cannot get this way.
+        """
+        if self._tensors is None:
+            if self.cache is not None:
+                self.cache.hand_out(self)
+            is_whole = self.layer.policy is None
+            self._tensors = self.materialize() if is_whole else self.in_view_order()
+        return self._tensors
+
+    def _tensor(self) -> torch.Tensor:
+        return self.tensors()[0]
+
+    @property
+    def _new(self) -> torch.Tensor:
+        return self.new_k
+
+    @property
+    def _n_rows(self) -> int:
+        return self.n_kept
+
+
+class ValueView(_TensorLike):
+    """The values of a `KVView`: what `update` returns in their place.
+
+    Attributes:
+        view: the `KVView`.
+    """
+
+    __slots__ = ("view",)
+
+    def __init__(self, view: KVView):
+        self.view = view
+
+    def _tensor(self) -> torch.Tensor:
+        return self.view.tensors()[1]
+
+    @property
+    def _new(self) -> torch.Tensor:
+        return self.view.new_v
+
+    @property
+    def _n_rows(self) -> int:
+        return self.view.n_kept

@@ -8,6 +8,7 @@ from cases import assert_close, padded, prompt, splits, tiny_model, unequal_laye
 from transformers import AttentionInterface
 
 import hf_kvcache as kv
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.rope import rotate
 
 KNOBS = dict(n_sink=2, n_recent=6, interval=5)
@@ -79,7 +80,7 @@ def record(model, cache, ids, sizes, mask=None):
         if whole is not None:
             positions = (whole.cumsum(-1) - 1).clamp(min=0)[:, start:]
             options = dict(attention_mask=whole, position_ids=positions)
-        logits.append(model(part, past_key_values=cache, use_cache=True, **options).logits)
+        logits.append(model(part, **cache_argument(cache), use_cache=True, **options).logits)
         start += size
     return torch.cat(logits, 1), recorder
 

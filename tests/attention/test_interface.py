@@ -27,6 +27,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_kvcache as kv
+from hf_kvcache.compat import cache_argument
 
 SEEN = []
 
@@ -76,12 +77,19 @@ def test_flex_attention_gets_tensors():
             replay(model, BY_ID["keydiff-budget24"].make(), prompt(2, 40), [40])
 
 
-def test_a_function_registered_too_late_gets_a_clear_error():
-    cache = kv.KVCache()
-    AttentionInterface.register("late", lambda module, q, k, v, mask, **kwargs: toy(module, q, k, v, mask, **kwargs))
-    model = new_model(ARCHITECTURES["llama"](), "late")
-    with pytest.raises(AttributeError, match='a KVView has no .*attn_implementation="hf_kvcache"'):
-        model(prompt(), past_key_values=cache)
+def test_a_function_registered_after_the_cache_gets_tensors():
+    caches = kv.KVCache(), kv.QuantCache(8, window=8), kv.EvictionCache("keydiff", budget=24, **KNOBS)
+    AttentionInterface.register(
+        "late", lambda module, q, k, v, mask, **kwargs: toy(module, q, k[:], v[:], mask, **kwargs)
+    )
+    model, ids = new_model(ARCHITECTURES["llama"](), "late"), prompt(1, 60)
+    with pytest.raises(ValueError, match="instead of calling a function of transformers' registry, so KeyDiff"):
+        model(ids, **cache_argument(caches[-1]))
+    for cache, case in zip(caches[:2], ("dense", "quant8-window8")):
+        logits = replay(model, cache, ids, [50] + [1] * 10)
+        assert_close("logits", logits, replay(tiny_model(), BY_ID[case].make(), ids, [50] + [1] * 10), 1e-4)
+        # nobody says when it has read them, so rows are packed before the next ones come
+        assert cache.layers[0].store.n_packed == (32 if "quant" in case else 0)
 
 
 def test_pass_throughs_leave_tensors_alone():
@@ -102,9 +110,9 @@ def test_pass_throughs_leave_tensors_alone():
 def test_eager_still_returns_weights_of_tensors_and_views():
     model = tiny_model("llama", "eager")
     for cache in (kv.KVCache(), DynamicCache()):
-        out = model(prompt(1, 10), past_key_values=cache, output_attentions=True)
+        out = model(prompt(1, 10), **cache_argument(cache), output_attentions=True)
         assert out.attentions[0].shape == (1, 4, 10, 10)
-        out = model(prompt(1, 1), past_key_values=cache, output_attentions=True)
+        out = model(prompt(1, 1), **cache_argument(cache), output_attentions=True)
         assert cache.get_seq_length() == 11
 
 
@@ -153,11 +161,11 @@ def test_gradients(case, implementation):
     model = new_model(ARCHITECTURES["llama"](), implementation)
     model.requires_grad_(True)
     cache, ids = BY_ID[case].make(), prompt(2)
-    model(ids, past_key_values=cache, labels=ids).loss.backward()
+    model(ids, **cache_argument(cache), labels=ids).loss.backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     model(ids, use_cache=False, labels=ids).loss.backward()
     for ours, theirs in zip(grads, (p.grad for p in model.parameters())):
         assert_close("gradient", ours, theirs, 1e-5)
     for n in (1, 3, 1):
-        assert model(prompt(2, n), past_key_values=cache).logits.isfinite().all()
+        assert model(prompt(2, n), **cache_argument(cache)).logits.isfinite().all()

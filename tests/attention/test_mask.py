@@ -7,6 +7,7 @@ from cases import assert_close, padded, prompt, replay, tiny_model, unequal_laye
 import hf_kvcache as kv
 from hf_kvcache.attention.interface import kv_mask
 from hf_kvcache.attention.mask import as_additive, as_boolean, causal, new_token_padding, visible
+from hf_kvcache.compat import cache_argument
 
 
 def test_unequal_budgets_raise_where_the_stock_mask_cannot_express_them():
@@ -20,11 +21,11 @@ def test_unequal_budgets_raise_where_the_stock_mask_cannot_express_them():
     replay(tiny_model(), named, ids, [60], mask)
     positions = tail.cumsum(-1)[:, -3:] - 1
     try:
-        ours = model(prompt(2, 3), past_key_values=cache, attention_mask=tail, position_ids=positions).logits
+        ours = model(prompt(2, 3), **cache_argument(cache), attention_mask=tail, position_ids=positions).logits
     except ValueError as error:
         assert 'attn_implementation="hf_kvcache"' in str(error)
     else:
-        theirs = tiny_model()(prompt(2, 3), past_key_values=named, attention_mask=tail, position_ids=positions).logits
+        theirs = tiny_model()(prompt(2, 3), **cache_argument(named), attention_mask=tail, position_ids=positions).logits
         assert_close("logits", ours, theirs, 1e-5)
 
 
@@ -57,7 +58,7 @@ def test_a_mask_follows_the_layers():
     moved = send_to_device({"attention_mask": whole}, "meta")["attention_mask"]
     assert moved is send_to_device(whole, "meta"), "once for all layers"
     assert moved.padding.device.type == moved.dense().device.type == "meta"
-    assert moved.dense().shape == whole.dense().shape == (2, 1, 6, 6) and moved.n_rows == 6
+    assert moved.dense().shape == whole.dense().shape == (2, 1, 6, 6)
     back = send_to_device(whole, "cpu")
     assert torch.equal(back.dense(), whole.dense()) and torch.equal(back.padding, whole.padding)
     assert send_to_device(kv_mask(2, 1, 6, q_offset=5), "meta").padding is None

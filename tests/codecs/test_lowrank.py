@@ -26,6 +26,7 @@ from hf_kvcache.adapters.decompose import decompose
 from hf_kvcache.calibration import fit_bases
 from hf_kvcache.codecs import lowrank
 from hf_kvcache.codecs.basis import Basis
+from hf_kvcache.compat import cache_argument
 
 ROPES = {
     "default": {"rope_theta": 10000.0, "rope_type": "default"},
@@ -77,7 +78,7 @@ def test_equals_the_model_with_low_rank_weights(rope, start, group_size_v):
     cache, logits = kv.LowRankCache(bases=bases, window=8, n_sink=0, exact_prefill=False), []
     for at in positions.split([50, 1, 1, 7, 31], 1):
         piece = ids[:, at[0, 0] - start : at[0, -1] - start + 1]
-        logits.append(model(piece, position_ids=at, past_key_values=cache).logits)
+        logits.append(model(piece, position_ids=at, **cache_argument(cache)).logits)
     assert cache.layers[0].store.n_packed >= 32
     # at 100K the angles that the model computes in float32 are off by some thousandths of a radian
     assert_close("logits", torch.cat(logits, 1), expected, 2e-3 if start else 2e-4)
@@ -152,7 +153,7 @@ def test_padding_between_turns_keeps_positions():
             stop = 70 if part.stop else mask_of.shape[1]
             out = model(
                 ids_of[:, part],
-                past_key_values=cache,
+                **cache_argument(cache),
                 attention_mask=mask_of[:, :stop],
                 position_ids=position_of[:, part],
             )
@@ -164,7 +165,7 @@ def test_padding_between_turns_keeps_positions():
         for i in range(40):
             out = model(
                 more[:, i : i + 1],
-                past_key_values=cache,
+                **cache_argument(cache),
                 attention_mask=long_mask[:, : stop + i + 1],
                 position_ids=at[:, i : i + 1],
             )
@@ -185,11 +186,11 @@ def test_quantised_latents_agree_with_what_they_decode_to(bits, rope):
     bases = bases_of(model, rope=rope, group_size_v="all")
     cache = kv.LowRankCache(bases=bases, rope=rope, bits=bits, window=8)
     ids = prompt(2, 100)
-    model(ids[:, :99], past_key_values=cache)
+    model(ids[:, :99], **cache_argument(cache))
     decoded = DynamicCache()
     decoded.update(*(rows.clone() for rows in cache.layers[0].store.logical_rows()), 0)
-    ours = model(ids[:, 99:], past_key_values=cache).logits
-    assert_close("logits", ours, model(ids[:, 99:], past_key_values=decoded).logits, 1e-4)
+    ours = model(ids[:, 99:], **cache_argument(cache)).logits
+    assert_close("logits", ours, model(ids[:, 99:], **cache_argument(decoded)).logits, 1e-4)
 
 
 def test_rotation_is_folded_where_latents_are_quantised():
@@ -201,7 +202,7 @@ def test_rotation_is_folded_where_latents_are_quantised():
         rows = []
         for bits in (3, None):
             cache = kv.LowRankCache(bases=bases, bits=bits, mix=mix, window=8)
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
             rows.append(cache.layers[0].store.logical_rows())
         return sum((a - b).square().sum().item() for a, b in zip(*rows))
 
@@ -269,15 +270,15 @@ def test_the_same_latents_as_the_adapter_that_the_model_carries(tmp_path):
     bases.save(tmp_path)
     ids = prompt(1, 90)
     from_file = kv.LowRankCache.from_adapter(tmp_path, window=8)
-    model(ids, past_key_values=from_file)
+    model(ids, **cache_argument(from_file))
     attach(model, bases)
     carried = kv.LowRankCache(window=8)
-    model(ids, past_key_values=carried)
+    model(ids, **cache_argument(carried))
     assert_same_state(from_file, carried)
     assert not carried.layers[0].store.keys.is_owned
     # caches of one model share what was derived from its basis
     another = kv.LowRankCache(window=8)
-    model(ids, past_key_values=another)
+    model(ids, **cache_argument(another))
     assert another.layers[0].store.keys.basis is carried.layers[0].store.keys.basis
 
 
@@ -286,37 +287,39 @@ def test_where_keys_are_projected_comes_with_the_bases(rope, tmp_path):
     model = tiny_model("llama")
     bases_of(model, rope=rope).save(tmp_path)
     for cache in (kv.LowRankCache(adapter=tmp_path, window=8), kv.LowRankCache.from_adapter(str(tmp_path), window=8)):
-        model(prompt(1, 90), past_key_values=cache)
+        model(prompt(1, 90), **cache_argument(cache))
         assert cache.layers[0].store.keys.format == {"pre": "lowrank/rope", "post": "lowrank"}[rope]
 
 
 def test_rank_truncates_the_basis(bases):
     model = tiny_model("llama")
     cache = kv.LowRankCache((4, 8), bases=bases, window=8)
-    model(prompt(1, 90), past_key_values=cache)
+    model(prompt(1, 90), **cache_argument(cache))
     store = cache.layers[1].store
     assert store.packed["k.latents"].shape == (1, 2, 64, 4)
     assert store.packed["v.latents"].shape == (1, 2, 64, 8)
     with pytest.raises(ValueError, match="calibrate with a larger rank"):
-        model(prompt(1, 90), past_key_values=kv.LowRankCache(12, bases=bases, window=8))
+        model(prompt(1, 90), **cache_argument(kv.LowRankCache(12, bases=bases, window=8)))
 
 
 def test_reset_and_copies(bases):
     model = tiny_model("llama")
     ids = prompt(1, 90)
     cache = kv.LowRankCache(window=8)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     twin = copy.deepcopy(cache)
     assert twin.layers[0].store.keys.basis is cache.layers[0].store.keys.basis
     fitted = cache.layers[0].store.keys.basis
     cache.reset()
     assert cache.nbytes == 0
-    model(prompt(1, 90, seed=4), past_key_values=cache)
+    model(prompt(1, 90, seed=4), **cache_argument(cache))
     assert cache.layers[0].store.keys.basis is not fitted
     follow = prompt(1, 1, seed=5)
     fresh = kv.LowRankCache(window=8)
-    model(ids, past_key_values=fresh)
-    assert_close("copy", model(follow, past_key_values=twin).logits, model(follow, past_key_values=fresh).logits, 1e-6)
+    model(ids, **cache_argument(fresh))
+    assert_close(
+        "copy", model(follow, **cache_argument(twin)).logits, model(follow, **cache_argument(fresh)).logits, 1e-6
+    )
 
 
 # -- RoPE of all kinds ----------------------------------------------------------------------------------------------
@@ -393,7 +396,7 @@ def test_joint_rows_and_a_policy_by_head(tmp_path):
     joint = bases_of(model, group_size_v="all")
     cache = kv.LowRankCache(bases=joint, window=4, policy=kv.KeyDiff(budget=60, n_recent=8))
     with pytest.raises(ValueError, match="KeyDiff drops .* but the basis of the values is shared by 2"):
-        model(prompt(1, 90), past_key_values=cache)
+        model(prompt(1, 90), **cache_argument(cache))
 
 
 @pytest.mark.parametrize(
@@ -429,7 +432,7 @@ def test_arguments_that_cannot_work(make, message):
 )
 def test_bases_that_do_not_fit(bases, make, message):
     with pytest.raises(ValueError, match=message):
-        tiny_model("llama")(prompt(1, 90), past_key_values=make(bases))
+        tiny_model("llama")(prompt(1, 90), **cache_argument(make(bases)))
 
 
 def test_chains_compose(bases):

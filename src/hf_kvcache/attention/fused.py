@@ -10,7 +10,7 @@ from hf_kvcache.codecs.base import ROWS, Chain, Codec
 from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
-from hf_kvcache.kernels.merge_states import merge_two
+from hf_kvcache.kernels.merge_states import merge_two, with_sink
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.ragged_attention import ragged_attention
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
@@ -23,20 +23,39 @@ MAX_QUERIES = 32
 _LATENTS = ("lowrank", "dense", "int")
 
 
-def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
-    """Attend over what `view`'s layer keeps; arguments and result as in `attend_blocks`.
+def attend(q, view, *, scaling, mask=None, softcap=None, sinks=None) -> torch.Tensor:
+    """Attend over what the layer of `view` keeps, on the stored bytes where an op reads their format.
 
-    `mask` may also be a function that makes it: over pages it is not needed.
+    Args:
+        q: queries `[B, Hq, S, D]`.
+        view: a `KVView`.
+        scaling, softcap: as in `kernels.dense_attention`.
+        mask: boolean `[B | 1, Hkv | 1, S, N]` in view order, or None when nothing but the future is hidden.
+        sinks: score of one more key per query head whose value is zero, `[Hq]`, or None.
+
+    Returns:
+        The output `[B, Hq, S, Dv]` in the dtype of `q`.
     """
+    out, lse = _attend(q, view, scaling, mask, softcap)
+    return out if sinks is None else with_sink(out, lse, sinks)[0]
+
+
+def reads_pages(view, n_new: int) -> bool:
+    """Whether a call goes to pages, which need no mask as long as none hides a row that is older than the call."""
     store = view.layer.store
-    if store.is_ragged and store.n_packed and q.shape[2] <= MAX_QUERIES:
-        return _attend_pages(q, view, scaling, softcap)
-    mask = mask() if callable(mask) else mask
-    if q.shape[2] > MAX_QUERIES:
+    return bool(store.is_ragged and store.n_packed and n_new <= MAX_QUERIES)
+
+
+def _attend(q, view, scaling, mask, softcap):
+    """Output and log-sum-exp."""
+    store = view.layer.store
+    if reads_pages(view, q.shape[2]) and not _hides_pages(view, mask):
+        return _attend_pages(q, view, scaling, mask, softcap)
+    if q.shape[2] > MAX_QUERIES or store.is_ragged and store.n_packed:
         return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if not store.n_packed:
         dense = store.dense
-        return dense_attention(q, dense["k"], dense["v"], scaling=scaling, mask=mask, softcap=softcap)[0]
+        return dense_attention(q, dense["k"], dense["v"], scaling=scaling, mask=mask, softcap=softcap)
     attend_op = op_of(store.keys.format, store.values.format)
     if attend_op is None:
         return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
@@ -45,21 +64,31 @@ def attend(q, view, *, scaling, mask=None, softcap=None) -> torch.Tensor:
         return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if store.keys.projects or store.values.projects:
         return _attend_projected(attend_op, q, store, scaling, mask, softcap)
-    return attend_op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)[0]
+    return attend_op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)
 
 
-def _attend_pages(q, view, scaling, softcap):
+def _hides_pages(view, mask) -> bool:
+    """Whether a mask hides a row in a page, which the op over pages has no mask for."""
+    if mask is None:
+        return False
+    n = view.layer.store.n_packed
+    is_row = (view.positions[..., :n] >= 0).unsqueeze(2)
+    return bool((is_row & ~mask[..., :n]).any())
+
+
+def _attend_pages(q, view, scaling, mask, softcap):
     """Pages hold real tokens that all queries see; the dense window, where padding and order matter, has a mask."""
     store, n_new = view.layer.store, q.shape[2]
     keys, values = (as_sparse_rows(codec, store.encoded(s)) for s, codec in (("k", store.keys), ("v", store.values)))
     in_basis = store.keys.project_query(q)
     pages = store.packed.table, store.packed.lengths
     out, lse = ragged_attention(in_basis, keys, values, *pages, scaling=scaling, softcap=softcap)
-    mask = None
-    if n_new > 1 or view.layer.has_padding:
+    if mask is not None:
+        mask = mask[..., store.n_packed :]
+    elif n_new > 1 or view.layer.has_padding:
         mask = visible(store.dense["position"], view.tokens_seen, n_new)
     tail = dense_attention(q, store.dense["k"], store.dense["v"], scaling=scaling, mask=mask, softcap=softcap)
-    return merge_two((store.values.project_output(out).to(q.dtype), lse), tail)[0]
+    return merge_two((store.values.project_output(out).to(q.dtype), lse), tail)
 
 
 def _attend_projected(op, q, store, scaling, mask, softcap):
@@ -72,10 +101,10 @@ def _attend_projected(op, q, store, scaling, mask, softcap):
     lse = lse if offset is None else lse + scaling * offset
     out = store.values.project_output(out).to(q.dtype)
     if not store.dense.n_tokens:
-        return out
+        return out, lse
     tail_mask = None if mask is None else mask[..., n:]
     tail = dense_attention(q, store.dense["k"], store.dense["v"], scaling=scaling, mask=tail_mask, softcap=softcap)
-    return merge_two((out, lse), tail)[0]
+    return merge_two((out, lse), tail)
 
 
 def op_of(keys: str, values: str):

@@ -9,36 +9,35 @@ import torch
 from hf_kvcache import compat
 from hf_kvcache.adapters.modules import attached_retrofit
 from hf_kvcache.attention import compacted
-from hf_kvcache.attention.fused import MAX_QUERIES, attend
-from hf_kvcache.attention.mask import KVMask, as_additive, as_boolean, resolve
-from hf_kvcache.view import KVView
+from hf_kvcache.attention.blockwise import attend_dense
+from hf_kvcache.attention.fused import MAX_QUERIES, attend, reads_pages
+from hf_kvcache.attention.handed import handed_out
+from hf_kvcache.attention.mask import KVMask, as_additive, as_boolean, for_heads, is_only_causal, resolve, without_bias
+from hf_kvcache.kernels.merge_states import with_sink
+from hf_kvcache.view import KVView, ValueView
 
 NAME = "hf_kvcache"
 
-# arguments that change the softmax itself; the model's own function gets dense tensors when one is in use
-_UNFUSED = ("s_aux", "position_bias", "head_mask", "output_attentions")
+# what the ops of this library act on, beside what needs no action
+_SERVED = compat.HARMLESS_ARGUMENTS | {"dropout", "scaling", "softcap", "s_aux", "is_causal"}
 
 
 def kv_attention(module, query, key, value, attention_mask, **kwargs):
-    """`attn_implementation="hf_kvcache"`: attention over a `KVView`; without one, exactly sdpa (softcap included).
+    """`attn_implementation="hf_kvcache"`: attention over a `KVView`; without one, exactly sdpa.
+
+    Softcap and attention sinks (`s_aux`) are served; an argument that is not understood goes, with dense tensors, to
+    the model's own eager attention.
 
     Args:
         module: the attention module.
         query: `[B, Hq, S, D]`, after RoPE.
-        key, value: the `KVView` that `KVCache.update` returned, or tensors `[B, Hkv, N, D]`.
+        key, value: what `KVCache.update` returned, or tensors `[B, Hkv, N, D]`.
         attention_mask: `KVMask`, a tensor, or None.
 
     Returns:
-        The output `[B, S, Hq, D]`, and None in place of the attention weights.
+        The output `[B, S, Hq, D]`, and the attention weights, which are None but for `output_attentions=True`.
     """
-    if isinstance(key, KVView):
-        return _attend(_exact, module, query, key, attention_mask, **kwargs)
-    if (retrofit := attached_retrofit(module)) is not None:
-        if retrofit.compresses:
-            return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, **kwargs)
-        if retrofit.settings.clears_queries:
-            query = compacted.without_channel(module, query, retrofit)
-    return _exact(module, query, key, value, _tensor(attention_mask), **kwargs)
+    return _serve(_exact, module, query, key, value, attention_mask, **kwargs)
 
 
 def kv_mask(batch_size, q_length, kv_length, attention_mask=None, **kwargs):
@@ -67,14 +66,9 @@ def register_pass_throughs() -> None:
 def _pass_through(stock, fuses):
     @functools.wraps(stock)
     def attention(module, query, key, value, attention_mask, **kwargs):
-        if isinstance(key, KVView):
-            return _attend(stock, module, query, key, attention_mask, fuses=fuses, **kwargs)
         # what another copy of this code has for a view is that one's business
-        if isinstance(key, torch.Tensor) and (retrofit := attached_retrofit(module)) is not None:
-            if retrofit.compresses:
-                return _attend_retrofitted(retrofit, module, query, key, value, attention_mask, fuses=fuses, **kwargs)
-            if retrofit.settings.clears_queries:
-                query = compacted.without_channel(module, query, retrofit)
+        if isinstance(key, (KVView, ValueView, torch.Tensor)):
+            return _serve(stock, module, query, key, value, attention_mask, fuses, **kwargs)
         return stock(module, query, key, value, attention_mask, **kwargs)
 
     # several copies of this code may be at work: a model's repository can bring its own
@@ -82,50 +76,101 @@ def _pass_through(stock, fuses):
     return attention
 
 
-def _attend(stock, module, query, view, mask, fuses=True, **kwargs):
+def _serve(stock, module, query, key, value, mask, fuses=True, **kwargs):
+    """Attention over whatever a model hands over: views, tensors made of views, or tensors."""
+    if isinstance(key, KVView) and value is key.values:
+        return _attend(stock, module, query, key, mask, fuses, **kwargs)
+    # a model that has changed one side only
+    key, value = (x._tensor() if isinstance(x, (KVView, ValueView)) else x for x in (key, value))
+    cache = None if torch.compiler.is_compiling() else handed_out(module, key)
+    if cache is not None:
+        return _attend_handed(stock, module, query, key, value, mask, cache, fuses, **kwargs)
+    if (retrofit := attached_retrofit(module)) is not None:
+        if retrofit.compresses:
+            return _attend_retrofitted(retrofit, module, query, key, value, mask, fuses, **kwargs)
+        if retrofit.settings.clears_queries:
+            query = compacted.without_channel(module, query, retrofit)
+    return stock(module, query, key, value, _tensor(mask), **kwargs)
+
+
+def _attend(stock, module, query, view, mask, fuses, **kwargs):
     """Append has happened in `update`: attend, then let the layer compress."""
     n_new = query.shape[2]
     if view.cache is not None and not view.cache.bind(module, view):
         # the layer turned out to be one that transformers' own class serves
         return stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
-    view.module = module
-    if view.layer.decides:
+    layer, is_owner = view.layer, view.cache is None or module.layer_idx == view.layer.layer_idx
+    if layer.decides:
         _refuse_unfused(module, fuses, kwargs)
         scaling = kwargs.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         if attached_retrofit(module).settings.clears_queries:
             query = compacted.without_channel(module, query, attached_retrofit(module))
         out = compacted.attend_rows(query, view, scaling, kwargs.get("softcap"))
-        view.layer.settle(query, view)
+        layer.settle(query, view)
         view.cache.after_attention(module.layer_idx)
         return out.transpose(1, 2).contiguous(), None
-    view.layer.note_padding(mask, n_new)
-    view.layer.note_positions(kwargs.get("position_ids"), mask, n_new)
-    view.layer.project_new(n_new)
-    if view.is_prefill:
-        out = stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
-    elif not fuses or kwargs.get("dropout") or any(kwargs.get(name) is not None for name in _UNFUSED):
-        out = _attend_dense(stock, module, query, view, mask, **kwargs)
-    elif n_new > MAX_QUERIES and not view.layer.store.n_packed and not _differ_in_padding(view):
-        # a chunk of a prompt over rows that are dense anyway: the model's own function is made for that
-        out = stock(module, query, *view.materialize(), resolve(view, mask, n_new), **kwargs)
-    else:
-        scaling = kwargs.get("scaling")
-        attended = attend(
-            query,
-            view,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            mask=functools.partial(resolve, view, mask, n_new),
-            softcap=kwargs.get("softcap"),
-        )
-        out = attended.transpose(1, 2).contiguous(), None
-    view.layer.settle(query, view, kwargs.get("scaling"), kwargs.get("softcap"))
+    if not is_owner:
+        # a layer without keys of its own reads those of an earlier one, which has seen to everything else
+        return _attend_rows(stock, module, query, view, mask, fuses, **kwargs)
+    view.module = module
+    layer.note_padding(mask, n_new)
+    layer.note_positions(kwargs.get("position_ids"), mask, n_new)
+    layer.project_new(n_new)
+    out = _attend_rows(stock, module, query, view, mask, fuses, **kwargs)
+    layer.settle(query, view, kwargs.get("scaling"), kwargs.get("softcap"))
     if view.cache is not None:
         view.cache.after_attention(module.layer_idx)
     return out
 
 
-def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses=True, **kwargs):
+def _attend_rows(stock, module, query, view, mask, fuses, **kwargs):
+    """Attention over the rows of a view: on the stored bytes, or by a function that wants tensors."""
+    layer, n_new = view.layer, query.shape[2]
+    if view.is_prefill:
+        return stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
+    if not fuses or kwargs.get("dropout") or not_served(query, kwargs):
+        return _attend_tensors(stock, module, query, view, mask, **kwargs)
+    rows = None if reads_pages(view, n_new) and is_only_causal(mask) else resolve(view, mask, n_new)
+    serves_all = rows is None or rows.shape[1] == 1
+    # a chunk of a prompt over rows that are dense anyway: the model's own function is made for that
+    is_chunk = n_new > MAX_QUERIES and not layer.store.n_packed and serves_all
+    is_plain = rows is None or (rows.dtype == torch.bool and rows.shape[1] in (1, layer.n_kv_heads))
+    if is_chunk or not is_plain:
+        return stock(module, query, *view.in_view_order(), for_heads(rows, query.shape[1]), **kwargs)
+    scaling = kwargs.get("scaling")
+    out = attend(
+        query,
+        view,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask=rows,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_handed(stock, module, query, key, value, mask, cache, fuses, **kwargs):
+    """Attention over tensors that a model has made of what a view gave it: latents that it has expanded, say."""
+    view = cache.take_back()
+    if not cache.bind(module, view):
+        return stock(module, query, key, value, _tensor(mask), **kwargs)
+    layer, n_new = view.layer, query.shape[2]
+    layer.note_padding(mask, n_new)
+    layer.note_positions(kwargs.get("position_ids"), mask, n_new)
+    if layer.policy is None or view.is_prefill:
+        rows = _tensor(mask)
+    elif not fuses and (mask is not None or n_new > 1) and view.n_kept < view.tokens_seen:
+        raise ValueError(_NO_MASK.format(layer=module.layer_idx))
+    else:
+        rows = for_heads(resolve(view, mask, n_new), query.shape[1])
+    out = stock(module, query, key, value, rows, **kwargs)
+    layer.settle(None, view, kwargs.get("scaling"), kwargs.get("softcap"))
+    cache.after_attention(module.layer_idx)
+    return out
+
+
+def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses, **kwargs):
     """A retrofitted model without a cache: training, and evaluation of whole texts."""
     _refuse_unfused(module, fuses, kwargs)
     if key.shape[2] != query.shape[2] or retrofit.call is None:
@@ -166,7 +211,8 @@ def _refuse_packing(module, mask, is_real) -> None:
 
 
 def _refuse_unfused(module, fuses, kwargs) -> None:
-    asked = [name for name in _UNFUSED if kwargs.get(name) is not None and kwargs[name] is not False]
+    asked = [name for name in kwargs if name in not_served(None, kwargs) or name == "s_aux"]
+    asked = [name for name in asked if kwargs[name] is not None]
     if asked or not fuses:
         raise ValueError(
             f"layer {module.layer_idx}: a retrofitted model decides what attention sees, which "
@@ -175,27 +221,60 @@ def _refuse_unfused(module, fuses, kwargs) -> None:
         )
 
 
-def _differ_in_padding(view) -> bool:
-    """Whether heads have kept different numbers of pads, which a mask for all heads cannot say."""
-    return view.layer.has_padding and view.n_kept < view.tokens_seen
+def not_served(query, kwargs) -> list[str]:
+    """Arguments of an attention call that the ops of this library do not act on, and that ask for something.
+
+    Args:
+        query: `[B, Hq, S, D]`, or None where the number of heads does not matter.
+        kwargs: arguments of the call.
+    """
+    asked = [n for n, value in kwargs.items() if n not in _SERVED and value is not None and value is not False]
+    if kwargs.get("is_causal") is False:
+        asked.append("is_causal")
+    sinks = kwargs.get("s_aux")
+    if sinks is not None and query is not None and sinks.shape != query.shape[1:2]:
+        asked.append("s_aux")
+    return asked
 
 
-def _attend_dense(stock, module, query, view, mask, **kwargs):
+_NO_MASK = (
+    "layer {layer} has evicted rows, which the mask of this attention implementation cannot express; load the model "
+    'with attn_implementation="hf_kvcache"'
+)
+
+
+def _attend_tensors(stock, module, query, view, mask, **kwargs):
     """Hand dense tensors to a function that can only read those; one layer is dense at a time."""
-    has_evicted = view.layer.evicted_at is not None
-    if has_evicted and (mask is not None or query.shape[2] > 1 or view.layer.store.is_ragged):
+    layer, n_new = view.layer, query.shape[2]
+    if view.n_kept == view.tokens_seen and not (layer.store.is_ragged and layer.store.n_packed):
+        return stock(module, query, *view.materialize(), _tensor(mask), **kwargs)
+    if asked := not_served(query, kwargs):
+        what = " and ".join(f"{name}={kwargs[name]!r:.20}" for name in asked)
         raise ValueError(
-            f"layer {module.layer_idx} has evicted rows, which the mask of this attention implementation cannot "
-            'express; load the model with attn_implementation="hf_kvcache"'
+            f"layer {module.layer_idx} has evicted rows, so that {what} can no longer be about all tokens; use a cache "
+            "that keeps every token for that (KVCache(), QuantCache(4)), or ask for it in the first call only"
         )
-    k, v = view.materialize()
-    return stock(module, query, k, v, _tensor(mask), **kwargs)
+    if mask is not None or n_new > 1 or layer.store.is_ragged:
+        raise ValueError(_NO_MASK.format(layer=module.layer_idx))
+    return stock(module, query, *view.materialize(), None, **kwargs)
 
 
 def _exact(module, query, key, value, mask, **kwargs):
-    if kwargs.get("softcap") is not None:
+    """Attention over tensors: sdpa, or what the model itself has where sdpa would leave something out."""
+    asked = set(not_served(query, kwargs)) - compat.SDPA_ARGUMENTS
+    is_trained = torch.is_grad_enabled() and query.requires_grad
+    if asked or kwargs.get("softcap") is not None or (kwargs.get("s_aux") is not None and is_trained):
         return _eager(module, query, key, value, mask, **kwargs)
-    return compat.sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    if (sinks := kwargs.get("s_aux")) is None:
+        return compat.sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    mask = without_bias(mask)
+    if kwargs.get("dropout") or (mask is not None and (mask.dtype != torch.bool or mask.shape[1] > key.shape[1])):
+        return _eager(module, query, key, value, mask, **kwargs)
+    scaling, is_causal = kwargs.get("scaling"), kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out, lse = attend_dense(query, key, value, scaling=scaling, mask=mask, is_causal=is_causal)
+    return with_sink(out, lse, sinks)[0].transpose(1, 2).contiguous(), None
 
 
 def _eager(module, query, key, value, mask, **kwargs):

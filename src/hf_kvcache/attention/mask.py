@@ -1,10 +1,10 @@
-"""Which rows a query may see, as an object that waits until the layer says what it has kept."""
+"""Which rows a query may see. Masks are about tokens; a layer takes the columns of the rows that it has kept."""
 
 from __future__ import annotations
 
 import torch
 
-from hf_kvcache.compat import sdpa_mask
+from hf_kvcache.compat import causal_mask_function, sdpa_mask
 
 
 class KVMask:
@@ -13,14 +13,18 @@ class KVMask:
     transformers builds one mask and shares it among layers, but layers and heads may keep different rows. So the mask
     function hands this object through: layers that keep everything ask for the dense mask, layers that evict build
     theirs from the positions of their rows and the padding recorded here.
+
+    Attributes:
+        padding: boolean `[B, T]`, True for real tokens, or None.
+        is_causal: whether nothing but order and padding decides who sees whom.
     """
 
     # `generate` builds the mask of a compileable cache before the forward pass, which asks for its dimensions
     ndim = 4
 
     def __init__(self, batch_size, q_length, kv_length, q_offset=0, attention_mask=None, **kwargs):
-        self.padding = attention_mask  # bool [B, T], True for real tokens, or None
-        self.n_rows = kv_length
+        self.padding = attention_mask
+        self.is_causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
         arguments = kwargs | {
             "batch_size": batch_size,
             "q_length": q_length,
@@ -41,17 +45,10 @@ class KVMask:
         return self._moved[device]
 
     def dense(self) -> torch.Tensor | None:
-        """The boolean mask `[B, 1, S, N]` that sdpa would get, or None where it needs none."""
+        """The boolean mask `[B, 1, S, T]` that sdpa would get, or None where it needs none."""
         if not self._dense:
             self._dense.append(sdpa_mask(**self._arguments))
         return self._dense[0]
-
-    def of_all_tokens(self, tokens_seen: int, n_new: int, device: torch.device) -> torch.Tensor | None:
-        """The mask of a layer that keeps everything, where the shared one is of a layer that does not."""
-        if self.padding is None and n_new == 1:
-            return None
-        mask = causal(tokens_seen, n_new, device)
-        return mask if self.padding is None else mask & self.padding[:, None, None, :tokens_seen]
 
     def contiguous(self) -> KVMask:
         """Tensors are asked for this by `prepare_inputs_for_generation`."""
@@ -74,37 +71,76 @@ class _Moved(KVMask):
 
 
 def resolve(view, mask, n_new: int) -> torch.Tensor | None:
-    """The boolean mask of this call, `[B | 1, Hkv | 1, S, N]` in view order, or None when everything is visible.
+    """The mask of this call over the rows that a layer holds, or None when everything is visible.
 
     Args:
         view: the `KVView` of the layer.
-        mask: what transformers handed over: a `KVMask`, a boolean or additive tensor `[B, 1, S, N]`, or None.
+        mask: what transformers or the user handed over, about all tokens seen: a `KVMask`, a boolean or additive
+            tensor `[B | 1, 1 | Hkv | Hq, S, T]`, or None.
         n_new: `S`, the queries of this call.
 
+    Returns:
+        `[B | 1, 1 | Hkv | Hq, S, N]` in view order: boolean, or additive where the mask does more than hide.
+
     Raises:
-        ValueError: a tensor mask that does not fit the rows of this layer.
+        ValueError: a tensor mask that is about another number of tokens.
     """
     layer = view.layer
     has_gaps = layer.store.is_ragged and layer.store.n_packed
-    has_evicted = layer.policy is not None and view.n_kept < view.tokens_seen
-    if has_gaps or (has_evicted and layer.has_padding):
-        return visible(view.positions, view.tokens_seen, n_new)
-    if has_evicted:
+    if has_gaps or view.n_kept < view.tokens_seen:
+        if not is_only_causal(mask):
+            return _of_kept(view, mask, n_new)
+        if has_gaps or layer.has_padding:
+            return visible(view.positions, view.tokens_seen, n_new)
         # whatever has gone, the rows left are older than the new ones, which stand at the end
         return None if n_new == 1 else causal(view.n_kept, n_new, view.device)
-    if isinstance(mask, KVMask):
-        fits = mask.n_rows == view.n_kept
-        dense = mask.dense() if fits else mask.of_all_tokens(view.tokens_seen, n_new, view.device)
-    else:
-        dense = as_boolean(mask)
+    dense = mask.dense() if isinstance(mask, KVMask) else without_bias(mask)
     if dense is None:
         return None if n_new == 1 else causal(view.n_kept, n_new, view.device)
-    if dense.shape[-1] != view.n_kept:
-        raise ValueError(
-            f"the attention mask covers {dense.shape[-1]} rows, layer {layer.layer_idx} keeps {view.n_kept}; "
-            'load the model with attn_implementation="hf_kvcache", which builds masks per layer'
-        )
+    _check_tokens(dense, view)
     return layer.store.to_view_order(dense)
+
+
+def is_only_causal(mask) -> bool:
+    """Whether a mask is known to hide nothing but the future: a tensor would have to be looked at."""
+    return mask is None or (isinstance(mask, KVMask) and mask.is_causal and mask.padding is None)
+
+
+def _of_kept(view, mask, n_new: int) -> torch.Tensor:
+    """The columns of a mask that belong to the rows of a layer that has evicted, `[B, Hkv, S, N]` in view order."""
+    positions, T = view.positions, view.tokens_seen
+    if isinstance(mask, KVMask) and mask.is_causal:
+        _check_tokens(mask.padding, view)
+        return visible(positions, T, n_new) & _columns(mask.padding[:, None, None], positions)
+    dense = mask.dense() if isinstance(mask, KVMask) else without_bias(mask)
+    if dense is None:
+        return visible(positions, T, n_new)
+    _check_tokens(dense, view)
+    has_gaps = view.layer.store.is_ragged and view.layer.store.n_packed
+    is_plain = n_new > 1 and dense.dtype == torch.bool and not has_gaps and not view.layer.has_padding
+    if is_plain and dense[..., : T - n_new].all():
+        # nothing older is hidden, whichever rows are left of it: one mask serves all heads
+        older = dense.new_ones(*dense.shape[:3], view.n_kept - n_new)
+        return torch.cat([older, dense[..., T - n_new :]], -1)
+    return _columns(dense, positions)
+
+
+def _columns(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The columns of `mask` `[B | 1, H, S, T]` at `positions` `[B, Hkv, N]`; padding (-1) is hidden."""
+    if mask.shape[1] > positions.shape[1]:
+        positions = positions.repeat_interleave(mask.shape[1] // positions.shape[1], 1)
+    B, H, N = positions.shape
+    at = positions.clamp(min=0).long().unsqueeze(2).expand(B, H, mask.shape[2], N)
+    columns, is_real = mask.expand(B, H, -1, -1).gather(3, at), (positions >= 0).unsqueeze(2)
+    return columns & is_real if mask.dtype == torch.bool else columns.masked_fill(~is_real, torch.finfo(mask.dtype).min)
+
+
+def _check_tokens(mask: torch.Tensor, view) -> None:
+    if mask.shape[-1] != view.tokens_seen:
+        raise ValueError(
+            f"the attention mask covers {mask.shape[-1]} tokens, layer {view.layer.layer_idx} has seen "
+            f"{view.tokens_seen} (and keeps {view.n_kept}); masks are about all tokens seen, evicted ones included"
+        )
 
 
 def visible(positions: torch.Tensor, tokens_seen: int, n_new: int) -> torch.Tensor:
@@ -120,7 +156,10 @@ def causal(n_rows: int, n_new: int, device: torch.device) -> torch.Tensor:
 
 
 def new_token_padding(mask, n_new: int, tokens_seen: int) -> torch.Tensor | None:
-    """Which of the new tokens are real, boolean `[B, S]`; None when all are."""
+    """Which of the new tokens are real, boolean `[B, S]`; None when all are.
+
+    In a mask of four dimensions a token is padding when no query of its own call sees it.
+    """
     if mask is not None and not isinstance(mask, (KVMask, torch.Tensor)):
         raise ValueError(
             f"a {type(mask).__name__} does not say which tokens are padding, which this cache needs to know; "
@@ -131,8 +170,9 @@ def new_token_padding(mask, n_new: int, tokens_seen: int) -> torch.Tensor | None
     if mask is not None and mask.dim() == 2:
         # flash attention gets the padding itself
         return mask[:, -n_new:].bool()
-    mask = as_boolean(mask)
-    return None if mask is None else mask[:, 0, -1, -n_new:]
+    if mask is None:
+        return None
+    return as_boolean(mask[..., -n_new:]).any(1).any(1)
 
 
 def as_boolean(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -140,6 +180,14 @@ def as_boolean(mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask is None or mask.dtype == torch.bool:
         return mask
     return mask > torch.finfo(mask.dtype).min / 2
+
+
+def without_bias(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask tensor as boolean if all that it does is hide; as it is where it also raises or lowers scores."""
+    hides_only = as_boolean(mask)
+    if hides_only is mask or not (hides_only & (mask != 0)).any():
+        return hides_only
+    return mask
 
 
 def as_additive(mask: torch.Tensor | None, n_rows: int, n_new: int, like: torch.Tensor) -> torch.Tensor | None:
@@ -151,3 +199,10 @@ def as_additive(mask: torch.Tensor | None, n_rows: int, n_new: int, like: torch.
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, torch.finfo(like.dtype).min)
+
+
+def for_heads(mask: torch.Tensor | None, n_heads: int) -> torch.Tensor | None:
+    """A mask `[B, 1 | Hkv | Hq, S, N]` for an attention function that knows `Hq` query heads only."""
+    if mask is None or mask.shape[1] in (1, n_heads):
+        return mask
+    return mask.repeat_interleave(n_heads // mask.shape[1], 1)
