@@ -121,6 +121,7 @@ def sharpened(model):
                 weight.normal_(0, 0.1)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    model.generation_config.use_cache = True
     return model.eval().requires_grad_(False)
 
 
