@@ -17,9 +17,11 @@ from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer, batch_indices
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.slots import SlotLayer
+from hf_kvcache.stateful import StatefulLayer
 from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import PACK_STEP
 from hf_kvcache.view import KVView
+from hf_kvcache.warn import warn_once
 
 
 class KVCache(Cache):
@@ -94,11 +96,29 @@ class KVCache(Cache):
         self.handed: Handed | None = None
         # layers hold them: when the last one forgets its text, they go
         self._ropes = weakref.WeakValueDictionary()
+        self._n_states: dict[int, int] = {}
         if config is not None:
-            self._stock = compat.stock_layers(config)
+            self._learn_layers(config)
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=True)
         while self._stock is not None and len(self.layers) < len(self._stock):
             self.layers.append(self._new_layer(len(self.layers)))
+
+    def _learn_layers(self, config) -> None:
+        """Take from the model's config which layers are ours.
+
+        Raises:
+            ValueError: decisions of a retrofit for layers that have states beside rows.
+        """
+        self._stock, self._n_states = compat.stock_layers(config), compat.n_states(config)
+        if self._n_states and self.policy is not None and self.policy.decides:
+            raise ValueError(f"{type(self.policy).__name__} does not go with layers that have linear attention, too")
+        does_something = self.policy is not None or self.codec is not None
+        if does_something and all(layer is not None for layer in self._stock):
+            kinds = sorted({type(layer).__name__ for layer in self._stock})
+            warn_once(
+                f"none of this model's layers is compressed: all of them keep what transformers has for them "
+                f"({', '.join(kinds)}), such as a sliding window"
+            )
 
     @staticmethod
     def _pair(codec) -> tuple[Codec, Codec] | None:
@@ -235,7 +255,9 @@ class KVCache(Cache):
         if stock is not None:
             return stock
         codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
-        kind = SlotLayer if self.policy is not None and self.policy.decides else KVLayer
+        kind, options = SlotLayer if self.policy is not None and self.policy.decides else KVLayer, {}
+        if layer_idx in self._n_states:
+            kind, options = StatefulLayer, {"n_states": self._n_states[layer_idx]}
         layer = kind(
             layer_idx,
             *codec,
@@ -246,6 +268,7 @@ class KVCache(Cache):
             max_length=self.max_length,
             exact_prefill=self.exact_prefill,
             compact=self.compact,
+            **options,
         )
         if self._records_past:
             layer.activate_past_recording()
@@ -261,7 +284,7 @@ class KVCache(Cache):
     # -- the walk ----------------------------------------------------------------------------------------------------
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
-        """Append `[B, Hkv, S, D]` to a layer; returns a `KVView` and its values, tensors for layers that are not ours."""
+        """Append `[B, Hkv, S, D]` to a layer; returns a `KVView` and its values, or tensors for layers not ours."""
         self._end_handing_out()
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
@@ -289,7 +312,7 @@ class KVCache(Cache):
         """
         layer_idx = view.layer.layer_idx
         if self._stock is None:
-            self._stock = compat.stock_layers(module.config)
+            self._learn_layers(module.config)
         stock = self._stock_layer(layer_idx)
         if stock is not None:
             stock.update(view.new_k, view.new_v)
@@ -341,7 +364,7 @@ class KVCache(Cache):
         if self.handed is None:
             return
         layer, self.handed = self.layers[self.handed.layer_idx], None
-        refused = [layer.policy] if layer.policy is not None else []
+        refused = [type(layer.policy).__name__] if layer.policy is not None else []
         refused += [codec for codec in layer.codecs if layer.needs_model and "model" in codec.needs]
         refused += [f"edge_layers={self.edge_layers}"] if self.edge_layers and self._stock is None else []
         if refused:
@@ -354,7 +377,7 @@ class KVCache(Cache):
     def layer_for(self, module: torch.nn.Module) -> KVLayer:
         """The layer that an attention module will fill, before it does."""
         if self._stock is None:
-            self._stock = compat.stock_layers(module.config)
+            self._learn_layers(module.config)
         while len(self.layers) <= module.layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         layer = self.layers[module.layer_idx]
@@ -365,7 +388,10 @@ class KVCache(Cache):
     def attach(self, module: torch.nn.Module, layer: KVLayer) -> None:
         """Let codecs and policy of a layer that has seen rows take from its attention module what they need."""
         sizes = layer.n_kv_heads, layer.head_dim, layer.dtype, layer.device
-        ours = [i for i, stock in enumerate(compat.stock_layers(module.config)) if stock is None]
+        stock = compat.stock_layers(module.config)
+        # a model that runs its layers several times has more in its cache than its config says
+        n_layers = max(len(stock), layer.layer_idx + 1)
+        ours = [i for i in range(n_layers) if i >= len(stock) or stock[i] is None]
         depth = ours.index(layer.layer_idx), len(ours)
         layer.bind(Host(module, layer.layer_idx, *sizes, self._ropes, depth))
 
@@ -498,18 +524,19 @@ class KVCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices) -> None:
-        """Keep these rows of the batch, in this order.
+        """Keep these rows of the batch, in this order, in all layers or in none.
 
         Args:
             indices: integers, `[B']` as a tensor, list or tuple; or a boolean mask `[B]`.
 
         Raises:
-            IndexError: the cache has no such row; nothing is changed.
+            IndexError: the cache has no such row.
             TypeError: something else than integers or a mask.
         """
         indices = batch_indices(indices, self.batch_size)
         for layer in self.layers:
-            layer.batch_select_indices(indices)
+            # transformers' own layers of linear attention have no other name for it
+            layer.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch `repeats` times, copies side by side.
@@ -519,7 +546,8 @@ class KVCache(Cache):
         """
         if repeats < 1:
             raise ValueError(f"repeats={repeats}: every row has to stay at least once")
-        super().batch_repeat_interleave(repeats)
+        if self.batch_size > 0:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def reset(self) -> None:
         self.handed = None

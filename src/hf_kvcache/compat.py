@@ -9,9 +9,15 @@ from inspect import signature
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.utils import TransformersKwargs
 
 from hf_kvcache.rope import rotate
@@ -20,13 +26,17 @@ __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
     "CacheLayerMixin",
+    "LinearAttentionCacheLayerMixin",
+    "LinearAttentionLayer",
     "attention_functions",
     "cache_argument",
     "causal_mask_function",
     "checkpointing",
     "drop_rows",
     "eager_attention",
+    "eager_mask",
     "given_cache",
+    "n_states",
     "register_attention",
     "register_mask",
     "rope_kind",
@@ -105,16 +115,23 @@ def checkpointing(is_on: bool) -> dict:
 
 
 def stock_layers(config) -> list[CacheLayerMixin | None]:
-    """transformers' own cache layer for every layer of a model, None where it is plain full attention."""
+    """transformers' own cache layer for every layer of a model, None where it has the rows of full attention."""
     layers = DynamicCache(config=config).layers
-    return [None if type(layer) is DynamicLayer else layer for layer in layers]
+    return [None if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer) else layer for layer in layers]
+
+
+def n_states(config) -> dict[int, int]:
+    """Layers that have full attention and linear attention beside it: how many states, by index."""
+    layers = enumerate(DynamicCache(config=config).layers)
+    return {i: layer.number_of_states for i, layer in layers if type(layer) is LinearAttentionAndFullAttentionLayer}
 
 
 def stock_nbytes(layer: CacheLayerMixin) -> int:
-    """Bytes of one of transformers' own cache layers, by unique storages."""
+    """Bytes of what one of transformers' own cache layers holds itself, by unique storages."""
     storages = {}
     for value in vars(layer).values():
-        for tensor in value if isinstance(value, (list, tuple)) else [value]:
+        held = list(value.values()) if isinstance(value, dict) else value
+        for tensor in held if isinstance(held, (list, tuple)) else [held]:
             if isinstance(tensor, torch.Tensor):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())

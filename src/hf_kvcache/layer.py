@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hf_kvcache.attention.mask import new_token_padding
@@ -106,6 +108,12 @@ class KVLayer(CacheLayerMixin):
     def restored(self) -> None:
         """A saved layer has got its tensors back."""
 
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"a {type(self).__name__} has no {name!r}; if a model asks for it, the model has cache layers of a kind of "
+            "its own: construct the cache with config=model.config"
+        )
+
     # -- append, attend, compress ------------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -171,13 +179,15 @@ class KVLayer(CacheLayerMixin):
     def check_expandable(self) -> None:
         """Raise ValueError unless a model may compute with the rows itself, before it calls attention."""
         policy, needs = self._policy, frozenset().union(*(codec.needs for codec in self.codecs))
+        name, codecs = type(policy).__name__, " and ".join(sorted({str(codec) for codec in self.codecs}))
         is_scored_by_queries = policy is not None and (policy.n_queries or policy.observes)
         refused = {
-            f"{policy} scores rows by queries, which do not fit latents": is_scored_by_queries,
-            f"{policy} takes something of the model's keys and values": policy is not None and "model" in policy.needs,
-            f"{policy} merges rows": policy is not None and policy.folds,
-            f"{self.codecs} goes by queries, which do not fit latents": "queries" in needs,
-            f"{self.codecs} takes RoPE off keys; use LowRank(rope='post')": "positions" in needs,
+            f"{name} goes by the decisions of the model": self.decides,
+            f"{name} scores rows by queries, which do not fit latents": is_scored_by_queries,
+            f"{name} takes something of the model's keys and values": policy is not None and "model" in policy.needs,
+            f"{name} merges rows": policy is not None and policy.folds,
+            f"{codecs} goes by queries, which do not fit latents": "queries" in needs,
+            f"{codecs} takes RoPE off keys; use LowRank(rope='post')": "positions" in needs,
             "exact_prefill=False changes new rows before attention": not self.exact_prefill,
             "compact=True rotates keys": self.compact,
         }
@@ -203,7 +213,8 @@ class KVLayer(CacheLayerMixin):
         for side, template in zip(("keys", "values"), self._codecs, strict=True):
             if template is None:
                 continue
-            codec = template.for_model(host)
+            width = self.head_dim if side == "keys" else self.v_head_dim
+            codec = template.for_model(host if width == host.head_dim else replace(host, head_dim=width))
             if self.policy is not None and codec.shares_rows:
                 raise ValueError(
                     f"layer {self.layer_idx}: {type(self.policy).__name__} drops tokens head by head, but the basis of "

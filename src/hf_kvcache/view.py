@@ -7,22 +7,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_kvcache.standin import TensorStandIn
+
 if TYPE_CHECKING:
     from hf_kvcache.cache import KVCache
     from hf_kvcache.layer import KVLayer
 
 
-class _TensorLike:
-    """Stands in for a tensor `[B, Hkv, N, D]`, which is made once somebody computes with it.
+class _Rows(TensorStandIn):
+    """Stands in for a tensor of rows `[B, Hkv, N, D]`, and answers what it can without expanding them.
 
     Attention functions of the registry get the handle itself. A model that reshapes, splits or expands keys and values
     on its own, between `update` and attention, finds tensors: `KVView.tensors` expands the rows for it.
     """
 
     __slots__ = ()
-
-    def _tensor(self) -> torch.Tensor:
-        raise NotImplementedError
 
     @property
     def _new(self) -> torch.Tensor:
@@ -32,8 +31,6 @@ class _TensorLike:
     @property
     def _n_rows(self) -> int:
         raise NotImplementedError
-
-    # what can be answered without expanding anything
 
     @property
     def shape(self) -> torch.Size:
@@ -45,7 +42,9 @@ class _TensorLike:
     def dim(self) -> int:
         return 4
 
-    ndim = property(dim)
+    @property
+    def ndim(self) -> int:
+        return 4
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,41 +71,8 @@ class _TensorLike:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index):
-        return self._tensor()[index]
 
-    def __getattr__(self, name: str):
-        # protocols of Python (copying, pickling, array interfaces) are not asked of the rows
-        if name.startswith("__") or not hasattr(torch.Tensor, name):
-            raise AttributeError(f"a {type(self).__name__} has no {name!r}, and neither have tensors")
-        return getattr(self._tensor(), name)
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        return func(*_with_tensors(args), **_with_tensors(kwargs or {}))
-
-
-def _with_tensors(value):
-    if isinstance(value, _TensorLike):
-        return value._tensor()
-    if isinstance(value, dict):
-        return {name: _with_tensors(item) for name, item in value.items()}
-    return type(value)(map(_with_tensors, value)) if type(value) in (list, tuple) else value
-
-
-def _operator(name: str):
-    def apply(self, *others):
-        return getattr(self._tensor(), name)(*_with_tensors(others))
-
-    return apply
-
-
-# Python looks operators up in the class
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "rmatmul", "neg"):
-    setattr(_TensorLike, f"__{_name}__", _operator(f"__{_name}__"))
-
-
-class KVView(_TensorLike):
+class KVView(_Rows):
     """What attention sees of one layer after `update`: the store's rows, not a dense tensor.
 
     Where a tensor is expected it behaves as the keys do (see `tensors`).
@@ -225,7 +191,7 @@ class KVView(_TensorLike):
         return self.n_kept
 
 
-class ValueView(_TensorLike):
+class ValueView(_Rows):
     """The values of a `KVView`: what `update` returns in their place.
 
     Attributes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from inspect import signature
 
 import torch
 
@@ -80,11 +81,19 @@ def _serve(stock, module, query, key, value, mask, fuses=True, **kwargs):
     """Attention over whatever a model hands over: views, tensors made of views, or tensors."""
     if isinstance(key, KVView) and value is key.values:
         return _attend(stock, module, query, key, mask, fuses, **kwargs)
-    # a model that has changed one side only
+    view = next(
+        (x if isinstance(x, KVView) else x.view for x in (key, value) if isinstance(x, (KVView, ValueView))), None
+    )
+    # a model may have changed one side only
     key, value = (x._tensor() if isinstance(x, (KVView, ValueView)) else x for x in (key, value))
     cache = None if torch.compiler.is_compiling() else handed_out(module, key)
     if cache is not None:
         return _attend_handed(stock, module, query, key, value, mask, cache, fuses, **kwargs)
+    if view is not None and view.layer.policy is not None:
+        raise ValueError(
+            f"layer {view.layer.layer_idx}: this model reads the rows of a call more than once, and "
+            f"{type(view.layer.policy).__name__} evicts after the first time; use a cache that keeps all tokens"
+        )
     if (retrofit := attached_retrofit(module)) is not None:
         if retrofit.compresses:
             return _attend_retrofitted(retrofit, module, query, key, value, mask, fuses, **kwargs)
@@ -156,6 +165,12 @@ def _attend_handed(stock, module, query, key, value, mask, cache, fuses, **kwarg
     if not cache.bind(module, view):
         return stock(module, query, key, value, _tensor(mask), **kwargs)
     layer, n_new = view.layer, query.shape[2]
+    if layer.policy is not None and layer.n_kv_heads not in (1, key.shape[1]):
+        raise ValueError(
+            f"layer {module.layer_idx}: {type(layer.policy).__name__} lets heads keep different tokens, and this model "
+            f"makes {key.shape[1]} heads of {layer.n_kv_heads} before attention, in an order of its own; use a cache "
+            "that keeps all tokens"
+        )
     layer.note_padding(mask, n_new)
     layer.note_positions(kwargs.get("position_ids"), mask, n_new)
     if layer.policy is None or view.is_prefill:
@@ -263,6 +278,8 @@ def _exact(module, query, key, value, mask, **kwargs):
     """Attention over tensors: sdpa, or what the model itself has where sdpa would leave something out."""
     asked = set(not_served(query, kwargs)) - compat.SDPA_ARGUMENTS
     is_trained = torch.is_grad_enabled() and query.requires_grad
+    if asked - {"output_attentions", "s_aux"}:
+        _check_eager(module, asked - {"output_attentions", "s_aux"})
     if asked or kwargs.get("softcap") is not None or (kwargs.get("s_aux") is not None and is_trained):
         return _eager(module, query, key, value, mask, **kwargs)
     if (sinks := kwargs.get("s_aux")) is None:
@@ -275,6 +292,16 @@ def _exact(module, query, key, value, mask, **kwargs):
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, lse = attend_dense(query, key, value, scaling=scaling, mask=mask, is_causal=is_causal)
     return with_sink(out, lse, sinks)[0].transpose(1, 2).contiguous(), None
+
+
+def _check_eager(module, names) -> None:
+    """Raise NotImplementedError where the model's own attention would drop an argument, as any function may."""
+    unknown = sorted(names - set(signature(compat.eager_attention(module)).parameters))
+    if unknown:
+        raise NotImplementedError(
+            f"{type(module).__name__} calls attention with {', '.join(unknown)}, which neither this library nor the "
+            'eager attention of the model acts on; load the model with its own attn_implementation ("sdpa" or "eager")'
+        )
 
 
 def _eager(module, query, key, value, mask, **kwargs):

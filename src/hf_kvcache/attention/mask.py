@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.compat import causal_mask_function, sdpa_mask
+from hf_kvcache.compat import causal_mask_function, eager_mask, sdpa_mask
+from hf_kvcache.standin import TensorStandIn
 
 
-class KVMask:
+class KVMask(TensorStandIn):
     """The mask of one forward pass under `attn_implementation="hf_kvcache"`.
 
     transformers builds one mask and shares it among layers, but layers and heads may keep different rows. So the mask
     function hands this object through: layers that keep everything ask for the dense mask, layers that evict build
-    theirs from the positions of their rows and the padding recorded here.
+    theirs from the positions of their rows and the padding recorded here. A model that goes on from its mask itself
+    (indexers, dynamic masks) finds the dense one.
 
     Attributes:
         padding: boolean `[B, T]`, True for real tokens, or None.
@@ -39,6 +41,8 @@ class KVMask:
 
     def to(self, device, non_blocking: bool = False) -> KVMask:
         """The same on another device: accelerate asks for it where layers lie on several (`device_map`)."""
+        if isinstance(device, torch.dtype):
+            return self._tensor().to(device)
         device = torch.device(device)
         if device not in self._moved:
             self._moved[device] = _Moved(self, device)
@@ -49,6 +53,10 @@ class KVMask:
         if not self._dense:
             self._dense.append(sdpa_mask(**self._arguments))
         return self._dense[0]
+
+    def _tensor(self) -> torch.Tensor:
+        # what eager attention gets, which is what models without another attention reckon with
+        return eager_mask(**self._arguments)
 
     def contiguous(self) -> KVMask:
         """Tensors are asked for this by `prepare_inputs_for_generation`."""
@@ -68,6 +76,9 @@ class _Moved(KVMask):
             dense = self._made.dense()
             self._dense.append(None if dense is None else dense.to(self._device))
         return self._dense[0]
+
+    def _tensor(self) -> torch.Tensor:
+        return self._made._tensor().to(self._device)
 
 
 def resolve(view, mask, n_new: int) -> torch.Tensor | None:
