@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 import hf_kvcache as kv
 from hf_kvcache.adapters import attach
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval import retrieval
 
 RATIOS = (0.25, 0.125)
@@ -76,7 +77,7 @@ def _ours(name, ratio, make, model, prompts, long) -> dict:
     is_ours = make is not DynamicCache
     model.set_attn_implementation("hf_kvcache" if is_ours else "sdpa")
     cache = make()
-    model(prompts.context, past_key_values=cache, logits_to_keep=1)
+    model(prompts.context, **cache_argument(cache), logits_to_keep=1)
     for layer in cache.layers if is_ours else ():
         layer.finish()
     dense = 2 * 4 * sum(_row_width(model) for _ in cache.layers) * prompts.context.numel()
@@ -98,10 +99,10 @@ def _row_width(model) -> int:
 def _decode(model, make, ids) -> float:
     """Milliseconds per decoded token after a long prompt, median."""
     cache, times = make(), []
-    model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, **cache_argument(cache), logits_to_keep=1)
     token = ids[:, -1:]
     for _ in range(STEPS):
         started = time.perf_counter()
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(token, **cache_argument(cache)).logits[:, -1:].argmax(-1)
         times.append(time.perf_counter() - started)
     return sorted(times)[len(times) // 2] * 1e3

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 import hf_kvcache as kv
 from hf_kvcache.adapters import attach
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval import passkey, retrieval
 from hf_kvcache.eval.fidelity import build_windows, dense_logits, fidelity
 
@@ -56,12 +57,12 @@ def eviction(options) -> list[dict]:
     windows = build_windows(ids, options.context - n_next, n_next, WINDOWS, model.config.bos_token_id)
     dense = dense_logits(model, windows, options.context - n_next)
     base = DynamicCache()
-    model(windows[:1], past_key_values=base, logits_to_keep=1)
+    model(windows[:1], **cache_argument(base), logits_to_keep=1)
     n_dense = sum(layer.keys.nbytes + layer.values.nbytes for layer in base.layers)
 
     def measure(name, ratio, make):
         cache = make()
-        model(windows[:1], past_key_values=cache, logits_to_keep=1)
+        model(windows[:1], **cache_argument(cache), logits_to_keep=1)
         if isinstance(cache, kv.KVCache):
             # what waits for the next chunk counts as what it will be
             for layer in cache.layers:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import hf_kvcache as kv
 from hf_kvcache.bench.timing import interleaved, timed
+from hf_kvcache.compat import cache_argument
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -74,12 +75,12 @@ def decode(options) -> list[dict]:
         contestants, reference = {}, None
         for name, make in caches(model.config).items():
             cache = make()
-            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(ids, **cache_argument(cache), logits_to_keep=1).logits
             reference = logits if reference is None else reference
             if not torch.allclose(logits.float(), reference.float(), atol=0.05, rtol=0.05):
                 raise AssertionError(f"{name}: prefill logits differ from DynamicCache; nothing was timed")
             token = ids[:, -1:]
-            contestants[name] = functools.partial(model, token, past_key_values=cache)
+            contestants[name] = functools.partial(model, token, **cache_argument(cache))
         times = interleaved(contestants, options.rounds * 4, options.device)
         base = times[BASELINE]["ms"]
         rows += [
@@ -133,7 +134,7 @@ def equal_memory(options) -> list[dict]:
         batch = n_dense if name == BASELINE else max(budget // one.nbytes, 1)
         cache = filled[name] = make()
         _prompted(model, cache, batch, n_tokens)
-        contestants[name] = functools.partial(model, _ids(model, batch, 1), past_key_values=cache)
+        contestants[name] = functools.partial(model, _ids(model, batch, 1), **cache_argument(cache))
         rows[name] = {"cache": name, "tokens": n_tokens, "budget MiB": budget / 2**20, "batch": batch, "dtype": dtype}
     times = interleaved(contestants, min(options.rounds, MARGIN // 2), options.device)
     base = rows[BASELINE]["batch"] / times[BASELINE]["ms"]
@@ -148,11 +149,11 @@ def equal_memory(options) -> list[dict]:
 
 def _prompted(model, cache, batch, n_tokens):
     """Logits after a prompt of random tokens, which `cache` holds from then on."""
-    return model(_ids(model, batch, n_tokens), past_key_values=cache, logits_to_keep=1).logits
+    return model(_ids(model, batch, n_tokens), **cache_argument(cache), logits_to_keep=1).logits
 
 
 def _prefill(model, ids, make):
-    return model(ids, past_key_values=make(), logits_to_keep=1)
+    return model(ids, **cache_argument(make()), logits_to_keep=1)
 
 
 @functools.cache
@@ -164,7 +165,7 @@ def _cached_model(device: str):
             model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16)
     model.set_attn_implementation("hf_kvcache")
     # a first call builds native code and tunes libraries, which is nobody's decode time
-    timed(lambda: model(_ids(model, 1, 256), past_key_values=kv.QuantCache(4)), device)
+    timed(lambda: model(_ids(model, 1, 256), **cache_argument(kv.QuantCache(4))), device)
     return model.eval()
 
 

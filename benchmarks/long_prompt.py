@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import hf_kvcache as kv
 from hf_kvcache.adapters import RetainingHeads, attach
+from hf_kvcache.compat import cache_argument
 
 task = json.loads(sys.argv[1])
 device, n_tokens, chunk = task["device"], task["tokens"], task["chunk"]
@@ -49,7 +50,7 @@ def fill(tokens):
     cache = eval(task["make"])
     if task["name"] == "DynamicCache":
         with torch.no_grad():
-            model.model(tokens[:, :-1], past_key_values=cache, use_cache=True)
+            model.model(tokens[:, :-1], **cache_argument(cache), use_cache=True)
     else:
         kv.prefill(model, tokens, cache, chunk=chunk)
     return cache
@@ -69,7 +70,7 @@ if device == "cuda":
 else:
     peak = status("VmHWM")
 seconds = time.perf_counter() - started
-out = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
+out = model.generate(ids, **cache_argument(cache), max_new_tokens=8, do_sample=False)
 assert out.shape[1] == n_tokens + 8
 print(json.dumps({"peak": peak - before, "whole": peak, "nbytes": getattr(cache, "nbytes", None), "seconds": seconds}))
 """

@@ -14,6 +14,7 @@ from pruning import NEXT, model_and_text
 import hf_kvcache as kv
 from hf_kvcache.calibration import fit_bases
 from hf_kvcache.calibration.text import token_batches
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval.fidelity import build_windows, dense_logits, fidelity
 
 SAMPLES = 16
@@ -64,7 +65,7 @@ def projection(options) -> list[dict]:
 
     def row(group, name, setting, make):
         scores, cache = score(make), make()
-        model(windows[:1, : size - n_next], past_key_values=cache, logits_to_keep=1)
+        model(windows[:1, : size - n_next], **cache_argument(cache), logits_to_keep=1)
         return {
             "group": group,
             "cache": name,

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_kvcache as kv
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval.fidelity import build_windows, dense_logits, fidelity
 from hf_kvcache.models import embedded_prose
 
@@ -36,7 +37,7 @@ def pruning(options) -> list[dict]:
 
     def measure(make):
         cache = make()
-        model(windows[:1, : size - n_next], past_key_values=cache, logits_to_keep=1)
+        model(windows[:1, : size - n_next], **cache_argument(cache), logits_to_keep=1)
         scores = fidelity(model, windows, size - n_next, dense, make)
         return scores, cache.codec and [side.nbytes_per_token(head_dim, 2) / (2 * head_dim) for side in cache.codec]
 

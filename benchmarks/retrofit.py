@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import hf_kvcache as kv
 from hf_kvcache import dmc
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.dmc import recall
 from hf_kvcache.eval import retrieval
 from hf_kvcache.models import embedded_prose
@@ -108,11 +109,11 @@ def _row(name, model, make, tasks) -> dict:
 
 def _continue(model, cache, windows, n_context) -> torch.Tensor:
     """Mean loss of what follows a context, through the cache; nothing is predicted by the prefill itself."""
-    model(windows[:, :n_context], past_key_values=cache, logits_to_keep=1)
+    model(windows[:, :n_context], **cache_argument(cache), logits_to_keep=1)
     losses = []
     for start in range(n_context, windows.shape[1] - 1, STEP):
         fed = windows[:, start : min(start + STEP, windows.shape[1] - 1)]
-        logits = model(fed, past_key_values=cache).logits.float()
+        logits = model(fed, **cache_argument(cache)).logits.float()
         target = windows[:, start + 1 : start + 1 + fed.shape[1]]
         losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none"))
     return torch.cat(losses).mean()
@@ -155,7 +156,7 @@ def realised(options) -> list[dict]:
         for n in LENGTHS:
             cache = make()
             for start in range(0, n, 1024):
-                model(ids[None, start : min(start + 1024, n)], past_key_values=cache, logits_to_keep=1)
+                model(ids[None, start : min(start + 1024, n)], **cache_argument(cache), logits_to_keep=1)
             lengths = torch.stack([layer.store.packed.lengths for layer in cache.layers]).float()
             rows.append(
                 {

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_kvcache.bench.environment import environment
+from hf_kvcache.commands.numbers import positive
 
 SUITES = {
     "attention": attention.decode_step,
@@ -66,11 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("suites", nargs="*", help=f"any of: {', '.join(SUITES)} (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the JSON")
-    parser.add_argument("--rounds", type=int, default=15, help="timed calls per contestant (default 15)")
+    parser.add_argument("--rounds", type=positive, default=15, help="timed calls per contestant (default 15)")
     quality = parser.add_argument_group("quality suites (pruning, projection, eviction, kvpress)")
     quality.add_argument("--model", help="Hub id or local folder (default: the embedded model)")
     quality.add_argument("--text", help="text file to predict (default: the package's own prose)")
-    quality.add_argument("--context", type=int, default=2048, help="tokens of a window (default 2048)")
+    quality.add_argument("--context", type=positive, default=2048, help="tokens of a window (default 2048)")
     quality.add_argument("--adapter", help="folder of retaining heads for eviction (default: the embedded model's)")
     parser.add_argument("--kvpress-python", help="interpreter of an environment with kvpress, for that suite")
     parser.add_argument("--retrofits", help="folder of models from trainers/train_dmc.py, for those suites")

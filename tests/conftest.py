@@ -1,6 +1,8 @@
 """Shared by all tests. The table of methods and the tiny models are in `cases.py`."""
 
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +13,34 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
+from hf_kvcache import warn
+
 # the models are tiny: a second thread costs ten times what it gains
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
+
+
+class Deprecations(logging.Handler):
+    """Raises for what transformers logs about names that will go away, and drops its other warnings."""
+
+    pattern = re.compile(r"deprecat|will be removed", re.IGNORECASE)
+
+    def emit(self, record):
+        if self.pattern.search(record.getMessage()):
+            raise AssertionError(f"transformers: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated():
+    """Nothing asks transformers for what it has deprecated: it warns of some of that, and only logs the rest."""
+    # what was logged once is logged again
+    logging.Logger.warning_once.cache_clear()
+    transformers.logging.set_verbosity_warning()
+    logger, handler = logging.getLogger("transformers"), Deprecations(logging.WARNING)
+    before, logger.handlers = logger.handlers, [handler]
+    yield
+    logger.handlers = before
+    transformers.logging.set_verbosity_error()
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +49,12 @@ def quiet_fallback():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="hf_kvcache: .* runs on the PyTorch reference")
         yield
+
+
+@pytest.fixture
+def unsaid(monkeypatch):
+    """What was said before is said again."""
+    monkeypatch.setattr(warn, "_said", set())
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +85,13 @@ def pytest_collection_finish(session):
         return
     # in a process of its own: tests change the environment. A failure is found again by the test that needs the library
     session.compiling = subprocess.Popen(
-        [sys.executable, "-c", COMPILE_ALL], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", COMPILE_ALL], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
     )
 
 
 def pytest_sessionfinish(session):
     compiling = getattr(session, "compiling", None)
     if compiling is not None:
-        # as by Ctrl-C: it removes what is half compiled
+        # as by Ctrl-C: it ends its compilers and removes what is half compiled
         compiling.send_signal(signal.SIGINT)
         compiling.wait(30)

@@ -121,8 +121,9 @@ def test_bytes_equal_the_formula(name):
 def test_rotary_tables_are_counted_once():
     cache = kv.LowRankCache(0.5, window=8)
     replay(tiny_model(), cache, prompt(1, 90), [90])
-    tables = cache.layers[0].store.keys.rotary.tables(torch.device("cpu"))
-    assert cache.nbytes == sum(storages(layer) for layer in cache.layers) + sum(t.nbytes for t in tables)
+    rotary = cache.layers[0].store.keys.rotary
+    held = [rotary.inv_freq, *rotary.tables(torch.device("cpu"))]
+    assert cache.nbytes == sum(storages(layer) for layer in cache.layers) + sum(t.nbytes for t in held)
 
 
 def test_a_dense_cache_does_not_hold_on_to_activations():

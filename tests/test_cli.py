@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,71 @@ def test_compare_writes_table_json_and_picture(capsys, tmp_path):
     assert rows["dense"]["retrieval"] == rows["dynamic"]["retrieval"]
     assert rows["keydiff:ratio=0.25"]["kl"] > rows["dense"]["kl"]
     assert (tmp_path / "compare.png").exists() or "matplotlib" not in sys.modules
+    about, *lines = map(json.loads, (tmp_path / "compare.jsonl").read_text().splitlines())
+    assert about == {name: value for name, value in result.items() if name != "rows"}
+    assert {line["cache"]: line for line in lines} == {name: row | {"is_final": True} for name, row in rows.items()}
+
+
+def test_an_interrupted_comparison_keeps_what_it_has(capsys, tmp_path, monkeypatch):
+    """The second cache is being scored when somebody presses Ctrl-C; what ran before it is printed and on disk."""
+    from hf_kvcache.eval import fidelity
+
+    score, printed = fidelity.fidelity, []
+
+    def interrupted(*args):
+        printed.append(capsys.readouterr().out)
+        if len(printed) == 2:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(fidelity, "fidelity", interrupted)
+    code, out, err = run(capsys, "compare", *FAST, "--out", str(tmp_path), "--caches", "dense", "quant:bits=4")
+    assert code == 130 and "compare.jsonl has what was measured" in err
+    # there is no terminal, so the first row was printed before the second was scored
+    _, heading, row = printed[1].splitlines()
+    assert printed[0] == "" and "perplexity" in heading and row.startswith("dynamic")
+    assert out.startswith("Bytes, time to the first token")
+    about, *lines = map(json.loads, (tmp_path / "compare.jsonl").read_text().splitlines())
+    last = {line["cache"]: line for line in lines}
+    assert about["settings"]["context"] == 256 and list(last) == ["dynamic", "dense", "quant:bits=4"]
+    assert [line["is_final"] for line in last.values()] == [True, False, False]
+    assert last["dynamic"]["kl"] is not None and all(line["nbytes"] and line["speedup"] for line in last.values())
+    assert not (tmp_path / "compare.json").exists()
+
+
+def test_a_comparison_warns_of_nothing(capsys, tmp_path, unsaid):
+    """Neither transformers of a name that it gives up, nor we of bases that are fitted on purpose."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert run(capsys, "compare", *FAST, "--out", str(tmp_path), "--caches", "dynamic", "lowrank:rank=0.5")[0] == 0
+    assert [str(w.message) for w in said if w.category is not ResourceWarning] == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["compare", "--out"],
+        ["generate", "--prompt", "a", "--save"],
+        ["export", "--method", "quant:bits=4", "--out"],
+        ["calibrate", "lowrank", "--out"],
+    ],
+    ids=lambda args: args[0],
+)
+@pytest.mark.parametrize("is_file", [True, False], ids=["file", "below-a-file"])
+def test_what_cannot_be_written_is_found_out_first(capsys, tmp_path, monkeypatch, args, is_file):
+    for module in ("commands.compare", "commands.generate", "commands.export", "trainers.calibrate_lowrank"):
+        monkeypatch.setattr(f"hf_kvcache.{module}.load_model", lambda args: pytest.fail("a model was loaded"))
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    code, _, err = run(capsys, *args, str(taken if is_file else taken / "deeper"))
+    assert code == 2 and f"{args[-1]}: cannot write to" in err
+
+
+def test_a_result_that_cannot_be_replaced_is_found_out_first(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_kvcache.commands.compare.load_model", lambda args: pytest.fail("a model was loaded"))
+    (tmp_path / "compare.json").mkdir()
+    code, _, err = run(capsys, "compare", "--out", str(tmp_path))
+    assert code == 2 and "--out: cannot write to" in err
 
 
 def test_compare_prints_json_alone(capsys, tmp_path):
@@ -80,12 +147,11 @@ def test_compare_reports_a_failed_cache_and_goes_on(capsys, monkeypatch):
         (["compare", "--model", "./no/such/model"], "cannot load the model './no/such/model'"),
         (["compare", "--context", "99999"], "this model reads at most"),
         (["compare", "--eval-context", "10"], "use at least 64"),
-        (["compare", "--context", "0"], "0 is not a positive number"),
+        (["compare", "--caches", "dense", "--all"], "not allowed with"),
         (["compare", "--device", "abacus"], "--device abacus"),
         (["compare", "--dtype", "int8"], "invalid choice"),
         (["generate"], "--prompt TEXT or --prompt-file FILE"),
         (["generate", "--prompt", "a", "--cache", "keydiff"], "give either budget="),
-        (["generate", "--prompt", "a", "--max-new-tokens", "0"], "not a positive number"),
         (["generate", "--prompt", "a", "--prompt-file", "b"], "not allowed with"),
         (["generate", "--load", "d", "--cache", "dense"], "leave --cache out"),
         (["generate", "--load", "no/such/cache"], "no/such/cache holds no saved cache"),
@@ -100,6 +166,44 @@ def test_mistakes_end_with_two_and_a_sentence(capsys, args, message):
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+WHOLE = "-1", "0", "1.5", "nan", "inf", "many", ""
+NONSENSE = {
+    **{("compare", option): WHOLE for option in ("--context", "--eval-context", "--new-tokens", "--rounds")},
+    ("generate", "--max-new-tokens"): WHOLE,
+    ("generate", "--chunk"): WHOLE,
+    ("generate", "--temperature"): ("-1", "-0.01", "nan", "inf", "-inf", "hot", ""),
+    ("calibrate lowrank", "--samples"): WHOLE,
+    ("calibrate lowrank", "--length"): WHOLE,
+    ("calibrate lowrank", "--rank"): ("-0.5", "0", "1.01", "nan", "inf", "half", ""),
+    ("calibrate lowrank", "--group-size-k"): WHOLE,
+    ("calibrate lowrank", "--group-size-v"): WHOLE,
+    ("calibrate lowrank", "--refine"): ("-1", "0.5", "nan", "twice", ""),
+}
+
+
+@pytest.mark.parametrize("command, option", NONSENSE, ids=lambda word: word)
+def test_numbers_that_make_no_sense_are_refused(capsys, command, option):
+    for value in NONSENSE[command, option]:
+        code, _, err = run(capsys, *command.split(), f"{option}={value}")
+        assert code == 2, value
+        # argparse's own words for a type of Python's tell nobody what would be right
+        assert f"argument {option}: {value} is not a" in err, err
+
+
+def test_every_number_of_every_command_is_checked():
+    def options(parser, name=""):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for word, sub in action.choices.items():
+                    yield from options(sub, f"{name} {word}".strip())
+            elif action.type is not None:
+                yield name, action.option_strings[0], action.type
+
+    found = list(options(build_parser()))
+    assert not [each for each in found if each[2] in (int, float)]
+    assert {each[:2] for each in found if each[2] is not Path} == set(NONSENSE)
 
 
 def test_short_text_is_a_mistake(capsys, tmp_path):
@@ -154,7 +258,7 @@ def test_a_long_prompt_is_read_in_chunks(capsys):
     lossless = run(capsys, *common, "--cache", "dense"), run(capsys, *common, "--cache", "dense", "--chunk", "50")
     assert lossless[0][1] == lossless[1][1]
     code, _, err = run(capsys, *common, "--chunk", "0")
-    assert code == 2 and "--chunk 0 is not a positive number" in err
+    assert code == 2 and "--chunk: 0 is not a positive number" in err
 
 
 def test_an_adapter_that_is_none_is_named(capsys, tmp_path):

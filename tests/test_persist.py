@@ -1,13 +1,18 @@
 """A saved cache goes on as if it had never been saved, and refuses what it is not."""
 
+import gc
 import json
+import pickle
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from cases import AnyBases, assert_same_state, tiny_model
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3NextConfig
 
 import hf_kvcache as kv
 from hf_kvcache import persist
+from hf_kvcache.dmc.hooks import Call
+from hf_kvcache.dmc.settings import Settings
 
 SHAPE = {
     "vocab_size": 96,
@@ -199,3 +204,127 @@ class TestRefusals:
     def test_other_depth(self, saved):
         with pytest.raises(kv.CacheFileError, match="num_hidden_layers"):
             kv.KVCache.load(saved, model=make_model(num_hidden_layers=2))
+
+
+class TestNothingIsLost:
+    """Options and state that a cache would go on without, and nobody would notice."""
+
+    def both(self, model, cache, folder):
+        cache.save(folder)
+        return kv.KVCache.load(folder, model=model)
+
+    @pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+    def test_saving_changes_nothing(self, model, make, tmp_path):
+        cache, twin = (fill(model, make(), prompt()) for _ in range(2))
+        cache.save(tmp_path)
+        assert torch.equal(go_on(model, cache), go_on(model, twin))
+
+    def test_an_empty_cache_keeps_its_codec(self, model, tmp_path):
+        cache = kv.QuantCache(4, window=16, edge_layers=1, edge_bits=8)
+        loaded = self.both(None, cache, tmp_path)
+        assert (loaded.codec, loaded.edge_codec, loaded.edge_layers) == (cache.codec, cache.edge_codec, 1)
+        assert fill(model, loaded, prompt()).nbytes == fill(model, cache, prompt()).nbytes
+
+    def test_class_and_own_attributes(self, tmp_path):
+        loaded = self.both(None, kv.LocretCache(budget=200, chunk=48, local=8), tmp_path)
+        assert type(loaded) is kv.LocretCache and loaded.chunk == 48
+        loaded.note = object()
+        with pytest.raises(ValueError, match="LocretCache.note is a object, which a file cannot hold"):
+            loaded.save(tmp_path)
+
+    def test_a_new_text_is_fitted_anew(self, model, tmp_path):
+        cache = fill(model, kv.LowRankCache(0.5, window=8), prompt(n=200))
+        loaded = self.both(model, cache, tmp_path)
+        for each in (cache, loaded):
+            each.reset()
+            fill(model, each, prompt(n=150).flip(1))
+        assert torch.equal(go_on(model, loaded), go_on(model, cache))
+
+    def test_bases_are_not_replaced_without_a_word(self, tmp_path):
+        model = tiny_model()
+        loaded = self.both(model, fill(model, kv.LowRankCache(bases=AnyBases(), window=8), prompt()), tmp_path)
+        with torch.no_grad():
+            model(prompt(n=5), past_key_values=loaded)
+            loaded.reset()
+            with pytest.raises(ValueError, match="a saved cache does not hold"):
+                model(prompt(), past_key_values=loaded)
+
+    @pytest.mark.parametrize("name", ["h2o", "snapkv", "expected", "adakv", "quant4", "merge"])
+    def test_what_waits_for_a_crop(self, model, name, tmp_path):
+        cache = CACHES[name]()
+        cache.activate_past_recording()
+        fill(model, fill(model, cache, prompt()), prompt(n=12))
+        assert any(layer._is_unsettled for layer in cache.layers)
+        loaded = self.both(model, cache, tmp_path)
+        for each in (cache, loaded):
+            each.crop(-5)
+            fill(model, each, prompt(n=3))
+            each.crop(-1)
+        assert torch.equal(go_on(model, loaded), go_on(model, cache))
+        assert loaded._records_past
+
+    def test_a_model_that_was_checked_is_not_forgotten(self, model, tmp_path):
+        loaded = self.both(model, fill(model, kv.KVCache(), prompt()), tmp_path / "one")
+        again = self.both(None, loaded, tmp_path / "two")
+        for each in (loaded, again):
+            with pytest.raises(kv.CacheFileError, match="another model"):
+                make_model(seed=1)(prompt(n=1), past_key_values=each)
+
+    def test_linear_attention(self, tmp_path):
+        config = Qwen3NextConfig(**SHAPE | LINEAR)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="hf_kvcache").eval()
+        cache = fill(model, kv.QuantCache(4, window=16, config=config), prompt())
+        loaded = self.both(model, cache, tmp_path)
+        assert torch.equal(go_on(model, loaded, 8), go_on(model, cache, 8))
+
+    def test_a_call_that_is_under_way(self, tmp_path):
+        cache = kv.DMSCache()
+        layer = cache._new_layer(0)
+        cache.layers.append(layer)
+        layer.begin(decided(5))
+        with pytest.raises(ValueError, match="layer 0 is in the middle of a forward pass"):
+            cache.save(tmp_path)
+        layer.call = None
+
+    def test_the_window_of_a_retrofit(self, tmp_path):
+        cache = kv.DMSCache()
+        layer = cache._new_layer(0)
+        cache.layers.append(layer)
+        for _ in range(3):
+            layer.begin(decided(1))
+            k, v = torch.randn(2, 2, 2, 1, 16)
+            layer.settle(torch.randn(2, 4, 1, 16), layer.append(k, v))
+        for other in (self.both(None, cache, tmp_path), pickle.loads(pickle.dumps(cache))):
+            assert_same_state(other, cache)
+            with pytest.raises(ValueError, match="made with window=4"):
+                other.layers[0].begin(decided(1, window=8))
+
+    def test_two_classes_of_one_name(self, model, tmp_path):
+        fill(model, kv.EvictionCache("keydiff", budget=48), prompt()).save(tmp_path)
+        other = type("KeyDiff", (kv.KeyDiff,), {"__module__": "elsewhere"})
+        with pytest.raises(kv.CacheFileError, match="elsewhere and hf_kvcache.policies.keydiff both have a policy"):
+            kv.KVCache.load(tmp_path)
+        del other
+        gc.collect()
+        kv.KVCache.load(tmp_path)
+
+
+LINEAR = dict(
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    num_experts=0,
+    mlp_only_layers=[0, 1, 2],
+)
+
+
+def decided(n, window=4):
+    """A call of an attention module that keeps all of `n` tokens."""
+    call = Call(Settings("dms", window=window), None, None, False)
+    call.alpha = torch.zeros(2, 2, n, dtype=torch.bool)
+    call.logits = torch.zeros(2, 2, n)
+    return call

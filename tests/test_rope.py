@@ -4,18 +4,18 @@ import pytest
 import torch
 from cases import ARCHITECTURES, tiny_model
 
-from hf_kvcache import compat
 from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.rope import FINE, Rope, rotate
+from hf_kvcache.rope_of_model import rope_of
 
 
-def rope_of(size=64, theta=500000.0, **knobs):
+def a_rope(size=64, theta=500000.0, **knobs):
     return Rope(theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size), **knobs)
 
 
 @pytest.mark.parametrize("position", [0, 1, FINE - 1, FINE, 4095, 100_003, 1_000_000])
 def test_tables_are_the_angles(position):
-    rope = rope_of()
+    rope = a_rope()
     rope.cover(position + 1, torch.device("cpu"))
     cos, sin = rope.tables(torch.device("cpu")).cos_sin(torch.tensor([position]))
     angle = position * rope.inv_freq
@@ -25,7 +25,7 @@ def test_tables_are_the_angles(position):
 
 @pytest.mark.parametrize("size, head_dim", [(64, 64), (32, 80), (16, 16)])
 def test_there_and_back(size, head_dim):
-    rope = rope_of(size, scaling=1.3)
+    rope = a_rope(size, scaling=1.3)
     rope.cover(200_000, torch.device("cpu"))
     x = torch.randn(2, 3, 50, head_dim)
     positions = torch.randint(0, 200_000, (2, 1, 50), dtype=torch.int32)
@@ -42,7 +42,7 @@ def test_there_and_back(size, head_dim):
 
 
 def test_tables_grow_and_stay():
-    rope = rope_of()
+    rope = a_rope()
     device = torch.device("cpu")
     rope.cover(10, device)
     first = rope.tables(device)
@@ -62,7 +62,7 @@ def test_the_parameters_are_those_of_the_model(arch):
     rotary, positions = model.model.rotary_emb, torch.tensor([[0, 3, 500, 3999]])
     for attention in attentions(model).values():
         module = attention.module
-        rope = Rope(*compat.rotary_parameters(module, attention.head_dim))
+        rope = rope_of(module, attention.head_dim)
         rope.cover(4000, torch.device("cpu"))
         layer_type = module.config.layer_types[module.layer_idx] if arch == "gemma3" else None
         x = torch.randn(1, 2, 4, attention.head_dim)

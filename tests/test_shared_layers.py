@@ -279,7 +279,7 @@ def test_edge_layers_stay_out():
     model = deep_llama(6)
     cache = filled(shared(1.0, edge_layers=1), model=model)
     assert [layer.store.n_packed > 0 for layer in cache.layers] == [False] + [True] * 4 + [False]
-    assert persist._groups(cache) == [[1, 2], [3, 4]]
+    assert persist.groups_of(cache) == [[1, 2], [3, 4]]
 
 
 def test_sliding_layers_stay_out():

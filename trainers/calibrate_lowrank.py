@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
-from hf_kvcache.commands.common import add_model_arguments, load_model, read_text
+from hf_kvcache.commands.common import add_model_arguments, check_writable, load_model, read_text
+from hf_kvcache.commands.numbers import count, heads, positive, share
 
 ALLOCATORS = ("measured", "greedy", "uniform", "fisher", "condition")
 DIRECTIONS = ("gradient", "rows", "weights")
@@ -30,22 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a UTF-8 file, or a dataset id of the Hub as ID[:CONFIG] (default: the embedded prose)",
     )
     text.add_argument("--column", default="text", help="column of a dataset (default: %(default)s)")
-    text.add_argument("--samples", type=int, default=128, help="texts to run through the model (default: %(default)s)")
+    text.add_argument(
+        "--samples", type=positive, default=128, help="texts to run through the model (default: %(default)s)"
+    )
     text.add_argument(
         "--length",
-        type=int,
+        type=positive,
         default=2048,
         help="tokens of a text (default: %(default)s); with --rope post as many as contexts will have, because keys "
         "after RoPE turn with their positions",
     )
     basis = parser.add_argument_group("bases")
-    basis.add_argument("--rank", type=float, default=0.5, help="share of a dense cache's bytes (default: %(default)s)")
+    basis.add_argument("--rank", type=share, default=0.5, help="share of a dense cache's bytes (default: %(default)s)")
     basis.add_argument("--rope", choices=("pre", "post"), default="pre", help="where keys are projected")
+    basis.add_argument("--group-size-k", type=heads, default=1, metavar="N", help="KV heads that share key latents")
     basis.add_argument(
-        "--group-size-k", type=group_size, default=1, metavar="N", help="KV heads that share key latents"
-    )
-    basis.add_argument(
-        "--group-size-v", type=group_size, default="all", metavar="N", help="the same of values (default: all of them)"
+        "--group-size-v", type=heads, default="all", metavar="N", help="the same of values (default: all of them)"
     )
     basis.add_argument(
         "--directions",
@@ -62,12 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "information (Palu), by condition number (LoRC) (default: %(default)s)",
     )
     basis.add_argument("--no-centre", action="store_true", help="do not subtract the mean row")
-    basis.add_argument("--refine", type=int, default=0, metavar="N", help="passes through the low-rank model")
+    basis.add_argument("--refine", type=count, default=0, metavar="N", help="passes through the low-rank model")
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
-
-
-def group_size(text: str) -> int | str:
-    return "all" if text == "all" else int(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -77,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     from hf_kvcache.calibration import fit_bases
     from hf_kvcache.calibration.text import token_batches
 
+    check_writable(args.out, "--out")
     model, tokenizer = load_model(args)
     ids = read_tokens(args, tokenizer)
     length = min(args.length, getattr(model.config, "max_position_embeddings", args.length))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 
@@ -16,6 +15,7 @@ from hf_kvcache.trainers.dmc_losses import by_rows, cross_entropy, hard_share, r
 from hf_kvcache.trainers.dmc_model import is_decision
 from hf_kvcache.trainers.dmc_options import Method, Optimisation
 from hf_kvcache.trainers.dmc_schedule import Conduct, Schedule
+from hf_kvcache.warn import warn_once
 
 
 class RetrofitTrainer(Trainer):
@@ -97,11 +97,10 @@ class RetrofitTrainer(Trainer):
         """Say so when the ramp is over and nothing has happened."""
         if self.state.global_step == self.schedule.end_of_ramp and self.schedule.ratio > 1.5 and logs["ratio"] < 1.1:
             scale = next(iter(retrofits(self.model).values())).settings.scale
-            warnings.warn(
+            warn_once(
                 f"the ramp is over and asks for {self.schedule.ratio:g} tokens per row, but the model keeps "
                 f"{logs['ratio']:g}: decisions get next to no gradient; raise --scale (it is {scale:g}), "
-                "--hinge-weight or the number of steps",
-                stacklevel=2,
+                "--hinge-weight or the number of steps"
             )
 
     def create_optimizer(self, model=None):

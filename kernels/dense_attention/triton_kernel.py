@@ -35,18 +35,22 @@ def unavailable(device) -> str | None:
     return None
 
 
-def obstacle(q) -> str | None:
+def obstacle(q, v) -> str | None:
     """Why these kernels cannot take a call that the reference can, or None."""
-    if q.shape[-1] > 256:
-        return f"head size {q.shape[-1]} is above 256"
+    return size_obstacle(q, v.shape[-1])
+
+
+def size_obstacle(q, v_width) -> str | None:
+    """Why no kernel takes these queries beside values of `v_width` channels, or None."""
+    if max(q.shape[-1], v_width) > 256:
+        return f"head size {max(q.shape[-1], v_width)} is above 256"
     if q.dtype == torch.float32 and not INTERPRETED:
         return "float32 products do not fit the registers (the interpreter runs them, for tests)"
     return None
 
 
 def dense_attention(q, k, v, *, scaling, mask=None, softcap=None):
-    B, Hq, S, D = q.shape
-    partials = Partials(q, k.shape[1], [k.shape[2]])
+    partials = Partials(q, k.shape[1], v.shape[3], [k.shape[2]])
     attend_dense(partials, 0, q, k, v, scaling=scaling, mask=mask, softcap=softcap)
     return partials.merged()
 
@@ -57,19 +61,20 @@ class Partials:
     Args:
         q: queries `[B, Hq, S, D]`.
         n_kv_heads: `Hkv`.
+        width: channels of a value row.
         lengths: rows of each part of the cache (packed, tail); a part gets splits in proportion to the work it is.
     """
 
-    def __init__(self, q, n_kv_heads, lengths):
+    def __init__(self, q, n_kv_heads, width, lengths):
         self.q = q
-        B, Hq, S, D = q.shape
+        B, Hq, S, _ = q.shape
         self.n_rows = Hq // n_kv_heads * S
         self.n_blocks = triton.cdiv(self.n_rows, BLOCK_M)
         wanted = max(1, _n_programs(q.device) // (B * n_kv_heads * self.n_blocks))
         self.rows_per_split = [_rows_per_split(n, wanted) for n in lengths]
         self.n_splits = [triton.cdiv(n, rows) for n, rows in zip(lengths, self.rows_per_split)]
         n_partials = sum(self.n_splits)
-        self.out = torch.empty(n_partials, B * Hq * S, D, device=q.device, dtype=torch.float32)
+        self.out = torch.empty(n_partials, B * Hq * S, width, device=q.device, dtype=torch.float32)
         self.lse = torch.empty(n_partials, B * Hq * S, device=q.device, dtype=torch.float32)
 
     def part(self, index):
@@ -95,12 +100,12 @@ def _rows_per_split(n_rows, n_splits):
 
 def attend_dense(partials, index, q, k, v, *, scaling, mask, softcap):
     """Fill part `index` of `partials` with attention over dense rows."""
-    B, Hq, S, D = q.shape
+    (B, _, S, D), DV = q.shape, v.shape[3]
     Hkv, N = k.shape[1:3]
     if N == 0:
         return
     out, lse, grid, rows_per_split = partials.part(index)
-    k, v = row_contiguous(k, D), row_contiguous(v, D)
+    k, v = row_contiguous(k, D), row_contiguous(v, DV)
     q = q if q.stride(3) == 1 else q.contiguous()
     unit = stride_unit(k, v)
     dense_attention_fwd_kernel[(*grid, B * Hkv)](
@@ -109,18 +114,19 @@ def attend_dense(partials, index, q, k, v, *, scaling, mask, softcap):
         *q.stride()[:3],
         *(s // unit for s in (*k.stride()[:2], *v.stride()[:2])),
         *mask_strides(mask),
-        UNIT=unit, MASK=mask_mode(mask, S), CAP=softcap is not None, **dense_config(D, q.element_size()),
+        UNIT=unit, MASK=mask_mode(mask, S), CAP=softcap is not None, **dense_config(D, q.element_size(), DV),
     )  # fmt: skip
 
 
-def dense_config(D, itemsize):
-    """Compile-time constants of the kernel for one row size."""
-    DP = max(16, triton.next_power_of_2(D))
-    row = DP * itemsize
+def dense_config(D, itemsize, DV=None):
+    """Compile-time constants of the kernel for keys of `D` channels and values of `DV` (None: as many)."""
+    DV = D if DV is None else DV
+    DP, DVP = (max(16, triton.next_power_of_2(n)) for n in (D, DV))
+    row = max(DP, DVP) * itemsize
     # chosen by what does not spill (hf_kvcache.kernels.aot); padding 80 channels to 128 costs the most registers
-    padded = DP > D and row >= 256
+    padded = (DP > D or DVP > DV) and row >= 256
     return {
-        "D": D, "DP": DP, "BM": BLOCK_M, "NB": 4, "NR": 32 if row < 256 or padded else 16,
+        "D": D, "DP": DP, "DV": DV, "DVP": DVP, "BM": BLOCK_M, "NB": 4, "NR": 32 if row < 256 or padded else 16,
         "num_warps": 8 if row > 256 else 4, "num_stages": 3 if row <= 256 and not padded else 2,
         "enable_fp_fusion": True,
     }  # fmt: skip
@@ -207,13 +213,15 @@ def dense_attention_fwd_kernel(
     q, k, v, mask, out, lse,
     scaling, softcap, N, rows_per_split, S, n_rows, Hkv,
     sq_b, sq_h, sq_s, sk_b, sk_h, sv_b, sv_h, sm_b, sm_h, sm_s, sm_n,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr, UNIT: tl.constexpr,
-    MASK: tl.constexpr, CAP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BM: tl.constexpr,
+    NB: tl.constexpr, NR: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     i_m, i_split, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_b, i_h = i_bh // Hkv, i_bh % Hkv
     o_m, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, DP)
     m_m, m_d = o_m < n_rows, o_d < D
+    o_v = tl.arange(0, DVP)
+    m_v = o_v < DV
     o_s = o_m % S
     o_t = tl.arange(0, NB)[:, None] * NR + tl.arange(0, NR)[None, :]  # [NB, NR]
 
@@ -225,7 +233,7 @@ def dense_attention_fwd_kernel(
 
     b_m = tl.full((NB, BM), NEG_INF, tl.float32)
     b_l = tl.zeros((NB, 8, BM), tl.float32)
-    b_o = tl.zeros((NB, DP, BM), tl.float32)
+    b_o = tl.zeros((NB, DVP, BM), tl.float32)
     # 64-bit row numbers: row * D passes 2**31 in long caches
     start = i_split.to(tl.int64) * rows_per_split
     stop = tl.minimum(start + rows_per_split, N)
@@ -233,9 +241,9 @@ def dense_attention_fwd_kernel(
         b_left = (stop - i_n).to(tl.int32)
         m_t = o_t < b_left
         p_k = k + i_n * D + (o_t[:, :, None] * D + o_d[None, None, :])
-        p_v = v + i_n * D + (o_t[:, None, :] * D + o_d[None, :, None])
+        p_v = v + i_n * DV + (o_t[:, None, :] * DV + o_v[None, :, None])
         b_k = tl.load(p_k, mask=m_t[:, :, None] & m_d[None, None, :], other=0.0)  # [NB, NR, DP]
-        b_v = tl.load(p_v, mask=m_t[:, None, :] & m_d[None, :, None], other=0.0)  # [NB, DP, NR]
+        b_v = tl.load(p_v, mask=m_t[:, None, :] & m_v[None, :, None], other=0.0)  # [NB, DVP, NR]
         b_s = tl.dot(b_k, tl.broadcast_to(b_q[None, :, :], (NB, DP, BM)), input_precision="ieee")  # [NB, NR, BM]
         b_s = capped(b_s * scaling, softcap, CAP)
         b_s = tl.where(visible_rows(mask, i_n, o_t, o_s, b_left, sm_s, sm_n, MASK), b_s, NEG_INF)
@@ -244,6 +252,6 @@ def dense_attention_fwd_kernel(
 
     b_share, b_lse = lane_shares(b_m, b_l)
     o_row = (i_split * tl.num_programs(2) + i_bh) * n_rows + o_m
-    b_o = tl.sum(b_o * b_share[:, None, :], 0)  # [DP, BM]
-    tl.store(out + o_row[None, :] * D + o_d[:, None], b_o, mask=m_d[:, None] & m_m[None, :])
+    b_o = tl.sum(b_o * b_share[:, None, :], 0)  # [DVP, BM]
+    tl.store(out + o_row[None, :] * DV + o_v[:, None], b_o, mask=m_v[:, None] & m_m[None, :])
     tl.store(lse + o_row, b_lse, mask=m_m)

@@ -65,8 +65,8 @@ def lowrank_attention(
     Dense rows and sides are latents of full rank with one head per group. Algebra and layout: README.md.
 
     Args:
-        q: queries, float16, bfloat16 or float32: `[B, Hq, S, D]` with `expansion`; without it already projected,
-            `[B, Hq, S, r_k]` ("absorbed", for bases that act after the rotation).
+        q: queries, float16, bfloat16, float32 or float64: `[B, Hq, S, D]` with `expansion`; without it already
+            projected, `[B, Hq, S, r_k]` ("absorbed", for bases that act after the rotation).
         keys: `G_k` groups of latents of rank `r_k`; `G_k` divides `Hkv`.
         values: `G_v` groups of latents of rank `r_v`; `G_v` divides `Hkv`.
         expansion: how keys are rebuilt, or None. It says `Hkv`; without it `Hkv` is the larger of `G_k` and `G_v`.
@@ -75,8 +75,9 @@ def lowrank_attention(
         softcap: scores become `softcap * tanh(scores / softcap)`.
 
     Returns:
-        The softmax-weighted sum of value latents, float32 `[B, Hq, S, r_v]`, and the natural log-sum-exp of the
-        scores `[B, Hq, S]` in float32. A query that sees nothing gets zeros and `-inf`.
+        The softmax-weighted sum of value latents, `[B, Hq, S, r_v]`, and the natural log-sum-exp of the scores,
+        scaled and capped, `[B, Hq, S]`: both in float32 (float64 for float64 queries). A query that sees nothing
+        gets zeros and `-inf`.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.

@@ -15,12 +15,12 @@ def merge_partials(partial_out, partial_lse, like):
     Args:
         partial_out: normalised outputs `[P, B * Hq * S, D]`, float32.
         partial_lse: their natural log-sum-exp `[P, B * Hq * S]`, float32.
-        like: the queries `[B, Hq, S, D]`.
+        like: the queries, `[B, Hq, S, ...]`.
 
     Returns:
-        Output shaped and typed like the queries, and log-sum-exp `[B, Hq, S]` in float32.
+        Output `[B, Hq, S, D]` in the dtype of the queries, and log-sum-exp `[B, Hq, S]` in float32.
     """
-    B, Hq, S, D = like.shape
+    (B, Hq, S, _), D = like.shape, partial_out.shape[-1]
     out = torch.empty(B, Hq, S, D, dtype=like.dtype, device=like.device)
     lse = torch.empty(B, Hq, S, dtype=torch.float32, device=like.device)
     n_partials, n_rows = partial_lse.shape
@@ -51,13 +51,13 @@ def merge_ragged_partials(partial_out, partial_lse, lengths, rows_per_tile, like
         partial_lse: their natural log-sum-exp `[P, G * S]`, float32.
         lengths: rows of every head, int32 `[B, Hkv]`.
         rows_per_tile: rows behind one partial result, fewer behind the last of a head.
-        like: the queries `[B, Hq, S, D]`.
+        like: the queries, `[B, Hq, S, ...]`.
         order: int32 `[B, Hkv, M]`, where the partial results of every head are if not as said above.
 
     Returns:
-        Output shaped and typed like the queries, and log-sum-exp `[B, Hq, S]` in float32.
+        Output `[B, Hq, S, D]` in the dtype of the queries, and log-sum-exp `[B, Hq, S]` in float32.
     """
-    B, Hq, S, D = like.shape
+    (B, Hq, S, _), D = like.shape, partial_out.shape[-1]
     n_heads, n_rows = lengths.numel(), partial_lse.shape[1]
     lengths = lengths.contiguous()
     places = lengths if order is None else order.contiguous()

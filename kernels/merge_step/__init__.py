@@ -12,10 +12,11 @@ __all__ = ["merge_step"]
 def merge_step(x: torch.Tensor, weights: torch.Tensor, taps: torch.Tensor, cell: int) -> torch.Tensor:
     """Put a token among the newest of its head and return their weighted mean (DMC, Nawrot et al. 2024).
 
-    `mean = sum_i weights_i taps_i / sum_i weights_i`, in float32, with `taps[:, :, cell] = x` written first.
+    `mean = sum_i weights_i taps_i / sum_i weights_i`, in float32 (float64 for taps of float64), with
+    `taps[:, :, cell] = x` written first.
 
     Args:
-        x: the new token, `[B, Hkv, D]`, float16, bfloat16 or float32.
+        x: the new token, `[B, Hkv, D]`, float16, bfloat16, float32 or float64.
         weights: of every cell, float32 `[B, Hkv, w]`, zero for what is not part of the open segment; that of `cell` is
             positive.
         taps: the newest `w` tokens in a ring, `[B, Hkv, w, D]`: in the dtype of `x`, or in float32. Written to.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 def unavailable(device) -> None:
     return None
@@ -9,5 +11,6 @@ def unavailable(device) -> None:
 
 def merge_step(x, weights, taps, cell):
     taps[:, :, cell] = x
+    weights = weights.to(torch.promote_types(weights.dtype, taps.dtype))
     total = (weights.unsqueeze(-1) * taps.to(weights.dtype)).sum(2)
     return (total / weights.sum(-1, keepdim=True)).to(x.dtype)

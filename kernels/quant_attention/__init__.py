@@ -31,12 +31,12 @@ def quant_attention(
     algebra and byte layout in README.md).
 
     Args:
-        q: queries `[B, Hq, S, D]`, float16, bfloat16 or float32.
+        q: queries `[B, Hq, S, D]`, float16, bfloat16, float32 or float64.
         keys: codes int16 `[B, Hkv, N, D * bits[0] / 16]`, scale and zero float16, as `quant_pack` returns them:
             `[B, Hkv, N / 32, D]` for `key_axis="channel"`, `[B, Hkv, N, groups]` for "token".
-        values: codes, scale and zero `[B, Hkv, N, groups]`, packed per token.
+        values: codes, scale and zero `[B, Hkv, N, groups]`, packed per token, of `Dv` channels (`D` or not).
         tail_k: dense keys `[B, Hkv, M, D]` that follow the packed rows, in the dtype of `q`, or None.
-        tail_v: dense values, likewise.
+        tail_v: dense values `[B, Hkv, M, Dv]`, likewise.
         bits: width of a key code and of a value code, each 8, 4, 3 or 2.
         key_axis: "channel" or "token".
         scaling: factor on the scores.
@@ -44,28 +44,33 @@ def quant_attention(
         softcap: scores become `softcap * tanh(scores / softcap)`.
 
     Returns:
-        The output `[B, Hq, S, D]` in the dtype of `q` and the natural log-sum-exp of the scores
-        `[B, Hq, S]` in float32. A query that sees nothing gets zeros and `-inf`.
+        The output `[B, Hq, S, Dv]` in the dtype of `q` and the natural log-sum-exp of the scores, scaled and capped,
+        `[B, Hq, S]` in float32 (float64 for float64 queries). A query that sees nothing gets zeros and `-inf`.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
     n_packed = keys[0].shape[2]
     if tail_k is None:
-        tail_k = tail_v = q.new_empty(q.shape[0], keys[0].shape[1], 0, q.shape[-1])
+        tail_k, tail_v = (q.new_empty(*keys[0].shape[:2], 0, n) for n in (q.shape[-1], packed_width(values, bits[1])))
     check_operands(q, tail_k, tail_v, mask, n_packed + tail_k.shape[2])
-    _check_packed("keys", keys, q, bits[0], n_packed)
-    _check_packed("values", values, q, bits[1], n_packed)
+    _check_packed("keys", keys, q.shape[0], q.shape[-1], bits[0], n_packed)
+    _check_packed("values", values, q.shape[0], tail_v.shape[-1], bits[1], n_packed)
     run = select("quant_attention", q.device, (q, keys, values, bits, key_axis))
     return run(
         q, keys, values, tail_k, tail_v, bits=bits, key_axis=key_axis, scaling=scaling, mask=mask, softcap=softcap
     )
 
 
-def _check_packed(name, packed, q, bits, n_packed):
+def packed_width(packed: Packed, bits: int) -> int:
+    """Channels of packed rows."""
+    return packed[0].shape[-1] * 16 // bits
+
+
+def _check_packed(name, packed, batch, width, bits, n_packed):
     codes, scale, zero = packed
-    words = q.shape[-1] * bits // 16
-    if codes.dtype != torch.int16 or codes.shape[2:] != (n_packed, words) or codes.shape[0] != q.shape[0]:
+    words = width * bits // 16
+    if codes.dtype != torch.int16 or codes.shape[2:] != (n_packed, words) or codes.shape[0] != batch:
         wanted = f"[B, Hkv, {n_packed}, {words}]"
         raise ValueError(f"{name}: codes must be int16 {wanted}, got {codes.dtype} {list(codes.shape)}")
     if scale.dtype != torch.float16 or scale.shape != zero.shape:

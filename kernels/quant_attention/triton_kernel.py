@@ -23,12 +23,12 @@ from hf_kvcache.kernels.dense_attention.triton_kernel import (
     mask_mode,
     mask_strides,
     row_contiguous,
+    size_obstacle,
     softmax_step,
     stride_unit,
     unavailable,
     visible_rows,
 )
-from hf_kvcache.kernels.dense_attention.triton_kernel import obstacle as dense_obstacle
 
 __all__ = ["obstacle", "quant_attention", "unavailable"]
 
@@ -63,22 +63,23 @@ ASM_2 = tl.constexpr("""{
 
 def obstacle(q, keys, values, bits, key_axis) -> str | None:
     """Why these kernels cannot take a call that the reference can, or None."""
-    D = q.shape[-1]
+    sizes = q.shape[-1], values[0].shape[-1] * 16 // bits[1]
     if 3 in bits:
         return "3 bits have no Triton kernel"
-    if D % 16:
-        return f"head size {D} is not a multiple of 16"
-    grouped = [(values[1], bits[1])] + ([(keys[1], bits[0])] if key_axis == "token" else [])
-    for scale, width in grouped:
+    for D in sizes:
+        if D % 16:
+            return f"head size {D} is not a multiple of 16"
+    grouped = [(sizes[1], values[1], bits[1])] + ([(sizes[0], keys[1], bits[0])] if key_axis == "token" else [])
+    for D, scale, width in grouped:
         if D // scale.shape[3] % (D * width // 16):
             return f"groups of {D // scale.shape[3]} channels do not hold whole fields of {D * width // 16}"
-    return dense_obstacle(q)
+    return size_obstacle(q, sizes[1])
 
 
 def quant_attention(q, keys, values, tail_k=None, tail_v=None, *, bits, key_axis, scaling, mask=None, softcap=None):
     n_packed = keys[0].shape[2]
     n_tail = 0 if tail_k is None else tail_k.shape[2]
-    partials = Partials(q, keys[0].shape[1], [n_packed, n_tail])
+    partials = Partials(q, keys[0].shape[1], values[0].shape[3] * 16 // bits[1], [n_packed, n_tail])
     common = {"scaling": scaling, "softcap": softcap}
     packed_mask, tail_mask = (None, None) if mask is None else (mask[..., :n_packed], mask[..., n_packed:])
     attend_packed(partials, 0, q, keys, values, bits=bits, key_axis=key_axis, mask=packed_mask, **common)
@@ -89,7 +90,7 @@ def quant_attention(q, keys, values, tail_k=None, tail_v=None, *, bits, key_axis
 
 def attend_packed(partials, index, q, keys, values, *, bits, key_axis, scaling, mask, softcap):
     """Fill part `index` of `partials` with attention over packed rows."""
-    B, Hq, S, D = q.shape
+    (B, _, S, D), DV = q.shape, partials.out.shape[-1]
     Hkv, N = keys[0].shape[1:3]
     if N == 0:
         return
@@ -99,7 +100,7 @@ def attend_packed(partials, index, q, keys, values, *, bits, key_axis, scaling, 
     q = q if q.stride(3) == 1 else q.contiguous()
     unit = stride_unit(*keys, *values)
     strides = [s // unit for x in (*keys[:2], *values[:2]) for s in x.stride()[:2]]
-    config = quant_config(D, bits, key_axis, keys[1].shape[3], values[1].shape[3])
+    config = quant_config(D, bits, key_axis, keys[1].shape[3], values[1].shape[3], DV)
     n_blocks, n_splits = grid
     quant_attention_fwd_kernel[(n_blocks * config["V_TILES"], n_splits, B * Hkv)](
         q, *keys, *values, q if mask is None else mask.view(torch.uint8), out, lse,
@@ -117,25 +118,26 @@ def same_strides(codes, scale, zero):
     return codes, scale, zero
 
 
-def quant_config(D, bits, key_axis, k_groups, v_groups):
-    """Compile-time constants of the kernel for one format."""
-    k_words, v_words = (D * width // 16 for width in bits)
+def quant_config(D, bits, key_axis, k_groups, v_groups, DV=None):
+    """Compile-time constants of the kernel for one format, keys of `D` channels and values of `DV` (None: as many)."""
+    DV = D if DV is None else DV
+    k_words, v_words, widest = D * bits[0] // 16, DV * bits[1] // 16, max(D, DV)
     # chosen by what does not spill (hf_kvcache.kernels.aot): half the rows or value channels, or two warps to a lane
-    if D > 128 and (bits != (4, 4) or key_axis == "token"):
+    if widest > 128 and (bits != (4, 4) or key_axis == "token" or D != DV):
         rows, num_warps, v_tiles = 16, 4, 2
-    elif D > 128:
+    elif widest > 128:
         rows, num_warps, v_tiles = 32, 8, 1
-    elif D * max(bits) > 512:
+    elif widest * max(bits) > 512:
         rows, num_warps, v_tiles = 16, 4, 1
     else:
         rows, num_warps, v_tiles = 32, 4, 1
     return {
-        "D": D, "K_BITS": bits[0], "V_BITS": bits[1],
+        "D": D, "DV": DV, "K_BITS": bits[0], "V_BITS": bits[1],
         "KW": k_words, "KWP": max(16, triton.next_power_of_2(k_words)),
         "VW": v_words, "VWP": max(16, triton.next_power_of_2(v_words) // v_tiles), "V_TILES": v_tiles,
         "K_GROUPS": 0 if key_axis == "channel" else k_groups, "V_GROUPS": v_groups,
-        "BM": BLOCK_M, "NB": 4, "NR": rows, "num_warps": num_warps, "num_stages": 3 if D <= 128 or 8 in bits else 2,
-        "enable_fp_fusion": True,
+        "BM": BLOCK_M, "NB": 4, "NR": rows, "num_warps": num_warps,
+        "num_stages": 3 if widest <= 128 or 8 in bits else 2, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -239,7 +241,7 @@ def quant_attention_fwd_kernel(
     q, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, mask, out, lse,
     scaling, softcap, N, rows_per_split, S, n_rows, Hkv,
     sq_b, sq_h, sq_s, sk_b, sk_h, sks_b, sks_h, sv_b, sv_h, svs_b, svs_h, sm_b, sm_h, sm_s, sm_n,
-    D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     KW: tl.constexpr, KWP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, V_TILES: tl.constexpr,
     K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     BM: tl.constexpr, NB: tl.constexpr, NR: tl.constexpr, UNIT: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
@@ -316,7 +318,7 @@ def quant_attention_fwd_kernel(
     for f in tl.static_range(V_FIELDS):
         b_x = b_o[f] * (2.0 ** (24 - f * V_BITS % 8)) + tl.sum(b_shift[f * V_GROUPS // V_FIELDS], 1)[:, None, :]
         b_x = tl.sum(b_x * b_share[:, None, :], 0)  # [VWP, BM]
-        tl.store(out + o_row[None, :] * D + (f * VW + o_vw)[:, None], b_x, mask=m_vw[:, None] & m_m[None, :])
+        tl.store(out + o_row[None, :] * DV + (f * VW + o_vw)[:, None], b_x, mask=m_vw[:, None] & m_m[None, :])
     if i_v == 0:
         tl.store(lse + o_row, b_lse, mask=m_m)
 

@@ -18,7 +18,7 @@ def quant_pack(
     A code `c` stands for `scale * (c - (2**bits - 1) / 2) + zero`.
 
     Args:
-        x: rows `[B, H, n, D]`, float16, bfloat16 or float32.
+        x: rows `[B, H, n, D]`, float16, bfloat16, float32 or float64.
         bits: 8, 4, 3 or 2.
         axis: "channel": one scale per channel and block of `group_size` rows (`n` a multiple of it);
             "token": one scale per row and group of `group_size` channels (`D` a multiple of it).

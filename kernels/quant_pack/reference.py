@@ -35,11 +35,13 @@ def quant_pack(x, *, bits, axis, group_size):
 
 def quant_unpack(codes, scale, zero, *, bits, axis, dtype=torch.float32):
     centre = (2**bits - 1) / 2
-    x = unpack(codes, bits).float() - centre
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    x = unpack(codes, bits).to(compute) - centre
+    scale, zero = scale.to(compute), zero.to(compute)
     if axis == "channel":
-        x = x.unflatten(2, (scale.shape[2], -1)) * scale.float().unsqueeze(3) + zero.float().unsqueeze(3)
+        x = x.unflatten(2, (scale.shape[2], -1)) * scale.unsqueeze(3) + zero.unsqueeze(3)
         return x.flatten(2, 3).to(dtype)
-    x = x.unflatten(3, (scale.shape[3], -1)) * scale.float().unsqueeze(4) + zero.float().unsqueeze(4)
+    x = x.unflatten(3, (scale.shape[3], -1)) * scale.unsqueeze(4) + zero.unsqueeze(4)
     return x.flatten(3, 4).to(dtype)
 
 

@@ -26,9 +26,9 @@ def ragged_attention(
     are of any row-granular format: dense, quantised per token, sparse, or sparse and quantised.
 
     Args:
-        q: queries `[B, Hq, S, D]`, float16, bfloat16 or float32. All of them see all rows.
+        q: queries `[B, Hq, S, D]`, float16, bfloat16, float32 or float64. All of them see all rows.
         keys: rows in pages, `SparseRows` whose tensors are `[P, 1, page, ...]` instead of `[B, Hkv, N, ...]`.
-        values: likewise, with the same `P` and `page`.
+        values: likewise, with the same `P` and `page`; `Dv` channels, which may be other than `D`.
         table: pages of every head in the order of its rows, int32 `[B, Hkv, M]`. The first `ceil(length / page)`
             entries of a head are read; what stands behind them does not matter.
         lengths: rows of every head, int32 `[B, Hkv]`, zero included.
@@ -36,8 +36,8 @@ def ragged_attention(
         softcap: scores become `softcap * tanh(scores / softcap)`.
 
     Returns:
-        The output `[B, Hq, S, D]` in the dtype of `q` and the natural log-sum-exp of the scores
-        `[B, Hq, S]` in float32. A head without rows gets zeros and `-inf`.
+        The output `[B, Hq, S, Dv]` in the dtype of `q` and the natural log-sum-exp of the scores, scaled and capped,
+        `[B, Hq, S]` in float32 (float64 for float64 queries). A head without rows gets zeros and `-inf`.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -58,9 +58,11 @@ def check_pages(q, keys, values, table, lengths):
             f"keys {list(keys.values.shape)} and values {list(values.values.shape)} must both be [P, 1, page, ...]"
         )
     for name, rows in (("keys", keys), ("values", values)):
-        D = q.shape[-1]
-        if rows.keep > D or (rows.places is None and rows.keep != D):
-            raise ValueError(f"{name}: rows of {rows.keep} channels do not fit a head size of {D}")
+        D = rows.row_width(q.shape[-1])
+        if rows.keep > D or (name == "keys" and D != q.shape[-1]):
+            raise ValueError(f"{name}: rows of {rows.keep} channels do not fit a head size of {q.shape[-1]}")
+        if rows.places is not None and rows.layout != "index" and rows.places.shape[-1] != -(-D // 8):
+            raise ValueError(f"{name}: bitmaps of {rows.places.shape[-1]} bytes do not fit a head size of {D}")
         if rows.bits is None and rows.values.dtype != q.dtype:
             raise ValueError(f"{name} are {rows.values.dtype}, queries {q.dtype}")
         if rows.bits is not None and (rows.values.dtype != torch.int16 or rows.scale is None or rows.zero is None):

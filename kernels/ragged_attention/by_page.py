@@ -18,11 +18,12 @@ def by_page(run, q, keys, values, table, lengths, *, scaling, softcap=None):
     Args:
         run: `sparse_attention` of a backend; the other arguments are those of `ragged_attention`.
     """
-    B, Hq, S, D = q.shape
+    B, Hq, S, _ = q.shape
+    width = values.row_width(q.shape[-1])
     n_heads, (n_pages, _, page, _) = lengths.numel(), keys.values.shape
     if n_pages * table.shape[2] == 0:
-        return torch.zeros_like(q), q.new_full((B, Hq, S), float("-inf"), dtype=torch.float32)
-    heads = q.reshape(n_heads, Hq // lengths.shape[1], S, D)
+        return q.new_zeros(B, Hq, S, width), q.new_full((B, Hq, S), float("-inf"), dtype=torch.float32)
+    heads = q.reshape(n_heads, Hq // lengths.shape[1], *q.shape[2:])
     n_whole = lengths // page
     owner = _owners(table, n_whole, n_pages)
     written = [_without_stray_places(side, owner) for side in (keys, values)]
@@ -40,7 +41,7 @@ def by_page(run, q, keys, values, table, lengths, *, scaling, softcap=None):
     sides = (_each(side, lambda x: x[last].masked_fill(~is_row[:, None, :, None], 0)) for side in (keys, values))
     mask = is_row[:, None, None].expand(-1, -1, S, -1)
     out, lse = run(heads, *sides, scaling=scaling, softcap=softcap, mask=mask)
-    return merge_states([whole, (out.view_as(q), lse.view(B, Hq, S))])
+    return merge_states([whole, (out.view(B, Hq, S, width), lse.view(B, Hq, S))])
 
 
 def _owners(table, n_whole, n_pages):

@@ -102,10 +102,10 @@ template <class T>
 class Run {
   public:
     Run(const Call& call, const attention::Partition& part, State& state, int64_t b, int64_t h)
-        : call_(call), part_(part), table_(call.pages, b, h), state_(state), item_(state, call.queries.D, float(call.queries.scaling)) {
+        : call_(call), part_(part), table_(call.pages, b, h), state_(state), item_(state, call.queries) {
         item_.begin<T>(call.queries, call.k, call.v, b, h);
 #if defined(__AVX512VNNI__)
-        const Rows k = page_of(call.k, 0), v = page_of(call.v, 0);
+        const Rows k = keys_of(0), v = values_of(0);
         keys_are_integers_ = of_codes(call.k) && integer_rows::keys_suit(k.codes);
         values_are_integers_ = of_codes(call.v) && integer_rows::values_suit(v.codes);
         if (keys_are_integers_) integer_rows::prepare_all(state, call.queries, call.k.plane, prepared_);
@@ -119,16 +119,16 @@ class Run {
             Soon values_soon = soon(call_.v, table_, first, stop);
             Soon keys_soon = first + n < stop ? soon(call_.k, table_, first + n, stop) : next_item();
             table_.parts(first, n, [&](int64_t page, int64_t row, int count, int at) {
-                score(page_of(call_.k, page), row, count, at, values_soon);
+                score(keys_of(page), row, count, at, values_soon);
             });
             attention::weigh(item_.outputs(call_.v), call_.queries, nullptr, n);
             add_values(first, n, keys_soon);
             // the next item may begin with more rows than this one ended with
             keys_soon.fetch(0, CHUNK);
         }
-        item_.end<T>(call_.v, call_.queries.D);
+        item_.end<T>(call_.v, call_.queries.Dv);
 #if defined(__AVX512VNNI__)
-        if (values_are_integers_) integer_rows::restore_channels(state_, call_.v.plane, call_.queries.D);
+        if (values_are_integers_) integer_rows::restore_channels(state_, call_.v.plane, call_.queries.Dv);
 #endif
     }
 
@@ -147,11 +147,14 @@ class Run {
         return soon(call_.k, Table(call_.pages, next.head / n_heads, next.head % n_heads), next.start, next.stop);
     }
 
-    Rows page_of(const Side& side, int64_t page) const {
+    Rows keys_of(int64_t page) const { return page_of(call_.k, page, call_.queries.D); }
+    Rows values_of(int64_t page) const { return page_of(call_.v, page, call_.queries.Dv); }
+
+    Rows page_of(const Side& side, int64_t page, int64_t D) const {
         const packed_rows::Plane& p = side.plane;
         // memory goes on behind a page, up to the end of the pool
         const int64_t behind = p.row ? (call_.pages.n_pages - 1 - page) * p.batch / p.row : 0;
-        return {side, page, 0, call_.queries.D, table_.page + behind};
+        return {side, page, 0, D, table_.page + behind};
     }
 
     void score(const Rows& k, int64_t row, int count, int at, Soon& soon) {
@@ -172,13 +175,13 @@ class Run {
                 integer_rows::Values values(state_, n);
                 table_.parts(first, n, [&](int64_t page, int64_t row, int count, int at) {
                     soon.fetch(at, count);
-                    values.read<decltype(bits)::value>(page_of(call_.v, page).codes, row, count, at);
+                    values.read<decltype(bits)::value>(values_of(page).codes, row, count, at);
                 });
-                values.add<decltype(bits)::value, decltype(limbs)::value>(state_, page_of(call_.v, 0).codes);
+                values.add<decltype(bits)::value, decltype(limbs)::value>(state_, values_of(0).codes);
             });
 #endif
         table_.parts(first, n, [&](int64_t page, int64_t row, int count, int at) {
-            sparse_item::add_values<T>(item_, page_of(call_.v, page), row, count, at, soon);
+            sparse_item::add_values<T>(item_, values_of(page), row, count, at, soon);
         });
     }
 
@@ -202,7 +205,7 @@ extern "C" void ragged_attention(const char* packed) {
     const attention::Partition part(queries, [&](int64_t head) { return call.pages.length(head / queries.Hkv, head % queries.Hkv); });
     attention::with_type(queries.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        attention::attend(queries, part, Item::floats(queries.D), [&](State& state, int64_t b, int64_t h, int64_t start, int64_t stop) {
+        attention::attend(queries, part, Item::floats(queries), [&](State& state, int64_t b, int64_t h, int64_t start, int64_t stop) {
             Run<T>(call, part, state, b, h).add(start, stop);
         });
     });

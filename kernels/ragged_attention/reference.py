@@ -15,8 +15,9 @@ def unavailable(device) -> None:
 
 
 def ragged_attention(q, keys, values, table, lengths, *, scaling, softcap=None):
-    D, page, n_heads = q.shape[-1], keys.values.shape[2], lengths.shape[1]
-    state = OnlineSoftmax(q, n_heads, scaling, softcap, D)
+    page, n_heads = keys.values.shape[2], lengths.shape[1]
+    widths = [side.row_width(q.shape[-1]) for side in (keys, values)]
+    state = OnlineSoftmax(q, n_heads, scaling, softcap, widths[1])
     n_pages = -(-int(lengths.max()) // page) if lengths.numel() else 0
     for first in range(0, n_pages, PAGES):
         held = table[:, :, first : min(first + PAGES, n_pages)]
@@ -24,13 +25,12 @@ def ragged_attention(q, keys, values, table, lengths, *, scaling, softcap=None):
         is_row = index < lengths.unsqueeze(-1)  # [B, Hkv, n]
         # entries behind the end of a head may be anything
         held = torch.where(is_row[..., ::page], held, 0).long()
-        k, v = (_rows(side, held, is_row, D) for side in (keys, values))
+        k, v = (_rows(side, held, is_row, width, q.dtype) for side, width in zip((keys, values), widths))
         state.add(k, v, is_row.unsqueeze(2).expand(-1, -1, q.shape[2], -1))
-    out, lse = state.result()
-    return out, lse.to(torch.float32)
+    return state.result()
 
 
-def _rows(side, held, is_row, head_dim):
+def _rows(side, held, is_row, head_dim, dtype):
     """The rows of the pages `held` `[B, Hkv, m]`, dense: `[B, Hkv, m * page, D]`, zeros behind the end of a head."""
     fields = {name: getattr(side, name) for name in ("values", "places", "scale", "zero")}
     picked = {name: None if t is None else t[held.flatten()] for name, t in fields.items()}
@@ -38,5 +38,5 @@ def _rows(side, held, is_row, head_dim):
         # numbers of channels that do not exist cannot be expanded
         behind = ~is_row.reshape(-1, 1, side.places.shape[2], 1)
         picked["places"] = picked["places"].masked_fill(behind, 0)
-    rows = expand(side._replace(**picked), slice(None), head_dim)  # [B * Hkv * m, 1, page, D]
+    rows = expand(side._replace(**picked), slice(None), head_dim, dtype)  # [B * Hkv * m, 1, page, D]
     return rows.view(*is_row.shape, head_dim).masked_fill(~is_row.unsqueeze(-1), 0)

@@ -19,10 +19,10 @@ from hf_kvcache.kernels.dense_attention.triton_kernel import (
     _n_programs,
     capped,
     lane_shares,
+    size_obstacle,
     softmax_step,
     unavailable,
 )
-from hf_kvcache.kernels.dense_attention.triton_kernel import obstacle as dense_obstacle
 from hf_kvcache.kernels.merge_states.triton_kernel import merge_ragged_partials
 from hf_kvcache.kernels.quant_attention.triton_kernel import add_codes, field_tiles, query_fields, scores_by_token
 from hf_kvcache.kernels.ragged_attention.by_page import by_page
@@ -40,7 +40,7 @@ def obstacle(q, keys, values) -> str | None:
     if page < 16 or page & (page - 1):
         return f"pages of {page} rows are not a power of two from 16"
     if is_fused(keys) and is_fused(values):
-        return dense_obstacle(q)
+        return size_obstacle(q, values.row_width(q.shape[-1]))
     return sparse.obstacle(q, keys, values)
 
 
@@ -53,18 +53,18 @@ def ragged_attention(q, keys, values, table, lengths, *, scaling, softcap=None):
     if not (is_fused(keys) and is_fused(values)):
         run = sparse.sparse_attention
         return by_page(run, q, keys, values, table, lengths, scaling=scaling, softcap=softcap)
-    B, Hq, S, D = q.shape
+    (B, Hq, S, D), DV = q.shape, values.row_width(q.shape[-1])
     Hkv, n_pages, page = lengths.shape[1], keys.values.shape[0], keys.values.shape[2]
     n_rows = Hq // Hkv * S
     n_blocks = triton.cdiv(n_rows, BLOCK_M)
     rows_per_tile, n_tiles = tiling(n_pages * page, table.shape[2] * page, B * Hkv, n_blocks, q.device)
-    partial_out = torch.empty(n_tiles, n_rows, D, device=q.device, dtype=torch.float32)
+    partial_out = torch.empty(n_tiles, n_rows, DV, device=q.device, dtype=torch.float32)
     partial_lse = torch.empty(n_tiles, n_rows, device=q.device, dtype=torch.float32)
     lengths = lengths.contiguous()
     if n_tiles * n_rows:
         q = q if q.stride(3) == 1 else q.contiguous()
         table = table if table.stride(2) == 1 else table.contiguous()
-        config = ragged_config(D, side_format(keys, D), side_format(values, D), page, q.element_size())
+        config = ragged_config(D, side_format(keys, D), side_format(values, DV), page, q.element_size(), DV)
         ragged_attention_fwd_kernel[(n_tiles * n_blocks * config["V_TILES"],)](
             q, *side_tensors(keys), *side_tensors(values), table, lengths, partial_out, partial_lse,
             scaling, softcap or 0.0, B * Hkv, rows_per_tile, S, n_rows, n_blocks, Hkv,
@@ -105,25 +105,27 @@ def side_tensors(side):
     return tuple(rows if x is None else x.contiguous() for x in (rows, side.places, side.scale, side.zero))
 
 
-def ragged_config(D, keys, values, page, itemsize):
-    """Compile-time constants of the kernel for one format of each side."""
+def ragged_config(D, keys, values, page, itemsize, DV=None):
+    """Compile-time constants of the kernel for one format of each side, of `D` and `DV` channels (None: as many)."""
+    DV = D if DV is None else DV
     is_plain = keys[0] == values[0] == "plain"
-    v_tiles = 2 if D > 128 and values[2] and is_plain else 1
+    v_tiles = 2 if max(D, DV) > 128 and values[2] and is_plain else 1
     if is_plain:
         # wide dense rows take what dense_attention gives them: two warps to a lane, and one step on its way
-        wide = D * itemsize > 256 and not values[2]
+        wide = max(D, DV) * itemsize > 256 and not values[2]
         config = {"BM": BLOCK_M, "NB": 4, "NR": 16, "num_warps": 8 if wide else 4, "num_stages": 2 if wide else 3}
     else:
-        config = sparse.sparse_config(D, keys, values)
-    for name, (form, keep, bits, groups), tiles in (("K", keys, 1), ("V", values, v_tiles)):
+        config = sparse.sparse_config(D, keys, values, DV)
+    for name, size, side, tiles in (("K", D, keys, 1), ("V", DV, values, v_tiles)):
+        form, keep, bits, groups = side
         if form == "plain":
             # a field of the words is a class of channels side by side
-            words = D * bits // 16 or D
+            words = size * bits // 16 or size
             config |= {
                 f"{name}_FORM": form, f"{name}_KEEP": keep, f"{name}_BITS": bits, f"{name}_GROUPS": groups,
-                f"{name}_W": D // words, f"{name}_C": max(16, triton.next_power_of_2(words) // tiles),
+                f"{name}_W": size // words, f"{name}_C": max(16, triton.next_power_of_2(words) // tiles),
             }  # fmt: skip
-    return config | {"D": D, "PAGE": page, "V_TILES": v_tiles, "enable_fp_fusion": True}
+    return config | {"D": D, "DV": DV, "PAGE": page, "V_TILES": v_tiles, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -167,7 +169,7 @@ def rows_in_pool(b_pages, i_n, NB: tl.constexpr, NR: tl.constexpr, PAGE: tl.cons
 def ragged_attention_fwd_kernel(
     q, k_rows, k_places, k_scale, k_zero, v_rows, v_places, v_scale, v_zero, table, lengths, out, lse,
     scaling, softcap, n_heads, rows_per_tile, S, n_rows, n_blocks, Hkv, sq_b, sq_h, sq_s, st_b, st_h,
-    D: tl.constexpr, PAGE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr,
     K_FORM: tl.constexpr, K_KEEP: tl.constexpr, K_BITS: tl.constexpr, K_GROUPS: tl.constexpr,
     K_W: tl.constexpr, K_C: tl.constexpr,
     V_FORM: tl.constexpr, V_KEEP: tl.constexpr, V_BITS: tl.constexpr, V_GROUPS: tl.constexpr,
@@ -178,7 +180,7 @@ def ragged_attention_fwd_kernel(
     K_CODES: tl.constexpr = K_FORM == "plain" and K_BITS != 0
     V_CODES: tl.constexpr = V_FORM == "plain" and V_BITS != 0
     KW: tl.constexpr = D // K_W
-    VW: tl.constexpr = D // V_W
+    VW: tl.constexpr = DV // V_W
 
     i_program = tl.program_id(0)
     i_tile, i_m, i_v = i_program // (n_blocks * V_TILES), i_program // V_TILES % n_blocks, i_program % V_TILES
@@ -257,7 +259,7 @@ def ragged_attention_fwd_kernel(
             else:
                 b_tiles = class_tiles(
                     v_rows, v_places, v_scale, v_zero, o_row[:, None, :], o_vc[None, :, None], m_t[:, None, :],
-                    D, V_FORM, V_KEEP, V_BITS, V_GROUPS, V_W, 1, DTYPE,
+                    DV, V_FORM, V_KEEP, V_BITS, V_GROUPS, V_W, 1, DTYPE,
                 )  # fmt: skip
             b_p = b_p.to(DTYPE)
             b_o_new = ()
@@ -274,7 +276,7 @@ def ragged_attention_fwd_kernel(
             b_x = b_x * (2.0 ** (24 - j * V_BITS % 8)) + tl.sum(b_shift[j * V_GROUPS // V_W], 1)[:, None, :]
         b_x = tl.sum(b_x * b_share[:, None, :], 0)  # [V_C, BM]
         o_d = channels(o_vc, j, VW, V_W, V_FORM)
-        tl.store(out + o_out[None, :] * D + o_d[:, None], b_x, mask=(o_d < D)[:, None] & m_m[None, :])
+        tl.store(out + o_out[None, :] * DV + o_d[:, None], b_x, mask=(o_d < DV)[:, None] & m_m[None, :])
     if i_v == 0:
         tl.store(lse + o_out, b_lse, mask=m_m)
 

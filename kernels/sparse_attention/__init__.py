@@ -24,6 +24,7 @@ class SparseRows(NamedTuple):
         scale, zero: float16 `[B, Hkv, N, groups]`, for codes.
         bits: width of a code, 8, 4, 3 or 2; None for values that are not quantised.
         group_size: every group of this many channels keeps an equal share (4 with `k = D / 2`: the 2:4 pattern).
+        head_dim: `D` of rows with places, where it is not that of the query; None where it is.
     """
 
     values: torch.Tensor
@@ -33,11 +34,18 @@ class SparseRows(NamedTuple):
     zero: torch.Tensor | None = None
     bits: int | None = None
     group_size: int | None = None
+    head_dim: int | None = None
 
     @property
     def keep(self) -> int:
         """Channels kept per row: `k`."""
         return self.values.shape[-1] if self.bits is None else self.values.shape[-1] * 16 // self.bits
+
+    def row_width(self, query_width: int) -> int:
+        """Channels of a whole row, `D`, beside queries of `query_width` channels."""
+        if self.places is None:
+            return self.keep
+        return query_width if self.head_dim is None else self.head_dim
 
 
 def sparse_attention(
@@ -56,34 +64,36 @@ def sparse_attention(
     `softmax([q K_packed^T, q K_tail^T]) [V_packed; V_tail]` (Mustafar, Joo et al. 2025, section 3).
 
     Args:
-        q: queries `[B, Hq, S, D]`, float16, bfloat16 or float32.
+        q: queries `[B, Hq, S, D]`, float16, bfloat16, float32 or float64.
         keys: packed keys.
-        values: packed values.
+        values: packed values; `Dv` channels, which may be other than `D`.
         tail_k: dense keys `[B, Hkv, M, D]` that follow the packed rows, in the dtype of `q`, or None.
-        tail_v: dense values, likewise.
+        tail_v: dense values `[B, Hkv, M, Dv]`, likewise.
         scaling: factor on the scores.
         mask: boolean `[B | 1, Hkv | 1, S, N + M]`, True where a query may look; None for everything.
         softcap: scores become `softcap * tanh(scores / softcap)`.
 
     Returns:
-        The output `[B, Hq, S, D]` in the dtype of `q` and the natural log-sum-exp of the scores
-        `[B, Hq, S]` in float32. A query that sees nothing gets zeros and `-inf`.
+        The output `[B, Hq, S, Dv]` in the dtype of `q` and the natural log-sum-exp of the scores, scaled and capped,
+        `[B, Hq, S]` in float32 (float64 for float64 queries). A query that sees nothing gets zeros and `-inf`.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
     n_packed = keys.values.shape[2]
     if tail_k is None:
-        tail_k = tail_v = q.new_empty(q.shape[0], keys.values.shape[1], 0, q.shape[-1])
+        widths = q.shape[-1], values.row_width(q.shape[-1])
+        tail_k, tail_v = (q.new_empty(*keys.values.shape[:2], 0, width) for width in widths)
     check_operands(q, tail_k, tail_v, mask, n_packed + tail_k.shape[2])
-    _check_rows("keys", keys, q, n_packed)
-    _check_rows("values", values, q, n_packed)
+    _check_rows("keys", keys, q, n_packed, q.shape[-1])
+    _check_rows("values", values, q, n_packed, tail_v.shape[-1])
     run = select("sparse_attention", q.device, (q, keys, values))
     return run(q, keys, values, tail_k, tail_v, scaling=scaling, mask=mask, softcap=softcap)
 
 
-def _check_rows(name, rows, q, n_packed):
-    D = q.shape[-1]
+def _check_rows(name, rows, q, n_packed, D):
+    if rows.places is not None and rows.row_width(q.shape[-1]) != D:
+        raise ValueError(f"{name}: sparse rows of {rows.row_width(q.shape[-1])} channels beside dense ones of {D}")
     if rows.values.shape[0] != q.shape[0] or rows.values.shape[2] != n_packed or rows.keep > D:
         raise ValueError(f"{name}: values {list(rows.values.shape)} do not fit {n_packed} rows of {D} channels")
     if rows.bits is None and rows.values.dtype != q.dtype:

@@ -6,8 +6,6 @@ scattered into zeroed shared memory and read back. Needs Triton 3.7, whose share
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -18,6 +16,7 @@ from hf_kvcache.kernels.dense_attention import triton_kernel as dense
 from hf_kvcache.kernels.sparse_attention import reference
 from hf_kvcache.kernels.sparse_attention import triton_kernel as sparse
 from hf_kvcache.kernels.sparse_pack.reference import sparse_pack
+from hf_kvcache.warn import warn_once
 
 LOG2E = gl.constexpr(1.4426950408889634)
 NEG_INF = gl.constexpr(float("-inf"))
@@ -36,6 +35,8 @@ def obstacle(q, keys, values) -> str | None:
         return f"Triton {triton.__version__} has no scatter in shared memory (3.7 has)"
     if q.element_size() != 2:
         return f"{q.dtype} rows have no Gluon kernel"
+    if values.row_width(D) != D:
+        return f"keys of {D} and values of {values.row_width(D)} channels have no Gluon kernel"
     if D < 64 or D % 16:
         return f"head size {D} is not a multiple of 16 from 64 up"
     for side in (keys, values):
@@ -66,7 +67,7 @@ def disagreement(q, keys, values) -> str | None:
         except Exception as error:  # whatever the compiler or the driver raises is the verdict
             _verdicts[key] = f"the Gluon kernel fails: {type(error).__name__}: {str(error)[:200]}"
         if _verdicts[key]:
-            warnings.warn(f"hf_kvcache: {_verdicts[key]}", stacklevel=2)
+            warn_once(_verdicts[key])
     return _verdicts[key]
 
 
@@ -79,7 +80,7 @@ def _difference(device, dtype, D, keys, values):
         x = torch.randn(1, n_heads, n_rows, D, generator=random).to(device, dtype)
         kept = sparse_pack(x, keep=side.keep, layout=side.layout, group_size=side.group_size)
         sides.append(side._replace(values=kept[0], places=kept[1]))
-    partials = dense.Partials(q, n_heads, [n_rows])
+    partials = dense.Partials(q, n_heads, D, [n_rows])
     attend(partials, 0, q, *sides, scaling=D**-0.5, mask=None, softcap=None)
     got = partials.merged()[0].float()
     expected = reference.sparse_attention(

@@ -48,10 +48,9 @@ struct Soon {
 template <class T>
 void add_packed(State& state, const Call& call, int64_t b, int64_t h, int64_t start, int64_t stop) {
     const attention::Queries& queries = call.queries;
-    const int64_t D = queries.D;
-    const Rows k(call.k, b, h, D, call.tail.n_packed), v(call.v, b, h, D, call.tail.n_packed);
+    const Rows k(call.k, b, h, queries.D, call.tail.n_packed), v(call.v, b, h, queries.Dv, call.tail.n_packed);
     const uint8_t* mask = attention::mask_of(queries, b, h, 0);
-    Item item(state, D, float(queries.scaling));
+    Item item(state, queries);
     item.begin<T>(queries, call.k, call.v, b, h);
     for (int64_t first = start; first < stop; first += CHUNK) {
         const int n = int(std::min<int64_t>(CHUNK, stop - first));
@@ -61,7 +60,7 @@ void add_packed(State& state, const Call& call, int64_t b, int64_t h, int64_t st
         attention::weigh(item.outputs(call.v), queries, mask ? mask + first : nullptr, n);
         sparse_item::add_values<T>(item, v, first, n, 0, keys_soon);
     }
-    item.end<T>(call.v, D);
+    item.end<T>(call.v, queries.Dv);
 }
 
 }  // namespace
@@ -71,7 +70,7 @@ extern "C" void sparse_attention(const char* packed) {
     std::memcpy(&call, packed, sizeof call);
     attention::with_type(call.queries.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        attention::attend(call.queries, call.tail.all_rows(), Item::floats(call.queries.D),
+        attention::attend(call.queries, call.tail.all_rows(), Item::floats(call.queries),
                           [&](State& state, int64_t b, int64_t h, int64_t start, int64_t stop) {
                               call.tail.add<T>(state, call.queries, b, h, start, stop, [&](int64_t first, int64_t last) {
                                   add_packed<T>(state, call, b, h, first, last);

@@ -23,8 +23,8 @@ def unavailable(device) -> str | None:
 
 def obstacle(q, keys, values) -> str | None:
     """Why these operands need the reference, or None."""
-    D = q.shape[-1]
     for side in (keys, values):
+        D = side.row_width(q.shape[-1])
         if D > 256 and (side.places is not None or side.bits is not None):
             return f"the head size {D} is larger than 256"
         if side.bits is None:
@@ -41,7 +41,7 @@ def sparse_attention(q, keys, values, tail_k=None, tail_v=None, *, scaling, mask
     if tail_k is not None and tail_k.shape[2]:
         tail_k, tail_v = rows_contiguous(tail_k), rows_contiguous(tail_v)
         tail, n_tail = (*rows(tail_k), *rows(tail_v)), tail_k.shape[2]
-    q, mask, out, lse, fields = queries(q, keys.values.shape[1], q.shape[3], mask, scaling, softcap)
+    q, mask, out, lse, fields = queries(q, keys.values.shape[1], values.row_width(q.shape[3]), mask, scaling, softcap)
     k_fields, k_alive = side_fields(keys)
     v_fields, v_alive = side_fields(values)
     native.function("sparse_attention")(_CALL.pack(*fields, *k_fields, *v_fields, *tail, n_packed, n_tail))

@@ -39,13 +39,16 @@ struct Item {
     alignas(64) uint64_t masks[CHUNK * sparse_rows::MAX_WORDS];
 
     static int64_t width(int64_t D) { return sparse_rows::blocks(D) * BLOCK; }
-    static int64_t floats(int64_t D) { return (STEP + 2 * attention::QUERY_BLOCK) * width(D) + sparse_rows::scratch_size(D); }
-    Item(State& state, int64_t D, float scaling) : state(state), keys(state), values(state), scaling(scaling) {
-        keys.width = values.v_width = width(D);
+    static int64_t floats(const attention::Queries& queries) {
+        const int64_t widest = std::max(queries.D, queries.Dv);
+        return (STEP + 2 * attention::QUERY_BLOCK) * width(widest) + sparse_rows::scratch_size(widest);
+    }
+    Item(State& state, const attention::Queries& queries) : state(state), keys(state), values(state), scaling(float(queries.scaling)) {
+        keys.width = width(queries.D), values.v_width = width(queries.Dv);
         expanded = state.scratch + CHUNK * std::max(state.width, state.v_width);
-        keys.q = expanded + STEP * width(D);
-        values.out = keys.q + attention::QUERY_BLOCK * width(D);
-        kept = values.out + attention::QUERY_BLOCK * width(D);
+        keys.q = expanded + STEP * std::max(keys.width, values.v_width);
+        values.out = keys.q + attention::QUERY_BLOCK * keys.width;
+        kept = values.out + attention::QUERY_BLOCK * values.v_width;
     }
 
     // The state whose outputs the values are added to.
@@ -64,9 +67,9 @@ struct Item {
         }
     }
     template <class T>
-    void end(const Side& v, int64_t D) {
+    void end(const Side& v, int64_t Dv) {
         if (v.layout == sparse_rows::ALL) return;
-        v.plane.bits ? restore_outputs<float>(D) : restore_outputs<T>(D);
+        v.plane.bits ? restore_outputs<float>(Dv) : restore_outputs<T>(Dv);
     }
 
   private:
@@ -88,9 +91,9 @@ struct Item {
         }
     }
     template <class T>
-    void restore_outputs(int64_t D) {
+    void restore_outputs(int64_t Dv) {
         for (int i = 0; i < values.n_q; i++)
-            for (int64_t d = 0; d < D; d++) state.out[i * state.v_width + d] = values.out[i * values.v_width + sparse_rows::place_of<T>(d)];
+            for (int64_t d = 0; d < Dv; d++) state.out[i * state.v_width + d] = values.out[i * values.v_width + sparse_rows::place_of<T>(d)];
     }
 };
 

@@ -24,12 +24,12 @@ from hf_kvcache.kernels.dense_attention.triton_kernel import (
     mask_mode,
     mask_strides,
     row_contiguous,
+    size_obstacle,
     softmax_step,
     stride_unit,
     unavailable,
     visible_rows,
 )
-from hf_kvcache.kernels.dense_attention.triton_kernel import obstacle as dense_obstacle
 
 __all__ = ["obstacle", "sparse_attention", "unavailable"]
 
@@ -42,7 +42,7 @@ def obstacle(q, keys, values) -> str | None:
         if side.places is not None and side.layout == "index":
             why_not = gluon_obstacle(q, keys, values)
             return None if why_not is None else f"rows of channel numbers need Gluon, and {why_not}"
-    return dense_obstacle(q)
+    return size_obstacle(q, values.row_width(q.shape[-1]))
 
 
 def gluon_obstacle(q, keys, values) -> str | None:
@@ -66,7 +66,7 @@ def _gluon():
 def sparse_attention(q, keys, values, tail_k=None, tail_v=None, *, scaling, mask=None, softcap=None):
     n_packed = keys.values.shape[2]
     n_tail = 0 if tail_k is None else tail_k.shape[2]
-    partials = Partials(q, keys.values.shape[1], [n_packed, n_tail])
+    partials = Partials(q, keys.values.shape[1], values.row_width(q.shape[-1]), [n_packed, n_tail])
     common = {"scaling": scaling, "softcap": softcap}
     packed_mask, tail_mask = (None, None) if mask is None else (mask[..., :n_packed], mask[..., n_packed:])
     attend_sparse(partials, 0, q, keys, values, mask=packed_mask, **common)
@@ -84,7 +84,7 @@ def attend_sparse(partials, index, q, keys, values, *, scaling, mask, softcap):
 
 
 def attend_triton(partials, index, q, keys, values, *, scaling, mask, softcap):
-    B, Hq, S, D = q.shape
+    (B, _, S, D), DV = q.shape, partials.out.shape[-1]
     Hkv, N = keys.values.shape[1:3]
     out, lse, grid, rows_per_split = partials.part(index)
     q = q if q.stride(3) == 1 else q.contiguous()
@@ -94,7 +94,7 @@ def attend_triton(partials, index, q, keys, values, *, scaling, mask, softcap):
         q, *k_tensors, *v_tensors, q if mask is None else mask.view(torch.uint8), out, lse,
         scaling, softcap or 0.0, N, rows_per_split, S, partials.n_rows, Hkv,
         *q.stride()[:3], *side_strides(k_tensors, unit), *side_strides(v_tensors, unit), *mask_strides(mask),
-        **sparse_config(D, side_format(keys, D), side_format(values, D)),
+        **sparse_config(D, side_format(keys, D), side_format(values, DV), DV),
         UNIT=unit, MASK=mask_mode(mask, S), CAP=softcap is not None,
     )  # fmt: skip
 
@@ -128,20 +128,21 @@ def side_format(side, D):
     return form, side.keep, side.bits or 0, 0 if side.bits is None else side.scale.shape[3]
 
 
-def sparse_config(D, keys, values):
-    """Compile-time constants of the kernel for one format of each side."""
-    config = {"D": D}
-    for name, (form, keep, bits, groups) in (("K", keys), ("V", values)):
+def sparse_config(D, keys, values, DV=None):
+    """Compile-time constants of the kernel for one format of each side, of `D` and `DV` channels (None: as many)."""
+    config = {"D": D, "DV": D if DV is None else DV}
+    for name, size, (form, keep, bits, groups) in (("K", D, keys), ("V", config["DV"], values)):
         # the widest cells of which there are 16: a product needs as many
-        width = 4 if form == "pairs" else next(w for w in (8, 4, 2, 1) if w == 1 or D > 8 * w)
+        width = 4 if form == "pairs" else next(w for w in (8, 4, 2, 1) if w == 1 or size > 8 * w)
         config |= {
             f"{name}_FORM": form, f"{name}_KEEP": keep, f"{name}_BITS": bits, f"{name}_GROUPS": groups,
-            f"{name}_W": width, f"{name}_C": max(16, triton.next_power_of_2(triton.cdiv(D, width))),
+            f"{name}_W": width, f"{name}_C": max(16, triton.next_power_of_2(triton.cdiv(size, width))),
         }  # fmt: skip
     # chosen by what does not spill (hf_kvcache.kernels.aot): with fewer lanes several warps share the gathers of one
-    lanes = min(4, 256 // triton.next_power_of_2(D))
+    lanes = min(4, 256 // triton.next_power_of_2(max(D, config["DV"])))
+    num_warps = 8 if lanes == 1 and D != config["DV"] else 4
     return config | {
-        "BM": BLOCK_M, "NB": lanes, "NR": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True,
+        "BM": BLOCK_M, "NB": lanes, "NR": 16, "num_warps": num_warps, "num_stages": 2, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -240,7 +241,7 @@ def sparse_attention_fwd_kernel(
     scaling, softcap, N, rows_per_split, S, n_rows, Hkv,
     sq_b, sq_h, sq_s, sk_b, sk_h, skp_b, skp_h, sks_b, sks_h, sv_b, sv_h, svp_b, svp_h, svs_b, svs_h,
     sm_b, sm_h, sm_s, sm_n,
-    D: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
     K_FORM: tl.constexpr, K_KEEP: tl.constexpr, K_BITS: tl.constexpr, K_GROUPS: tl.constexpr,
     K_W: tl.constexpr, K_C: tl.constexpr,
     V_FORM: tl.constexpr, V_KEEP: tl.constexpr, V_BITS: tl.constexpr, V_GROUPS: tl.constexpr,
@@ -250,7 +251,8 @@ def sparse_attention_fwd_kernel(
     DTYPE: tl.constexpr = q.dtype.element_ty
     K_ROW: tl.constexpr = K_KEEP if K_BITS == 0 else K_KEEP * K_BITS // 16
     V_ROW: tl.constexpr = V_KEEP if V_BITS == 0 else V_KEEP * V_BITS // 16
-    BYTES: tl.constexpr = (D + 7) // 8
+    K_BYTES: tl.constexpr = (D + 7) // 8
+    V_BYTES: tl.constexpr = (DV + 7) // 8
     i_m, i_split, i_bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_b, i_h = i_bh // Hkv, i_bh % Hkv
     o_m = i_m * BM + tl.arange(0, BM)
@@ -287,7 +289,7 @@ def sparse_attention_fwd_kernel(
         b_left = (stop - i_n).to(tl.int32)
         m_t = o_t < b_left
         b_k = class_tiles(
-            k_values + i_n * K_ROW, k_places + i_n * BYTES, k_scale + i_n * K_GROUPS, k_zero + i_n * K_GROUPS,
+            k_values + i_n * K_ROW, k_places + i_n * K_BYTES, k_scale + i_n * K_GROUPS, k_zero + i_n * K_GROUPS,
             o_t[:, :, None], o_kc[None, None, :], m_t[:, :, None],
             D, K_FORM, K_KEEP, K_BITS, K_GROUPS, K_W, 2, DTYPE,
         )  # [NB, NR, K_C]  # fmt: skip
@@ -300,9 +302,9 @@ def sparse_attention_fwd_kernel(
         b_p, b_m, b_l, b_carry = softmax_step(b_s, b_m, b_l)
         b_p = b_p.to(DTYPE)
         b_v = class_tiles(
-            v_values + i_n * V_ROW, v_places + i_n * BYTES, v_scale + i_n * V_GROUPS, v_zero + i_n * V_GROUPS,
+            v_values + i_n * V_ROW, v_places + i_n * V_BYTES, v_scale + i_n * V_GROUPS, v_zero + i_n * V_GROUPS,
             o_t[:, None, :], o_vc[None, :, None], m_t[:, None, :],
-            D, V_FORM, V_KEEP, V_BITS, V_GROUPS, V_W, 1, DTYPE,
+            DV, V_FORM, V_KEEP, V_BITS, V_GROUPS, V_W, 1, DTYPE,
         )  # [NB, V_C, NR]  # fmt: skip
         b_o_new = ()
         for j in tl.static_range(V_W):
@@ -313,6 +315,6 @@ def sparse_attention_fwd_kernel(
     o_row = (i_split * tl.num_programs(2) + i_bh) * n_rows + o_m
     for j in tl.static_range(V_W):
         b_x = tl.sum(b_o[j] * b_share[:, None, :], 0)  # [V_C, BM]
-        m_o = (o_vc * V_W + j < D)[:, None] & m_m[None, :]
-        tl.store(out + o_row[None, :] * D + (o_vc * V_W + j)[:, None], b_x, mask=m_o)
+        m_o = (o_vc * V_W + j < DV)[:, None] & m_m[None, :]
+        tl.store(out + o_row[None, :] * DV + (o_vc * V_W + j)[:, None], b_x, mask=m_o)
     tl.store(lse + o_row, b_lse, mask=m_m)

@@ -22,7 +22,7 @@ def sparse_pack(
     not hidden.
 
     Args:
-        x: rows `[B, H, n, D]`, float16, bfloat16 or float32, `D <= 256`.
+        x: rows `[B, H, n, D]`, float16, bfloat16, float32 or float64, `D <= 256`.
         keep: channels that stay, `1 <= keep <= D`.
         layout: "bitmap" or "index" (README.md).
         group_size: keep an equal share of every group of this many adjacent channels (4 and `keep = D / 2` is the

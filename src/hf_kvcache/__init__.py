@@ -1,54 +1,61 @@
 """KV-cache compression for Hugging Face transformers.
 
-`import hf_kvcache` makes `attn_implementation="hf_kvcache"` known to transformers and, where PEFT is installed, our
-kinds of adapters to PEFT; it changes nothing else.
+`import hf_kvcache` makes `attn_implementation="hf_kvcache"` known to transformers and our kinds of adapters to PEFT, as
+soon as these are imported themselves; it changes nothing else, and imports neither.
 """
 
-from hf_kvcache.adapters import register as _register_adapters
-from hf_kvcache.adapters.attaching import attach
-from hf_kvcache.adapters.bases import Bases
-from hf_kvcache.attention.interface import register as _register
-from hf_kvcache.cache import KVCache
-from hf_kvcache.codecs import Chain, Codec, Dense, LowRank, Quantize, Sparse
-from hf_kvcache.kernels import BackendUnavailable, use_backend
-from hf_kvcache.layer import KVLayer
-from hf_kvcache.models import embedded_heads, embedded_model
-from hf_kvcache.persist import CacheFileError
-from hf_kvcache.policies import (
-    DMC,
-    DMS,
-    H2O,
-    NACL,
-    RKV,
-    TOVA,
-    AdaKV,
-    ExpectedAttention,
-    FastGen,
-    HeadSplit,
-    KeyDiff,
-    L2Norm,
-    LagKV,
-    Locret,
-    Merge,
-    Policy,
-    PyramidKV,
-    Random,
-    SnapKV,
-    Streaming,
-    Threshold,
-)
-from hf_kvcache.prefill import prefill, query_first
-from hf_kvcache.presets import (
-    DenseCache,
-    DMCCache,
-    DMSCache,
-    EvictionCache,
-    LocretCache,
-    LowRankCache,
-    QuantCache,
-    SparseCache,
-)
-from hf_kvcache.view import KVView
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hf_kvcache.attention import known
+from hf_kvcache.lazy import lazily
+from hf_kvcache.on_import import when_imported
+
+if TYPE_CHECKING:
+    from hf_kvcache.adapters.attaching import attach
+    from hf_kvcache.adapters.bases import Bases
+    from hf_kvcache.cache import KVCache
+    from hf_kvcache.codecs import Chain, Codec, Dense, LowRank, Quantize, Sparse
+    from hf_kvcache.kernels import BackendUnavailable, use_backend
+    from hf_kvcache.layer import KVLayer
+    from hf_kvcache.long_prompts import prefill, query_first
+    from hf_kvcache.models import embedded_heads, embedded_model
+    from hf_kvcache.persist import CacheFileError
+    from hf_kvcache.policies import (
+        DMC,
+        DMS,
+        H2O,
+        NACL,
+        RKV,
+        TOVA,
+        AdaKV,
+        ExpectedAttention,
+        FastGen,
+        HeadSplit,
+        KeyDiff,
+        L2Norm,
+        LagKV,
+        Locret,
+        Merge,
+        Policy,
+        PyramidKV,
+        Random,
+        SnapKV,
+        Streaming,
+        Threshold,
+    )
+    from hf_kvcache.presets import (
+        DenseCache,
+        DMCCache,
+        DMSCache,
+        EvictionCache,
+        LocretCache,
+        LowRankCache,
+        QuantCache,
+        SparseCache,
+    )
+    from hf_kvcache.view import KVView
 
 __version__ = "0.1.0"
 
@@ -102,5 +109,76 @@ __all__ = [
     "use_backend",
 ]
 
-_register()
-_register_adapters()
+# what is imported when it is first asked for: the names of `__all__`, and packages that `import hf_kvcache` gives
+_HOME = {
+    "AdaKV": "policies",
+    "BackendUnavailable": "kernels",
+    "Bases": "adapters.bases",
+    "CacheFileError": "persist",
+    "Chain": "codecs",
+    "Codec": "codecs",
+    "DMC": "policies",
+    "DMCCache": "presets",
+    "DMS": "policies",
+    "DMSCache": "presets",
+    "Dense": "codecs",
+    "DenseCache": "presets",
+    "EvictionCache": "presets",
+    "ExpectedAttention": "policies",
+    "FastGen": "policies",
+    "H2O": "policies",
+    "HeadSplit": "policies",
+    "KVCache": "cache",
+    "KVLayer": "layer",
+    "KVView": "view",
+    "KeyDiff": "policies",
+    "L2Norm": "policies",
+    "LagKV": "policies",
+    "Locret": "policies",
+    "LocretCache": "presets",
+    "LowRank": "codecs",
+    "LowRankCache": "presets",
+    "Merge": "policies",
+    "NACL": "policies",
+    "Policy": "policies",
+    "PyramidKV": "policies",
+    "QuantCache": "presets",
+    "Quantize": "codecs",
+    "RKV": "policies",
+    "Random": "policies",
+    "SnapKV": "policies",
+    "Sparse": "codecs",
+    "SparseCache": "presets",
+    "Streaming": "policies",
+    "TOVA": "policies",
+    "Threshold": "policies",
+    "adapters": "adapters",
+    "attach": "adapters.attaching",
+    "codecs": "codecs",
+    "dmc": "dmc",
+    "embedded_heads": "models",
+    "embedded_model": "models",
+    "kernels": "kernels",
+    "models": "models",
+    "policies": "policies",
+    "prefill": "long_prompts",
+    "query_first": "long_prompts",
+    "stores": "stores",
+    "use_backend": "kernels",
+}
+
+__getattr__ = lazily(__name__, _HOME, globals())
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _make_adapters_known() -> None:
+    from hf_kvcache import adapters
+
+    adapters.register()
+
+
+when_imported("transformers", known.register)
+when_imported("peft", _make_adapters_known)

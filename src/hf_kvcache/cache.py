@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import Cache
 
-from hf_kvcache import compat, persist
+from hf_kvcache import compat, persist, pickling
 from hf_kvcache.attention.handed import Handed, note_lender
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.codecs.base import ROWS, Codec
@@ -43,7 +43,9 @@ class KVCache(Cache):
         exact_prefill: attend to new tokens as they are and compress them afterwards. False attends to what the codec
             makes of them from the start, as published evaluations of low-rank caches do.
         compact: give the rows that stay neighbouring positions, as if the evicted ones had never been there: their keys
-            are rotated again at every eviction. By default rows keep the positions of the text.
+            are rotated at every eviction. By default rows keep the positions of the text. In float16 and bfloat16 the
+            cache then keeps keys twice, as they were appended and as they stand, because a key that is rotated and
+            rounded again and again would lose its direction.
         max_length: tokens to make room for at the first call, instead of growing.
         config: the model's config. Only models with linear-attention layers need it (hybrids such as Qwen3-Next);
             others are recognised when the cache is first used.
@@ -329,6 +331,8 @@ class KVCache(Cache):
                 )
             if self._expected is not None:
                 self.check_model(module, "the loaded cache")
+            if self._model is None:
+                _warn_of_length(module)
             self._model = weakref.ref(module)
         if view.layer.needs_model:
             self.attach(module, view.layer)
@@ -385,15 +389,18 @@ class KVCache(Cache):
             self._prefetch_ahead(module.layer_idx, layer.device)
         return layer
 
-    def attach(self, module: torch.nn.Module, layer: KVLayer) -> None:
-        """Let codecs and policy of a layer that has seen rows take from its attention module what they need."""
+    def attach(self, module: torch.nn.Module, layer: KVLayer, model: torch.nn.Module | None = None) -> None:
+        """Let codecs and policy of a layer that has seen rows take from its attention module what they need.
+
+        `model` is the one that it belongs to, where that is not running.
+        """
         sizes = layer.n_kv_heads, layer.head_dim, layer.dtype, layer.device
         stock = compat.stock_layers(module.config)
         # a model that runs its layers several times has more in its cache than its config says
         n_layers = max(len(stock), layer.layer_idx + 1)
         ours = [i for i in range(n_layers) if i >= len(stock) or stock[i] is None]
         depth = ours.index(layer.layer_idx), len(ours)
-        layer.bind(Host(module, layer.layer_idx, *sizes, self._ropes, depth))
+        layer.bind(Host(module, layer.layer_idx, *sizes, self._ropes, depth, model))
 
     def _share(self, layer_idx: int) -> None:
         """Let a layer that shares its packed rows join its group: neighbours among the layers with that codec."""
@@ -439,18 +446,28 @@ class KVCache(Cache):
         self._expected = None
 
     def save(self, directory: str | os.PathLike) -> Path:
-        """Write the cache to a folder, atomically; `KVCache.load` goes on from there.
+        """Write the cache to a folder, atomically; `KVCache.load` goes on from there, and this cache goes on as it was.
 
-        Under tensor parallelism every process writes a folder of its own, and reads it again.
+        Written are the rows in use of every layer, what policies and codecs remember, what still waits to be evicted or
+        packed, the options of the cache and a fingerprint of the model. Bases that were given as `LowRank(bases=...)`
+        stay behind: the rows of this text go on without them, another text does not. Under tensor parallelism every
+        process writes a folder of its own, and reads it again.
 
         Returns:
             The folder, with `manifest.json` and one safetensors file.
+
+        Raises:
+            ValueError: a forward pass is under way, the model that filled the cache is gone, or something that the
+                cache holds cannot be written down.
         """
         return persist.save(self, directory)
 
     @staticmethod
     def load(directory: str | os.PathLike, model=None, device=None) -> KVCache:
         """Read a cache that `save` wrote; the continuation is the same as without saving.
+
+        Files are read as data: nothing in them is run, and everything is checked before a cache is made of it. The
+        cache is of the class that was saved; `offloading` is only taken up on a GPU.
 
         Args:
             directory: the folder.
@@ -459,9 +476,17 @@ class KVCache(Cache):
             device: where to put the tensors.
 
         Raises:
-            CacheFileError: files are missing, truncated, altered, of another format version or of another model.
+            CacheFileError: files are missing, truncated, altered, contradict each other, are of another format version
+                or of another model; the message names file and field.
         """
         return persist.load(KVCache, directory, model, device)
+
+    def __reduce__(self):
+        # as DynamicCache travels: `pickle`, `torch.save`, `multiprocessing`
+        return pickling.reduced(self)
+
+    def __deepcopy__(self, memo: dict) -> KVCache:
+        return pickling.twin(self, memo)
 
     @property
     def first_layer(self) -> int:
@@ -581,7 +606,7 @@ class KVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated by all layers: storages that exist, spare rows and metadata included."""
-        ropes = {layer.rope for layer in self.layers if isinstance(layer, KVLayer)} - {None}
+        ropes = set().union(*(layer.ropes for layer in self.layers if isinstance(layer, KVLayer)))
         layers = [layer.nbytes if isinstance(layer, KVLayer) else compat.stock_nbytes(layer) for layer in self.layers]
         return sum(layers) + sum(rope.nbytes for rope in ropes)
 
@@ -616,3 +641,13 @@ class KVCache(Cache):
         seen = self.get_seq_length() if self.layers else 0
         parts.append(f"{len(self.layers)} layers, {seen} tokens, {self.nbytes} bytes")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _warn_of_length(module: torch.nn.Module) -> None:
+    length = compat.leaves_cache_at(module)
+    if length is not None:
+        warn_once(
+            f"generate() of this model switches its longrope factors after {length} tokens: transformers "
+            f"then drops the cache that it was given and goes on in a dense one of its own. Texts of up to {length} "
+            "tokens, and forward passes outside of generate(), stay in this cache"
+        )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
-from inspect import signature
+from inspect import signature, unwrap
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin
@@ -19,8 +20,6 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.utils import TransformersKwargs
-
-from hf_kvcache.rope import rotate
 
 __all__ = [
     "CACHE_NAME",
@@ -37,10 +36,10 @@ __all__ = [
     "eager_mask",
     "given_cache",
     "n_states",
+    "named_cache",
+    "leaves_cache_at",
     "register_attention",
     "register_mask",
-    "rope_kind",
-    "rotary_parameters",
     "sdpa_attention_forward",
     "sdpa_mask",
     "stock_layers",
@@ -72,6 +71,20 @@ def given_cache(arguments):
     """The cache among the arguments of a call, or the fields of a model's output, under either name; or None."""
     found = (arguments.get(name) for name in CACHE_NAMES)
     return next((cache for cache in found if cache is not None), None)
+
+
+def named_cache(arguments: dict) -> dict:
+    """The keyword arguments of a call, with its cache under the name that this release has, whichever it came under.
+
+    Given both, the newest name counts, as in transformers, and a warning says so.
+    """
+    given = [name for name in CACHE_NAMES if name in arguments]
+    if given in ([], [CACHE_NAME]):
+        return arguments
+    if any(arguments[name] is not None for name in given[1:]):
+        warnings.warn(f"{' and '.join(given)} are one argument: {given[0]} is used", stacklevel=3)
+    rest = {name: value for name, value in arguments.items() if name not in CACHE_NAMES}
+    return rest | cache_argument(arguments[given[0]])
 
 
 def eager_attention(module: torch.nn.Module) -> Callable:
@@ -114,6 +127,22 @@ def checkpointing(is_on: bool) -> dict:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if is_on else {}
 
 
+def leaves_cache_at(module: torch.nn.Module) -> int | None:
+    """Tokens after which `generate` drops the cache it was given, for the model of an attention module; None for never.
+
+    Models whose longrope has other factors for long texts (Phi-3, Phi-3.5-MoE, Phi-4-multimodal) encode the text again
+    at that length, in a cache of transformers' own. Their `prepare_inputs_for_generation` says so.
+    """
+    name, config = "original_max_position_embeddings", module.config
+    length = getattr(config, name, None)
+    if not length or getattr(config, "max_position_embeddings", length) <= length:
+        return None
+    kinds = [kind for kind in vars(sys.modules[type(module).__module__]).values() if isinstance(kind, type)]
+    methods = [vars(kind).get("prepare_inputs_for_generation") for kind in kinds]
+    switches = any(name in unwrap(method).__code__.co_names for method in methods if method is not None)
+    return length if switches else None
+
+
 def stock_layers(config) -> list[CacheLayerMixin | None]:
     """transformers' own cache layer for every layer of a model, None where it has the rows of full attention."""
     layers = DynamicCache(config=config).layers
@@ -135,68 +164,3 @@ def stock_nbytes(layer: CacheLayerMixin) -> int:
             if isinstance(tensor, torch.Tensor):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(storages.values())
-
-
-def rope_kind(module: torch.nn.Module) -> tuple:
-    """What tells the rotary embeddings of a model's layers apart."""
-    has_rope = bool(getattr(module, "use_rope", True))
-    return type(module).__name__, _layer_type(module), has_rope, id(module.config)
-
-
-def rotary_parameters(module: torch.nn.Module, head_dim: int) -> tuple[torch.Tensor, float] | None:
-    """Angles per position `[R / 2]` and scaling of the model's own RoPE; None for a layer without.
-
-    The embedding is built by the model's own class from its own config, and what the model's own function makes of a
-    probe is compared with `rope.rotate`, so that an unknown layout cannot pass.
-
-    Raises:
-        ValueError: the embedding changes with the length of the text, or is not of the half-split kind.
-    """
-    if not getattr(module, "use_rope", True):
-        return None
-    name = type(module).__name__
-    source = next((m for m in map(_module_of, type(module).__mro__) if hasattr(m, "apply_rotary_pos_emb")), None)
-    kinds = [] if source is None else _rotary_classes(source)
-    preferred = [kind for kind in kinds if kind.__name__ == name.replace("Attention", "RotaryEmbedding")]
-    if not kinds or (len(kinds) > 1 and not preferred):
-        raise ValueError(f'{name}: no rotary embedding was found beside it; LowRank(rope="post") does without')
-    layer_type = _layer_type(module)
-    rotary = (preferred or kinds)[0](config=module.config)
-    is_by_type = hasattr(rotary, f"{layer_type}_inv_freq")
-    kind = rotary.rope_type[layer_type] if is_by_type else rotary.rope_type
-    if kind in ("dynamic", "longrope"):
-        raise ValueError(
-            f"{name}: {kind} RoPE changes its angles as the text grows, so keys cannot be taken back before it; "
-            'LowRank(rope="post") does without'
-        )
-    prefix = f"{layer_type}_" if is_by_type else ""
-    inv_freq, scaling = getattr(rotary, f"{prefix}inv_freq"), getattr(rotary, f"{prefix}attention_scaling")
-    _probe(source, rotary, (layer_type,) if is_by_type else (), inv_freq, scaling, head_dim, name)
-    return inv_freq, scaling
-
-
-def _probe(source, rotary, extra, inv_freq, scaling, head_dim, name):
-    x = torch.randn(1, 1, 3, head_dim, generator=torch.Generator().manual_seed(0))
-    positions = torch.tensor([[0, 1, 77]])
-    cos, sin = rotary(x, positions, *extra)
-    width = 2 * inv_freq.shape[0]
-    # models that rotate some of the channels slice them off, here or in the attention itself
-    theirs = source.apply_rotary_pos_emb(x[..., :width], x[..., :width], cos, sin)[1]
-    angles = positions[..., None] * inv_freq
-    ours = rotate(x[..., :width], angles.cos(), angles.sin()) * scaling
-    if theirs.shape != ours.shape or (theirs - ours).abs().max() > 1e-4:
-        raise ValueError(f'{name}: its RoPE does not pair channel i with i + R / 2; LowRank(rope="post") does without')
-
-
-def _rotary_classes(source) -> list[type]:
-    found = [value for name, value in vars(source).items() if name.endswith("RotaryEmbedding")]
-    return [kind for kind in found if isinstance(kind, type) and issubclass(kind, torch.nn.Module)]
-
-
-def _module_of(cls):
-    return sys.modules.get(cls.__module__)
-
-
-def _layer_type(module) -> str | None:
-    layer_types = getattr(module.config, "layer_types", None)
-    return layer_types[module.layer_idx] if layer_types else None

@@ -8,10 +8,10 @@ from functools import cached_property
 
 import torch
 
-from hf_kvcache import compat
 from hf_kvcache.adapters.modules import attached_basis
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.rope import Rope
+from hf_kvcache.rope_of_model import has_rotary, rope_of
 from hf_kvcache.shards import Shard, shard_of_heads
 
 
@@ -25,6 +25,7 @@ class Host:
         n_kv_heads, head_dim, dtype, device: of the rows it produces, in this process.
         ropes: rotary embeddings already built, by kind of layer; the layers of a cache share them.
         depth: which of the full-attention layers it is, and how many there are.
+        root: the model, where it is not running.
     """
 
     module: torch.nn.Module
@@ -35,6 +36,7 @@ class Host:
     device: torch.device
     ropes: MutableMapping = field(default_factory=dict)
     depth: tuple[int, int] = (0, 1)
+    root: torch.nn.Module | None = None
 
     @cached_property
     def shard(self) -> Shard:
@@ -42,19 +44,18 @@ class Host:
         return shard_of_heads(self.module, self.n_kv_heads)
 
     def rope(self) -> Rope | None:
-        """The layer's RoPE, or None for a layer without.
+        """The layer's RoPE, or None for a layer without. Layers that rotate alike share one.
 
         Raises:
             ValueError: an embedding that is not understood, or that changes as the text grows.
         """
-        kind = compat.rope_kind(self.module)
-        rope = self.ropes.get(kind)
-        if rope is None:
-            found = compat.rotary_parameters(self.module, self.head_dim)
-            rope = None if found is None else Rope(*found)
-            if rope is not None:
-                self.ropes[kind] = rope
-        return rope
+        rope = rope_of(self.module, self.head_dim, self.root)
+        return None if rope is None else self.ropes.setdefault(rope.kind, rope)
+
+    @property
+    def has_rotary_layers(self) -> bool:
+        """Whether some layers of the model may rotate their keys, even if this one does not."""
+        return has_rotary(self.module)
 
     def basis(self, side: str, bases=None) -> tuple[Basis, str] | None:
         """The basis of this layer's keys ("k") or values ("v"), and whether bases are of keys "pre" or "post" RoPE.

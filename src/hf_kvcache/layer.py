@@ -13,10 +13,13 @@ from hf_kvcache.compat import CacheLayerMixin
 from hf_kvcache.host import Host
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.rope import Rope
+from hf_kvcache.rope_of_model import refuse_images
 from hf_kvcache.stores.ragged import RaggedStore
 from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import UniformStore
 from hf_kvcache.view import KVView
+
+ORIGINAL = "original"  # keys as they were appended, beside those that have been rotated since
 
 
 class KVLayer(CacheLayerMixin):
@@ -76,6 +79,8 @@ class KVLayer(CacheLayerMixin):
         self._queries: torch.Tensor | None = None
         self._is_unsettled = self._is_decoding = self._is_due = False
         self._is_bound = False
+        # codecs of a text that was loaded, with what had been found out about it
+        self._held: tuple[Codec, Codec] | None = None
         self.policy = self._policy
         self.scaling, self.softcap = 1.0, None
         self.rope: Rope | None = None
@@ -106,7 +111,24 @@ class KVLayer(CacheLayerMixin):
         return self._is_decoding
 
     def restored(self) -> None:
-        """A saved layer has got its tensors back."""
+        """A saved layer has got its tensors back.
+
+        Raises:
+            ValueError: they lack the keys that are to be rotated.
+        """
+        if not (self.compact and self.is_initialized):
+            return
+        self._keep_originals()
+        if ORIGINAL in self.store.tracked and self.store.dense.tensors and ORIGINAL not in self.store.dense.tensors:
+            raise ValueError(
+                f"layer {self.layer_idx}: the file has no keys as they were appended, which compact=True rotates in "
+                f"{self.dtype}; it is of an earlier release: make the cache again"
+            )
+
+    def _keep_originals(self) -> None:
+        """Keep keys as they were appended where a key that is rotated again and again would lose its direction."""
+        if self.compact and self.dtype.itemsize < 4:
+            self.store.track(ORIGINAL, self.dtype)
 
     def __getattr__(self, name: str):
         raise AttributeError(
@@ -131,6 +153,7 @@ class KVLayer(CacheLayerMixin):
                 fitting[side] = codec.for_shape(self.n_kv_heads, width)
         for side, codec in fitting.items():
             setattr(self.store, side, codec)
+        self._keep_originals()
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -153,12 +176,19 @@ class KVLayer(CacheLayerMixin):
             fresh = torch.arange(self.tokens_seen, self.tokens_seen + n, dtype=torch.int32, device=k.device)
             for name in ("position", "angle") if self.compact else ("position",):
                 self.store.dense[name][:, :, -n:] = fresh
+            if ORIGINAL in self.store.tracked:
+                self.store.dense[ORIGINAL][:, :, -n:] = k.detach()
         self.tokens_seen += n
         if is_prefill:
             # the rows are copied out of the model's projection sooner or later: attention reads adjacent rows faster
             self.store.dense.own()
             k, v = self.store.dense["k"], self.store.dense["v"]
         return KVView(self, k, v, is_prefill)
+
+    @property
+    def ropes(self) -> set[Rope]:
+        """The rotary embeddings that this layer with its codecs and its policy hold."""
+        return {self.rope, None if self.policy is None else self.policy.rope} - {None}
 
     @property
     def needs_model(self) -> bool:
@@ -210,7 +240,7 @@ class KVLayer(CacheLayerMixin):
         """
         if self._policy is not None:
             self.policy = self._policy.for_model(host)
-        for side, template in zip(("keys", "values"), self._codecs, strict=True):
+        for side, template in zip(("keys", "values"), self._held or self._codecs, strict=True):
             if template is None:
                 continue
             width = self.head_dim if side == "keys" else self.v_head_dim
@@ -223,11 +253,26 @@ class KVLayer(CacheLayerMixin):
             setattr(self.store, side, codec)
         needs_rope = self.store.needs_positions or self.compact
         self._is_bound, self.rope = True, host.rope() if needs_rope else None
+        if self.compact and self.rope is None and not host.has_rotary_layers:
+            raise ValueError(
+                f"{type(host.module).__name__}: compact=True rotates keys to neighbouring positions, and this model "
+                "has no rotary positions; use compact=False"
+            )
         # a loaded cache holds rows already
         held = [buffer["rope"] for buffer in (self.store.packed, self.store.dense) if "rope" in buffer.tensors]
         self._rope_limit = max((int(rows.max()) + 1 for rows in held if rows.numel()), default=0)
         if self.rope is not None:
             self.rope.cover(self._rope_limit, host.device)
+
+    def refuse_images(self, module: torch.nn.Module, mask, n_new: int) -> None:
+        """Refuse tokens whose positions in RoPE are not those of a text, where keys or queries are rotated by them.
+
+        Raises:
+            ValueError: there are some, or the model does not show whether there are.
+        """
+        ropes = [rope for rope in self.ropes if rope.is_multimodal] if n_new > 1 else []
+        if ropes:
+            refuse_images(module, ropes, new_token_padding(mask, n_new, self.tokens_seen))
 
     def note_positions(self, position_ids: torch.Tensor | None, mask, n_new: int) -> None:
         """Note where in the text the new rows are, for codecs that undo RoPE.
@@ -385,9 +430,11 @@ class KVLayer(CacheLayerMixin):
         is_real = store.positions >= 0
         n_after = is_real.flip(-1).cumsum(-1).flip(-1) - 1  # real rows behind a row, of its head
         target = torch.where(is_real, self.tokens_seen - 1 - n_after, 0).int()
-        moved = torch.where(is_real, target - store.state("angle"), 0)
+        # an original is rotated once, from the position at which it was appended
+        source = ORIGINAL if ORIGINAL in store.tracked else "k"
+        start = store.positions if source == ORIGINAL else store.state("angle")
         self.rope.cover(self.tokens_seen, self.device)
-        store.rotate_keys(lambda k, by: self.rope.turn(k, by), moved)
+        store.rotate_keys(self.rope.turn, torch.where(is_real, target - start, 0), source)
         store.set_state("angle", target)
 
     # -- what transformers asks of a layer ---------------------------------------------------------------------------

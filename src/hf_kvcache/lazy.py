@@ -11,14 +11,15 @@ def lazily(package: str, homes: dict[str, str], names: dict) -> Callable[[str], 
 
     Args:
         package: its name.
-        homes: the submodule of every name.
+        homes: the submodule of every name; a submodule is its own.
         names: its `globals()`, where what has been imported is kept.
     """
 
     def find(name: str):
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        names[name] = getattr(import_module(f"{package}.{homes[name]}"), name)
+        home = import_module(f"{package}.{homes[name]}")
+        names[name] = home if homes[name] == name else getattr(home, name)
         return names[name]
 
     return find

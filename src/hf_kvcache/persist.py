@@ -11,24 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import Cache
 
+from hf_kvcache import restoring
 from hf_kvcache.adapters.base_weights import weights_digest
-from hf_kvcache.codecs.base import codec_from_spec
+from hf_kvcache.described import describe_pair, described_pair, described_policy
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.policies.base import policy_from_spec
+from hf_kvcache.manifest import FORMAT_VERSION, LayerEntry, Manifest, dense_bytes, read_manifest
 from hf_kvcache.shards import WHOLE, shard_of_heads
-from hf_kvcache.slots import layer_class
 from hf_kvcache.stores.shared import SharedStore
+from hf_kvcache.typed import Misfit, class_named, shown
 
-FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_TENSORS_NAME = re.compile(r"cache-[0-9a-f]{16}\.safetensors")
+MOST_BYTES = 2**26  # of a manifest
+OPTIONS = ("window", "n_sink", "min_length", "exact_prefill", "compact", "max_length", "edge_layers", "offloading")
 
 
 class CacheFileError(ValueError):
@@ -38,16 +40,9 @@ class CacheFileError(ValueError):
 def save(cache, directory: str | os.PathLike) -> Path:
     """Write the rows in use of every layer to `directory` (created; an earlier cache there is replaced)."""
     directory = Path(directory)
+    described, views = describe(cache)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors, layers = {}, []
-    for layer in cache.layers:
-        if isinstance(layer, KVLayer):
-            layer.finish()
-    for i, layer in enumerate(cache.layers):
-        describe = _describe if isinstance(layer, KVLayer) else _describe_stock
-        entry, own = describe(layer)
-        layers.append(entry)
-        tensors |= {f"{i}.{name}": t.detach().to("cpu").contiguous() for name, t in own.items()}
+    tensors = {name: t.detach().to("cpu").contiguous() for name, t in views.items()}
 
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".saving-", delete=False) as unfinished:
         partial = Path(unfinished.name)
@@ -55,24 +50,7 @@ def save(cache, directory: str | os.PathLike) -> Path:
         save_file(tensors, partial)
         checksum = _checksum(partial)
         name = f"cache-{checksum[:16]}.safetensors"
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "class": type(cache).__name__,
-            "model": cache.fingerprint,
-            "policy": None if cache.policy is None else cache.policy.spec(),
-            "window": cache.window,
-            "n_sink": cache.n_sink,
-            "min_length": cache.min_length,
-            "exact_prefill": cache.exact_prefill,
-            "compact": cache.compact,
-            "max_length": cache.max_length,
-            "nbytes_dense": cache.nbytes_dense,
-            "tensors": name,
-            "sha256": checksum,
-            "shapes": {key: [str(t.dtype).removeprefix("torch."), *t.shape] for key, t in tensors.items()},
-            "layers": layers,
-            "groups": _groups(cache),
-        }
+        manifest = described | {"tensors": name, "sha256": checksum, "shapes": _shapes(tensors)}
         os.replace(partial, directory / name)
         partial.write_text(json.dumps(manifest, indent=1))
         os.replace(partial, directory / MANIFEST)
@@ -84,46 +62,154 @@ def save(cache, directory: str | os.PathLike) -> Path:
     return directory
 
 
+def describe(cache) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What a manifest says of a cache, and views of its tensors in use. The cache stays as it is.
+
+    Raises:
+        ValueError: some of it cannot be written down.
+    """
+    tensors, layers = {}, []
+    for i, layer in enumerate(cache.layers):
+        entry, own = (restoring.describe if isinstance(layer, KVLayer) else restoring.describe_stock)(layer)
+        layers.append(entry)
+        tensors |= {f"{i}.{name}": t for name, t in own.items()}
+    described = {
+        "format_version": FORMAT_VERSION,
+        "class": type(cache).__name__,
+        "model": model_of(cache),
+        "policy": None if cache.policy is None else cache.policy.spec(),
+        "codec": describe_pair(cache.codec),
+        "edge_codec": describe_pair(cache.edge_codec),
+        **{name: getattr(cache, name) for name in OPTIONS},
+        "records_past": cache._records_past,
+        "attributes": own_attributes(cache),
+        "nbytes_dense": dense_bytes(layers),
+        "layers": layers,
+        "groups": groups_of(cache),
+    }
+    for name, value in described["attributes"].items():
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise ValueError(f"{type(cache).__name__}.{name} is a {type(value).__name__}, which a file cannot hold")
+    for name in ("policy", "codec", "edge_codec"):
+        try:
+            json.dumps(described[name])
+        except TypeError as error:
+            raise ValueError(f"{getattr(cache, name)!r} cannot be saved: its spec() is no JSON ({error})") from None
+    return described, tensors
+
+
+def model_of(cache) -> dict | None:
+    """The fingerprint of the model whose tokens a cache holds, None where no model has filled it.
+
+    Raises:
+        ValueError: that model is gone, so that nobody could say any more whose tokens these are.
+    """
+    if cache._model is not None and cache._model() is None:
+        raise ValueError(
+            "the model that filled this cache is gone, and with it what identifies it: save the cache while the model "
+            "is there, or say rebind() first to let any model go on with it"
+        )
+    return cache.fingerprint
+
+
 def load(cls, directory: str | os.PathLike, model=None, device: torch.device | str | None = None):
     """Read a cache back; see `KVCache.load`."""
     directory = Path(directory)
-    manifest = _read_manifest(directory)
+    raw = _read_json(directory / MANIFEST)
+    try:
+        manifest = read_manifest(raw)
+    except Misfit as error:
+        raise CacheFileError(f"{directory / MANIFEST} is damaged: {error}") from error
     if device is None:
         device = model.device if model is not None else "cpu"
     tensors = {name: t.to(device) for name, t in _read_tensors(directory, manifest).items()}
-    groups = manifest.get("groups", [])
-    for leader, *others in groups:
-        shared = {name: tensors.get(f"{leader}.{name}") for name in ("constants.keys.down", "constants.values.down")}
-        tensors |= {f"{i}.{name}": t for i in others for name, t in shared.items() if t is not None}
-    cache = cls(
-        policy=policy_from_spec(manifest["policy"]),
-        window=manifest["window"],
-        n_sink=manifest["n_sink"],
-        compact=manifest.get("compact", False),
-        max_length=manifest["max_length"],
-        config=None if model is None else model.config,
-    )
-    # codecs belong to the restored layers, not to this cache, which would refuse a min_length of its own
-    cache.min_length, cache.exact_prefill = manifest.get("min_length", 0), manifest.get("exact_prefill", True)
-    stock, cache.layers = cache.layers, []
-    for i, entry in enumerate(manifest["layers"]):
-        own = {key.split(".", 1)[1]: t for key, t in tensors.items() if key.split(".", 1)[0] == str(i)}
-        if entry["class"] == "KVLayer":
-            cache.layers.append(_restore(i, entry, own, cache))
-        elif i < len(stock) and type(stock[i]).__name__ == entry["class"]:
-            cache.layers.append(_restore_stock(stock[i], entry, own))
-        else:
-            raise CacheFileError(f"{directory}: layer {i} is a {entry['class']}; load it with model=")
-    for group in groups:
-        for i in group:
-            cache.layers[i].store.join(cache.layers[group[0]].store, len(group))
-    cache.expect(manifest["model"])
+    try:
+        cache = assemble(cls, manifest, tensors, None if model is None else model.config)
+    except Misfit as error:
+        raise CacheFileError(f"{directory / MANIFEST} does not fit {manifest.tensors}: {error}") from error
     if model is not None:
-        cache.check_model(_attention(model, cache.first_layer), str(directory))
-        for i, layer in enumerate(cache.layers):
-            if isinstance(layer, KVLayer) and layer.needs_model and layer.is_initialized:
-                cache.attach(_attention(model, i), layer)
+        if any(isinstance(layer, KVLayer) for layer in cache.layers):
+            cache.check_model(_attention(model, cache.first_layer, str(directory)), str(directory))
+            # the first call may come from another model all the same
+            cache.expect(manifest.model)
+        attach(cache, model, str(directory))
     return cache
+
+
+def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], config=None):
+    """The cache that a manifest and its tensors describe, which will look for its model.
+
+    Raises:
+        Misfit: they do not go together.
+    """
+    kind = class_named(manifest.kind, cls, "class", "cache")
+    codec, edge_codec = described_pair(manifest.codec, "codec"), described_pair(manifest.edge_codec, "edge_codec")
+    policy = described_policy(manifest.policy, "policy")
+    device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    options = {name: getattr(manifest, name) for name in OPTIONS}
+    # without a GPU there is nothing to bring layers to
+    options["offloading"] &= device.type == "cuda"
+    # files of format 1 know the codecs of layers only, and a cache without a codec refuses what goes with one
+    later = {} if manifest.format_version > 1 else {n: options.pop(n) for n in ("min_length", "exact_prefill")}
+    cache = kind.__new__(kind)
+    try:
+        begin(cache, policy=policy, codec=codec, edge_codec=edge_codec, config=config, **options)
+    except Exception as error:
+        # options that never were may break a constructor anywhere
+        raise Misfit(f"policy, codec, {', '.join(OPTIONS)}: {str(error)[:300]}") from error
+    for name, value in later.items():
+        setattr(cache, name, value)
+    for name, value in manifest.attributes.items():
+        if hasattr(cache, name):
+            raise Misfit(f"attributes.{shown(name)[1:-1]}: a {kind.__name__} has that already")
+        setattr(cache, name, value)
+    cache._records_past = manifest.records_past
+    stock, cache.layers = cache.layers, []
+    shared = [f"constants.{side}.down" for side in ("keys", "values")]
+    for leader, *others in manifest.groups:
+        there = [name for name in shared if f"{leader}.{name}" in tensors]
+        tensors = tensors | {f"{i}.{name}": tensors[f"{leader}.{name}"] for i in others for name in there}
+    by_layer: dict[str, dict[str, torch.Tensor]] = {str(i): {} for i in range(len(manifest.layers))}
+    for key, t in tensors.items():
+        i, _, name = key.partition(".")
+        if i not in by_layer:
+            raise Misfit(f"layers: there are {len(by_layer)}, and the file holds {key}")
+        by_layer[i][name] = t
+    for i, entry in enumerate(manifest.layers):
+        own = by_layer[str(i)]
+        if isinstance(entry, LayerEntry):
+            if i < len(stock) and not isinstance(stock[i], KVLayer):
+                raise Misfit(f"layers[{i}].class: the model has a {type(stock[i]).__name__} there, which holds its own")
+            cache.layers.append(restoring.restore(i, entry, own, cache, i in manifest.followers))
+        elif i < len(stock) and type(stock[i]).__name__ == entry.kind:
+            cache.layers.append(restoring.restore_stock(i, stock[i], entry, own))
+        else:
+            raise Misfit(
+                f"layers[{i}].class: layer {i} is a {shown(entry.kind)}; load it with model= that has one there"
+            )
+    restoring.join_groups(cache.layers, manifest.groups)
+    if cache._stock is not None:
+        for i, layer in enumerate(cache.layers):
+            if i < len(cache._stock) and cache._stock[i] is not None:
+                cache._stock[i] = layer
+    cache.expect(manifest.model)
+    return cache
+
+
+def begin(cache, **options) -> None:
+    """Initialise an instance of any class of caches by the arguments of `KVCache`."""
+    _plain(type(cache)).__init__(cache, **options)
+
+
+def attach(cache, model, what: str) -> None:
+    """Let the layers of a cache that has found its model take from it what they need.
+
+    Raises:
+        CacheFileError: the model has no layer where the cache has one.
+    """
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, KVLayer) and layer.needs_model and layer.is_initialized:
+            cache.attach(_attention(model, i, what), layer, model)
 
 
 def fingerprint(module: torch.nn.Module) -> dict:
@@ -146,120 +232,69 @@ def whose(layer: KVLayer, module: torch.nn.Module) -> dict:
     return {} if shard.count == 1 else {"shard": f"{shard.rank} of {shard.count}"}
 
 
-def _groups(cache) -> list[list[int]]:
+def groups_of(cache) -> list[list[int]]:
     """Layers that share their packed rows, the one that holds them first."""
     stores = [layer.store if isinstance(layer, KVLayer) else None for layer in cache.layers]
     leaders = [store for store in stores if isinstance(store, SharedStore) and store.group[:1] == [store]]
     return [[stores.index(store) for store in leader.group] for leader in leaders]
 
 
-def _attention(model, layer_idx: int) -> torch.nn.Module:
-    return next(m for m in model.modules() if getattr(m, "layer_idx", None) == layer_idx and hasattr(m, "scaling"))
+def own_attributes(cache) -> dict:
+    """What a cache has beside that of every `KVCache`, set by its own class or by its owner."""
+    known = vars(_plain(type(cache))()).keys() | {"only_non_sliding", "prefetch_stream"}
+    return {name: value for name, value in vars(cache).items() if name not in known}
 
 
-def _describe(layer: KVLayer) -> tuple[dict, dict]:
-    entry = {
-        "class": "KVLayer",
-        "tokens_seen": layer.tokens_seen,
-        "has_padding": layer.has_padding,
-        "evicted_at": layer.evicted_at,
-        "judged_at": layer.judged_at,
-        "keys": None if layer.store.keys is None else layer.store.keys.spec(),
-        "values": None if layer.store.values is None else layer.store.values.spec(),
-        "n_tokens": {name: buffer.n_tokens for name, buffer in layer.store.buffers().items()},
-    }
-    if layer.is_initialized:
-        shape = {"batch_size": layer.batch_size, "n_kv_heads": layer.n_kv_heads, "head_dim": layer.head_dim}
-        entry |= shape | {"dtype": str(layer.dtype).removeprefix("torch.")}
-    views = {
-        f"{buffer_name}.{name}": t
-        for buffer_name, buffer in layer.store.buffers().items()
-        for name, t in buffer.views().items()
-    }
-    for side in ("keys", "values"):
-        views |= {f"constants.{side}.{name}": t for name, t in layer.store.constants(side).items()}
-    return entry, views
+def _plain(kind: type) -> type:
+    """`KVCache` itself: the class that is transformers' cache and ours."""
+    return next(base for base in kind.__mro__ if Cache in base.__bases__)
 
 
-def _restore(i: int, entry: dict, tensors: dict, cache) -> KVLayer:
-    layer = layer_class(cache.policy)(
-        i,
-        *(_restore_codec(side, entry, tensors) for side in ("keys", "values")),
-        cache.policy,
-        window=cache.window,
-        n_sink=cache.n_sink,
-        min_length=cache.min_length,
-        max_length=cache.max_length,
-        exact_prefill=cache.exact_prefill,
-        compact=cache.compact,
-    )
-    for buffer_name, buffer in layer.store.buffers().items():
-        own = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.split(".", 1)[0] == buffer_name}
-        # files of earlier releases know fewer buffers
-        buffer.restore(own, entry["n_tokens"].get(buffer_name, 0))
-    if "dtype" in entry:
-        layer.batch_size, layer.n_kv_heads, layer.head_dim = (
-            entry[name] for name in ("batch_size", "n_kv_heads", "head_dim")
-        )
-        layer.dtype = layer.store.dtype = getattr(torch, entry["dtype"])
-        layer.device = next((t.device for t in tensors.values()), torch.device("cpu"))
-        layer.is_initialized = True
-    for name in ("tokens_seen", "has_padding", "evicted_at", "judged_at"):
-        setattr(layer, name, entry.get(name, 0))
-    layer.restored()
-    return layer
+def _attention(model, layer_idx: int, what: str) -> torch.nn.Module:
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) == layer_idx and hasattr(module, "scaling"):
+            return module
+    raise CacheFileError(f"{what} has a layer {layer_idx}, and {type(model).__name__} has no attention there")
 
 
-def _restore_codec(side: str, entry: dict, tensors: dict):
-    codec, prefix = codec_from_spec(entry[side]), f"constants.{side}."
-    constants = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    return codec if codec is None else codec.with_constants(constants)
-
-
-def _describe_stock(layer) -> tuple[dict, dict]:
-    if not hasattr(layer, "keys"):
-        raise ValueError(f"a {type(layer).__name__} cannot be saved: only attention layers can")
-    state = vars(layer)
-    scalars = {name: value for name, value in state.items() if isinstance(value, (bool, int))}
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    return {"class": type(layer).__name__, "state": scalars}, tensors
-
-
-def _restore_stock(layer, entry: dict, tensors: dict):
-    for name, value in (entry["state"] | tensors).items():
-        setattr(layer, name, value)
-    if tensors:
-        layer.dtype, layer.device = tensors["keys"].dtype, tensors["keys"].device
-    return layer
-
-
-def _read_manifest(directory: Path) -> dict:
+def _read_json(path: Path) -> object:
+    if not path.is_file():
+        raise CacheFileError(f"{path.parent} holds no saved cache: {path.name} is missing")
+    if path.stat().st_size > MOST_BYTES:
+        raise CacheFileError(f"{path} is damaged: no manifest is larger than {MOST_BYTES} bytes")
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        version = manifest["format_version"]
-    except FileNotFoundError:
-        raise CacheFileError(f"{directory} holds no saved cache: {MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheFileError(f"{directory / MANIFEST} is damaged: {error}") from error
-    if version != FORMAT_VERSION:
-        raise CacheFileError(f"{directory / MANIFEST} has format {version!r}, this release reads {FORMAT_VERSION}")
-    return manifest
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise CacheFileError(f"{path} is damaged: {error}") from error
 
 
-def _read_tensors(directory: Path, manifest: dict) -> dict[str, torch.Tensor]:
-    name = manifest.get("tensors", "")
-    if not _TENSORS_NAME.fullmatch(name):
-        raise CacheFileError(f"{directory / MANIFEST} names a tensor file {name!r} that no cache would write")
-    path = directory / name
+def _read_tensors(directory: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    path = directory / manifest.tensors
     if not path.is_file():
         raise CacheFileError(f"{path} is missing")
-    if _checksum(path) != manifest["sha256"]:
+    if _checksum(path) != manifest.sha256:
         raise CacheFileError(f"{path} is truncated or altered: its checksum is not the one in {MANIFEST}")
-    tensors = load_file(path)
-    found = {key: [str(t.dtype).removeprefix("torch."), *t.shape] for key, t in tensors.items()}
-    if found != manifest["shapes"]:
-        raise CacheFileError(f"{path} does not hold the tensors that {MANIFEST} lists")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CacheFileError(f"{path} is no safetensors file: {error}") from error
+    check_shapes(manifest, tensors, path)
     return tensors
+
+
+def check_shapes(manifest: Manifest, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise `CacheFileError` unless these are the tensors that a manifest lists."""
+    found = _shapes(tensors)
+    for name in sorted(found.keys() | manifest.shapes.keys()):
+        if found.get(name) != manifest.shapes.get(name):
+            listed, held = shown(manifest.shapes.get(name)), found.get(name)
+            raise CacheFileError(
+                f"{path} does not hold the tensors that {MANIFEST} lists: shapes.{name[:80]} is {listed}, found {held}"
+            )
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, list]:
+    return {key: [str(t.dtype).removeprefix("torch."), *t.shape] for key, t in tensors.items()}
 
 
 def _checksum(path: Path) -> str:

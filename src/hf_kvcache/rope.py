@@ -52,10 +52,12 @@ class Rope:
     Args:
         inv_freq: angle per position of every channel pair, `[R / 2]`.
         scaling: factor that the model applies to cosines and sines (YaRN, Peng et al. 2023), to q and k alike.
+        is_multimodal: whether tokens of images have positions on several axes, which are not counts of tokens.
     """
 
-    def __init__(self, inv_freq: torch.Tensor, scaling: float = 1.0):
+    def __init__(self, inv_freq: torch.Tensor, scaling: float = 1.0, *, is_multimodal: bool = False):
         self.inv_freq, self.scaling = inv_freq.detach().to("cpu", torch.float64), float(scaling)
+        self.is_multimodal = is_multimodal
         self._tables: dict[torch.device, RotaryTables] = {}
 
     def cover(self, limit: int, device: torch.device) -> None:
@@ -83,9 +85,15 @@ class Rope:
         return q
 
     @property
+    def kind(self) -> tuple:
+        """What two embeddings have in common if they rotate alike."""
+        return self.is_multimodal, self.scaling, *self.inv_freq.tolist()
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all tables."""
-        return sum(t.nbytes for tables in self._tables.values() for t in tables)
+        """Bytes of the angles and of all tables."""
+        tables = [t for tables in self._tables.values() for t in tables]
+        return sum(t.untyped_storage().nbytes() for t in [self.inv_freq, *tables])
 
     def _angles(self, n: int, step: int, device: torch.device) -> torch.Tensor:
         angles = torch.outer(torch.arange(n, dtype=torch.float64) * step, self.inv_freq)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from hf_kvcache import compat
 from hf_kvcache.dmc.hooks import Call
 from hf_kvcache.dmc.masks import expiry
 from hf_kvcache.dmc.merging import Past, merge
+from hf_kvcache.dmc.padding import first_tokens
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.kernels.merge_step import merge_step
 from hf_kvcache.layer import KVLayer
@@ -18,7 +20,12 @@ from hf_kvcache.view import KVView
 class SlotLayer(KVLayer):
     """Rows of one layer under `DMC` or `DMS`; hooks on the model's projections bring the decisions (`begin`).
 
+    A call changes nothing before its tokens are taken in, whole: `place` and `settle` do, and after an exception
+    `abandon` finds the layer as it was.
+
     Attributes:
+        first: position of every row's first token that is no padding, int64 `[B]` on the CPU; None before there are
+            rows.
         call: the call of the attention module that is under way, or None.
         held: what `SlotStore.held` has found for a call of many tokens, or None.
         seen_until: last position at which its rows are seen, int32 `[B, Hkv, S]`.
@@ -35,7 +42,7 @@ class SlotLayer(KVLayer):
     def _forget(self) -> None:
         super()._forget()
         self.call: Call | None = None
-        self.held = self.seen_until = self.window = None
+        self.held = self.seen_until = self.window = self.first = None
         self.all_begun = False
 
     @property
@@ -69,22 +76,40 @@ class SlotLayer(KVLayer):
             )
         self.call = call
 
-    def refuse_gaps(self, is_real: torch.Tensor | None) -> None:
-        """Refuse new tokens `[B, S]` that are padding behind a real one.
+    def read_mask(self, mask, call: Call, batch: int, n_new: int, device) -> None:
+        """Note in a call which of its tokens are real, and where rows begin.
 
         Raises:
-            ValueError: there are some.
+            ValueError: the mask hides tokens that have rows, shows padding that has none, or see `first_tokens`.
         """
-        if is_real is None:
-            return
-        has_begun = is_real.cumsum(-1) > 0
-        if self.has_begun is not None:
-            has_begun |= self.has_begun.unsqueeze(-1)
-        if (has_begun & ~is_real).any():
+        start = self.tokens_seen
+        try:
+            first = first_tokens(mask, n_new, start + n_new)
+        except ValueError as error:
+            raise ValueError(f"layer {self.layer_idx}: {error}") from None
+        if first is not None and first.shape[0] not in (1, batch):
             raise ValueError(
-                f"layer {self.layer_idx}: padding between the tokens of a row, whose decisions are about their "
-                "neighbours; pad on the left, before the first token"
+                f"layer {self.layer_idx}: the attention mask is of {len(first)} rows, the input of {batch}"
             )
+        call.first = torch.zeros(batch, dtype=torch.long) if first is None else first.expand(batch)
+        if self.first is not None and self.first.shape == call.first.shape:
+            self._check_past(self.first, call.first)
+        if first is not None and (first > start).any():
+            call.is_real = torch.arange(start, start + n_new, device=device) >= call.first.unsqueeze(-1).to(device)
+
+    def _check_past(self, before: torch.Tensor, now: torch.Tensor) -> None:
+        is_hidden = (before < self.tokens_seen) & (now > before)
+        if not (is_hidden | (now < before)).any():
+            return
+        what = (
+            "hides tokens that were real when they came, and are part of its rows"
+            if is_hidden.any()
+            else "shows tokens that were padding when they came, and have no rows"
+        )
+        raise ValueError(
+            f"layer {self.layer_idx}: the attention mask {what}; {type(self._policy).__name__} cannot tell tokens "
+            "apart any more: pass the mask of the whole text as it was, with ones for new tokens, or use a new cache"
+        )
 
     def merge(self, side: str, x: torch.Tensor, call: Call) -> torch.Tensor:
         """Running means of new tokens `[B, S, Hkv, D]`, the open segment going on; the same shape."""
@@ -93,7 +118,7 @@ class SlotLayer(KVLayer):
         # models project keys first, or values
         call.n_merged += 1
         if x.shape[1] == 1:
-            return self._merge_one(x, call, taps, weights).unsqueeze(1)
+            return self._merge_one(side, x, call, taps, weights).unsqueeze(1)
         w, S = taps.shape[2], x.shape[1]
         # oldest first: all but the one that the first new token takes the place of, or the mean so far
         order = (self.tokens_seen + torch.arange(min(window, 1), max(window, 1), device=x.device)) % w
@@ -105,34 +130,36 @@ class SlotLayer(KVLayer):
         chain = going_on.flip(-1).cumprod(-1).flip(-1)
         left, before = call.omega * chain, chain[..., :1] * call.alpha[..., :1]
         if not window:
-            taps[:, :, 0] = means[:, :, -1]
+            newest = means[:, :, -1:].to(taps.dtype, copy=True)
             ends = left.sum(-1, keepdim=True) + weights * before
         else:
             n = min(S, w)
             cells = torch.arange(self.tokens_seen + S - n, self.tokens_seen + S, device=x.device) % w
-            taps[:, :, cells] = rows[:, :, -n:].to(taps.dtype)
-            ends = weights * before
-            ends[..., cells] = left[..., -n:]
-        if call.n_merged == 2:
-            # both sides have been merged with the weights that they began with
-            weights.copy_(ends)
+            newest = taps.index_copy(2, cells, rows[:, :, -n:].to(taps.dtype))
+            ends = (weights * before).index_copy(-1, cells, left[..., -n:])
+        call.open_segment |= {f"{side}.taps": newest, "weights": ends}
         return means.transpose(1, 2)
 
-    def _merge_one(self, x, call, taps, weights) -> torch.Tensor:
+    def _merge_one(self, side, x, call, taps, weights) -> torch.Tensor:
         alpha, omega, rows = call.alpha, call.omega, x[:, 0]
         if not call.settings.window:
             # the mean so far counts as one member
             if call.n_merged == 1:
-                weights *= alpha
-                call.share = omega / (weights + omega)
-                weights += omega
-            mean = taps[:, :, 0].lerp_(rows.to(taps.dtype), call.share.to(taps.dtype))
+                total = weights * alpha + omega
+                call.share = omega / total
+                call.open_segment["weights"] = total
+            mean = taps[:, :, 0].lerp(rows.to(taps.dtype), call.share.to(taps.dtype))
+            call.open_segment[f"{side}.taps"] = mean.unsqueeze(2)
             return mean.to(x.dtype)
         cell = self.tokens_seen % taps.shape[2]
         if call.n_merged == 1:
-            weights *= alpha
+            weights = weights * alpha
             weights[..., cell] = omega[..., 0]
-        return merge_step(rows.contiguous(), weights, taps, cell)
+            call.open_segment["weights"] = weights
+        if x.requires_grad:
+            taps = call.open_segment[f"{side}.taps"] = taps.clone()
+        # what this cell held does not count beside any next token, so it may be written at once
+        return merge_step(rows.contiguous(), call.open_segment["weights"], taps, cell)
 
     # -- append, attend, compress ------------------------------------------------------------------------------------
 
@@ -148,14 +175,39 @@ class SlotLayer(KVLayer):
         store, start, alpha, is_real = self.store, self.tokens_seen, self.call.alpha, self.call.is_real
         store.dtype, store.head_dim = k.dtype, k.shape[-1]
         self.tokens_seen += k.shape[2]
-        if k.shape[2] == 1:
-            store.place(k, v, alpha[..., 0], None if is_real is None else is_real[:, 0], start)
-            if not self.all_begun:
-                self.all_begun = is_real is None or bool(store.has_begun.all())
-        else:
+        self.call.n_appended = k.shape[2]
+        if k.shape[2] > 1:
             self.held = store.held(start, alpha[..., 0])
             self.seen_until = expiry(alpha, is_real, start, self.call.settings.delay)
         return KVView(self, k, v, is_prefill=False)
+
+    def place(self, view: KVView) -> None:
+        """Take in the row of a single token, for which attention looks among all others."""
+        call = self.call
+        is_real = None if call.is_real is None else call.is_real[:, 0]
+        self.store.place(view.new_k, view.new_v, call.alpha[..., 0], is_real, self.tokens_seen - 1)
+        self._taken_in(call)
+
+    def _taken_in(self, call: Call) -> None:
+        """Rows of a call are there: so is what goes with them."""
+        call.n_appended = 0
+        self.store.put_memory(call.open_segment)
+        call.open_segment = {}
+        if self.first is None or not torch.equal(self.first, call.first):
+            H = call.alpha.shape[1]
+            first = call.first.to(call.alpha.device, torch.int32)
+            self.first = call.first
+            self.store.put_memory({"first": first.view(-1, 1, 1).expand(-1, H, 1)})
+        if not self.all_begun:
+            self.all_begun = call.is_real is None or bool(self.store.has_begun.all())
+
+    def abandon(self, call: Call) -> None:
+        """A call is over: if its rows have not been taken in, because of an exception, it has never been."""
+        if self.call is call:
+            self.tokens_seen -= call.n_appended
+            self.call = self.held = self.seen_until = None
+            if not self.tokens_seen:
+                self.reset()
 
     @property
     def lacks_decisions(self) -> str:
@@ -172,12 +224,16 @@ class SlotLayer(KVLayer):
         """Let rows go that nothing will see again, once attention has read them."""
         self._end_gradients(view)
         if self.seen_until is not None:
-            start, held = self.tokens_seen - view.n_new, self.held
-            self.store.commit(view.new_k, view.new_v, self.seen_until, None if held is None else held[2], start)
-            self.all_begun = self.all_begun or self.call.is_real is None or bool(self.store.has_begun.all())
+            start, until = self.tokens_seen - view.n_new, None if self.held is None else self.held[2]
+            self.store.commit(view.new_k, view.new_v, self.seen_until, until, start, self.call.alpha[..., 0])
+            self._taken_in(self.call)
         self.call = self.held = self.seen_until = None
 
     # -- what transformers asks of a layer ---------------------------------------------------------------------------
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks are of the whole text, so that `read_mask` sees what they say of tokens held."""
+        return self.tokens_seen + query_length, 0
 
     def activate_past_recording(self) -> None:
         raise ValueError(
@@ -196,11 +252,14 @@ class SlotLayer(KVLayer):
         super()._map_batch(change)
         if self.store.packed.table is not None:
             self.batch_size = self.store.packed.table.shape[0]
+            self.first = self.store.first
 
     def restored(self) -> None:
         """A saved layer has got its tensors back."""
         if self.is_initialized:
             self.store.head_dim = self.head_dim
+            # files of earlier releases do not say: the next mask does
+            self.first = self.store.first
             self.all_begun = bool(self.store.has_begun.all())
 
 
@@ -225,7 +284,7 @@ def layer_of(cache, attention: torch.nn.Module, settings: Settings) -> SlotLayer
             kind = "DMCCache" if settings.merges else "DMSCache"
             raise ValueError(
                 f"layer {attention.layer_idx}: the model was retrofitted for {settings.method.upper()}, and its rows "
-                f"cannot go on in a {type(cache).__name__}; use past_key_values={kind}()"
+                f"cannot go on in a {type(cache).__name__}; use {compat.CACHE_NAME}={kind}()"
             )
         return None
     if policy.method != settings.method:

@@ -10,6 +10,7 @@ from hf_kvcache.adapters import AdapterError, LowRankLinear, attach, attached_ba
 from hf_kvcache.adapters.decompose import decompose
 from hf_kvcache.adapters.modules import attentions, full_attentions
 from hf_kvcache.codecs.basis import by_group
+from hf_kvcache.compat import cache_argument
 
 SMALL = dict(ranks=(4, 8), group_sizes=(1, 2))
 
@@ -156,7 +157,7 @@ def test_saved_and_loaded_again(tmp_path):
     model = model_of("qwen2")
     bases = random_bases(model, **SMALL)
     decompose(model, bases)
-    expected = model(prompt(1, 12), past_key_values=DynamicCache()).logits
+    expected = model(prompt(1, 12), **cache_argument(DynamicCache())).logits
     model.save_pretrained(tmp_path)
     for state in (model.state_dict(), load_file(tmp_path / "model.safetensors")):
         again = model_of("qwen2", seed=1)

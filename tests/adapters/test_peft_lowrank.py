@@ -16,6 +16,7 @@ from hf_kvcache.adapters import AdapterError, Bases, attach, attached_basis
 from hf_kvcache.adapters.modules import attentions, full_attentions
 
 peft = pytest.importorskip("peft")
+peft_verbs = pytest.importorskip("peft_verbs")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -113,7 +114,8 @@ def test_auto_class_finds_the_base_model(model, bases, tmp_path):
 
 def test_transformers_saves_what_was_attached(model, bases, tmp_path):
     attach(model, bases)
-    model.save_pretrained(tmp_path)
+    if not peft_verbs.save_pretrained(model, tmp_path):
+        bases.save(tmp_path, model)
     assert_same_bases(replace(bases, base_model=""), replace(Bases.load(tmp_path), base_model=""))
 
 
@@ -189,13 +191,13 @@ def test_transformers_own_methods_take_turns_too(model, bases):
     attach(model, bases, "a")
     attach(model, other, "b")
     assert_carries(model, other)
-    model.set_adapter("a")
+    peft_verbs.set_adapter(model, "a")
     assert_carries(model, bases)
-    model.disable_adapters()
+    peft_verbs.disable_adapters(model)
     assert found(model) is None
-    model.enable_adapters()
+    peft_verbs.enable_adapters(model)
     assert_carries(model, bases)
-    model.delete_adapter("a")
+    peft_verbs.delete_adapter(model, "a")
     assert_carries(model, other)
     with pytest.raises(AdapterError, match="'b' already"):
         attach(model, bases, "b")
@@ -341,9 +343,9 @@ def test_attached_to_a_lora_in_training(bases, model, tmp_path):
 
 def test_loras_of_transformers_beside_it(bases, model):
     attach(model, bases, "kv")
-    model.add_adapter(lora_config(), "style")
+    peft_verbs.add_adapter(model, lora_config(), "style")
     assert_carries(model, bases)
-    model.disable_adapters()
+    peft_verbs.disable_adapters(model)
     assert found(model) is None
 
 
@@ -401,6 +403,6 @@ def test_a_cache_finds_the_attached_bases(arch, rope):
     model = attached(model_of(arch), bases)
     by_itself, nbytes_too = scores(model)
     assert torch.equal(by_itself, told) and nbytes_too == nbytes
-    model.disable_adapters()
+    peft_verbs.disable_adapters(model)
     fitted, _ = scores(model)
     assert not torch.equal(fitted, told), "without an adapter the cache fits its own basis"

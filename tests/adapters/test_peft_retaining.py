@@ -21,6 +21,7 @@ from hf_kvcache.adapters.base_weights import weights_digest
 from hf_kvcache.adapters.modules import attentions, full_attentions
 
 peft = pytest.importorskip("peft")
+peft_verbs = pytest.importorskip("peft_verbs")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -198,7 +199,7 @@ def test_nothing_is_captured_outside_a_call(model, heads):
         with pytest.raises(RuntimeError, match="no features have been captured"):
             child.scores()
         module_of(model).q_proj(torch.zeros(1, 3, 32))
-        assert not child._capture._seen, when
+        assert child._capture._calls.now is None, when
         model(prompt())
 
 
@@ -228,7 +229,7 @@ def test_a_compiled_model_offers_them_too(model, heads):
         expected = dict(seen)
         torch.compile(model, backend="aot_eager", fullgraph=True)(prompt(1, 7), use_cache=False)
     assert all(torch.allclose(seen[i], expected[i], atol=1e-5) for i in expected)
-    assert not attached_heads(module_of(model))._capture._seen
+    assert attached_heads(module_of(model))._capture._calls.now is None
 
 
 def test_scores_of_features_need_no_call(model, heads):
@@ -322,7 +323,8 @@ def test_auto_class_finds_the_base_model(model, heads, tmp_path):
 
 def test_transformers_saves_what_was_attached(model, heads, tmp_path):
     attach(model, heads)
-    model.save_pretrained(tmp_path)
+    if not peft_verbs.save_pretrained(model, tmp_path):
+        RetainingHeads.of(model).save(tmp_path)
     assert_same_heads(replace(heads, base_model=""), replace(RetainingHeads.load(tmp_path), base_model=""))
 
 
@@ -439,7 +441,7 @@ def test_several_adapters_take_turns(model, heads, adapter, tmp_path):
     assert_scores(wrapped, other)
     wrapped.delete_adapter("b")
     child = module_of(wrapped).kv_retain
-    assert attached_heads(module_of(wrapped)) is None and not child._handles and not child._capture._handles
+    assert attached_heads(module_of(wrapped)) is None and not child._handles and not child._capture._watch.handles
     with pytest.raises(RuntimeError, match="no retaining heads: no adapter"):
         child.scores()
     wrapped.load_adapter(str(adapter), "a")
@@ -453,9 +455,9 @@ def test_adapters_may_look_at_different_points():
     attach(model, after, "after")
     attach(model, before, "before")
     assert_scores(model, before)
-    model.set_adapter("after")
+    peft_verbs.set_adapter(model, "after")
     assert_scores(model, after)
-    model.set_adapter("before")
+    peft_verbs.set_adapter(model, "before")
     assert_scores(model, before)
     assert not module_of(model).q_norm._forward_hooks
 
@@ -465,13 +467,13 @@ def test_transformers_own_methods_take_turns_too(model, heads):
     attach(model, heads, "a")
     attach(model, other, "b")
     assert_scores(model, other)
-    model.set_adapter("a")
+    peft_verbs.set_adapter(model, "a")
     assert_scores(model, heads)
-    model.disable_adapters()
+    peft_verbs.disable_adapters(model)
     assert attached_heads(module_of(model)) is None
-    model.enable_adapters()
+    peft_verbs.enable_adapters(model)
     assert_scores(model, heads)
-    model.delete_adapter("a")
+    peft_verbs.delete_adapter(model, "a")
     assert_scores(model, other)
     with pytest.raises(AdapterError, match="'b' already"):
         attach(model, heads, "b")
@@ -557,7 +559,7 @@ def test_a_lora_that_leaves_again(model, heads, leave):
 def test_loras_of_transformers_come_after(model, heads):
     attach(model, heads, "heads")
     torch.manual_seed(0)
-    model.add_adapter(lora_config(), "style")
+    peft_verbs.add_adapter(model, lora_config(), "style")
     assert_sees_lora(model, heads)
     assert_sees_lora(copy.deepcopy(model), heads)
 
@@ -579,7 +581,7 @@ def test_low_rank_bases_beside_them(model, heads, tmp_path):
     attach(model, heads, "heads")
     assert attached_basis(module_of(model), "k") is not None
     assert_scores(model, heads)
-    model.set_adapter("bases")
+    peft_verbs.set_adapter(model, "bases")
     assert attached_basis(module_of(model), "k") is not None
     assert_scores(model, heads)
     with pytest.raises(AdapterError, match="'bases' already"):

@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import cases
 import pytest
 import torch
 from cases import (
@@ -24,7 +25,6 @@ import hf_kvcache as kv
 from hf_kvcache.adapters import Bases
 from hf_kvcache.adapters.decompose import decompose
 from hf_kvcache.calibration import fit_bases
-from hf_kvcache.codecs import lowrank
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.compat import cache_argument
 
@@ -224,11 +224,11 @@ def spread(basis):
 # -- where bases come from ------------------------------------------------------------------------------------------
 
 
-def test_without_a_basis_one_is_fitted_to_the_prompt_and_said_once():
-    lowrank.say_once.cache_clear()
+def test_without_a_basis_one_is_fitted_to_the_prompt_and_said_once(unsaid):
     model = tiny_model("llama")
-    with pytest.warns(UserWarning, match="calibrate lowrank"):
+    with pytest.warns(UserWarning, match="calibrate lowrank") as said:
         generate(model, prompt(1, 80), kv.LowRankCache(window=8))
+    assert [warning.filename for warning in said if "calibrate" in str(warning.message)] == [cases.__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cache = kv.LowRankCache(window=8)

@@ -25,6 +25,7 @@ from hf_kvcache import dmc  # noqa: E402
 from hf_kvcache.adapters import Bases, attach  # noqa: E402
 from hf_kvcache.adapters.decompose import decompose  # noqa: E402
 from hf_kvcache.calibration import observe  # noqa: E402
+from hf_kvcache.compat import cache_argument  # noqa: E402
 
 IDS, MASK, _ = padded([60, 41])
 RANK = int(os.environ.get("RANK", 0))
@@ -34,7 +35,7 @@ def run(make, model, work=None, rows=2, **options) -> dict:
     """Greedy continuation of a padded batch, and what this process holds at the end."""
     cache = make()
     options = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_logits=True) | options
-    out = model.generate(IDS[:rows], attention_mask=MASK[:rows], past_key_values=cache, **options)
+    out = model.generate(IDS[:rows], attention_mask=MASK[:rows], **cache_argument(cache), **options)
     ours = [layer for layer in cache.layers if hasattr(layer, "store")]
     return {
         "tokens": out.sequences[:, IDS.shape[1] :].tolist(),
@@ -89,12 +90,12 @@ def saved(model, work) -> dict:
 
     def read(rank):
         cache = kv.KVCache.load(work / f"cache-{rank}")
-        return model(IDS[:, -1:], attention_mask=MASK, past_key_values=cache).logits
+        return model(IDS[:, -1:], attention_mask=MASK, **cache_argument(cache)).logits
 
     cache = kv.QuantCache(4, window=8)
-    model(IDS[:, :-1], attention_mask=MASK[:, :-1], past_key_values=cache)
+    model(IDS[:, :-1], attention_mask=MASK[:, :-1], **cache_argument(cache))
     cache.save(work / f"cache-{RANK}")
-    expected = model(IDS[:, -1:], attention_mask=MASK, past_key_values=cache).logits
+    expected = model(IDS[:, -1:], attention_mask=MASK, **cache_argument(cache)).logits
     same = torch.equal(read(RANK), expected)
     if "RANK" not in os.environ:
         return {"goes on": same, "error": None}

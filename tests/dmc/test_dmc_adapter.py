@@ -15,8 +15,10 @@ import hf_kvcache as kv
 from hf_kvcache import dmc
 from hf_kvcache.adapters import AdapterError, DMCConfig, attach, attached_retrofit, save_adapter
 from hf_kvcache.adapters.files import written
+from hf_kvcache.compat import CACHE_NAME, cache_argument, given_cache
 
 peft = pytest.importorskip("peft")
+peft_verbs = pytest.importorskip("peft_verbs")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 FORMS = {
@@ -116,8 +118,8 @@ def test_loaded_as_it_was_saved(form, route, tmp_path):
     cache = CACHES[form[:3]]
     ours, theirs = (generate(m, ids, cache(), attention_mask=mask) for m in (model, plain))
     assert torch.equal(ours.sequences, theirs.sequences)
-    assert torch.equal(lengths(ours.past_key_values), lengths(theirs.past_key_values))
-    assert lengths(ours.past_key_values).float().mean() < 40
+    assert torch.equal(lengths(given_cache(ours)), lengths(given_cache(theirs)))
+    assert lengths(given_cache(ours)).float().mean() < 40
 
 
 @pytest.mark.parametrize("arch", [arch for arch in FAMILIES if arch != "llama"])
@@ -198,7 +200,7 @@ def test_a_model_that_does_not_train_decides_hard(folder, model):
     assert child_of(training).training
     assert [name for name, p in training.named_parameters() if p.requires_grad and ".kv_dmc." not in name] == []
     with pytest.raises(RuntimeError, match="relaxed decisions"):
-        training(prompt(), past_key_values=kv.DMCCache())
+        training(prompt(), **cache_argument(kv.DMCCache()))
 
 
 def test_the_teacher_is_the_base(folder, model):
@@ -248,16 +250,17 @@ def test_transformers_own_methods(folder, model):
     vanilla = logits(model)
     model.load_adapter(str(folder), "a")
     mine = logits(model)
-    model.add_adapter(DMCConfig(method="dms", window=0), "b")
-    model.set_adapter("b")
+    peft_verbs.add_adapter(model, DMCConfig(method="dms", window=0), "b")
+    peft_verbs.set_adapter(model, "b")
     assert (logits(model) - vanilla).abs().max() < 1e-5
-    model.set_adapter("a")
+    peft_verbs.set_adapter(model, "a")
     assert torch.equal(logits(model), mine)
-    model.disable_adapters()
+    peft_verbs.disable_adapters(model)
     assert torch.equal(logits(model), vanilla)
-    model.enable_adapters()
+    peft_verbs.enable_adapters(model)
     assert torch.equal(logits(model), mine)
-    model.delete_adapter(["a", "b"])
+    for name in ("a", "b"):
+        peft_verbs.delete_adapter(model, name)
     assert torch.equal(logits(model), vanilla) and n_hooks(model) == 0
 
 
@@ -268,17 +271,17 @@ def test_rows_do_not_go_on_with_another_window(folder, tmp_path, model):
     attach(model, tmp_path / "other", "b")
     cache = kv.DMCCache()
     with torch.no_grad():
-        model(prompt(), past_key_values=cache)
-        model.set_adapter("a")
+        model(prompt(), **cache_argument(cache))
+        peft_verbs.set_adapter(model, "a")
         with pytest.raises(ValueError, match="window=5.*window=3"):
-            model(prompt(1, 1), past_key_values=cache)
+            model(prompt(1, 1), **cache_argument(cache))
         cache.reset()
-        model(prompt(), past_key_values=cache)
+        model(prompt(), **cache_argument(cache))
 
 
 def test_generate_without_our_cache_says_so(folder, model):
     attach(model, folder)
-    with pytest.raises(ValueError, match="past_key_values=DMCCache"):
+    with pytest.raises(ValueError, match=f"{CACHE_NAME}=DMCCache"):
         generate(model, prompt())
 
 
@@ -427,7 +430,7 @@ def test_another_model_is_refused(folder, plain):
             with pytest.raises(AdapterError, match=message):
                 load(other)
         assert n_hooks(other) == 0
-    for load in (lambda m: attach(m, folder, "b"), lambda m: m.add_adapter(DMCConfig(), "b")):
+    for load in (lambda m: attach(m, folder, "b"), lambda m: peft.inject_adapter_in_model(DMCConfig(), m, "b")):
         with pytest.raises(AdapterError, match="retrofitted already"):
             load(plain)
 

@@ -9,7 +9,7 @@ from tiny_retrofits import CACHES, batch, feed, lengths, llama, retrofitted, who
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 import hf_kvcache as kv
-from hf_kvcache.compat import sdpa_attention_forward, sdpa_mask
+from hf_kvcache.compat import CACHE_NAME, cache_argument, sdpa_attention_forward, sdpa_mask
 from hf_kvcache.dmc import retrofits
 
 METHODS = ["dmc", "dms"]
@@ -153,7 +153,7 @@ def go_on(model, cache, inputs, n):
         for size in rest:
             piece = slice(start, start + size)
             start += size
-            options = dict(attention_mask=mask[:, :start], position_ids=positions[:, piece], past_key_values=cache)
+            options = dict(attention_mask=mask[:, :start], position_ids=positions[:, piece], **cache_argument(cache))
             logits.append(model(ids[:, piece], **options).logits)
         return torch.cat(logits, 1)
 
@@ -257,18 +257,18 @@ def test_tokens_cannot_be_taken_back(model, method):
     ids=["dynamic", "quant", "dense", "adakv"],
 )
 def test_other_caches(model, method, make):
-    with pytest.raises(ValueError, match=f"{method.upper()}, .*use past_key_values={method.upper()}Cache"):
+    with pytest.raises(ValueError, match=f"{method.upper()}, .*use {CACHE_NAME}={method.upper()}Cache"):
         generate(model, batch([12])[0], make())
 
 
 def test_generation_without_our_cache_says_which(model, method):
-    with pytest.raises(ValueError, match=f"use past_key_values={method.upper()}Cache"):
+    with pytest.raises(ValueError, match=f"use {CACHE_NAME}={method.upper()}Cache"):
         generate(model, batch([12])[0])
 
 
 def test_a_static_cache(model):
     with pytest.raises(ValueError, match="DMCCache|DMSCache"), torch.no_grad():
-        model(batch([12])[0], past_key_values=StaticCache(config=model.config, max_cache_len=64))
+        model(batch([12])[0], **cache_argument(StaticCache(config=model.config, max_cache_len=64)))
 
 
 def test_a_model_without_decisions(method):
@@ -312,7 +312,7 @@ def test_attention_that_cannot_know_the_decisions(model, method):
     AttentionInterface.register("opaque", lambda module, q, *args, **kwargs: (q.transpose(1, 2).contiguous(), None))
     other = copy.deepcopy(model)
     other.set_attn_implementation("opaque")
-    for options in (dict(use_cache=False), dict(past_key_values=new_cache(method))):
+    for options in (dict(use_cache=False), cache_argument(new_cache(method))):
         with pytest.raises(ValueError, match='attn_implementation="hf_kvcache"'), torch.no_grad():
             other(batch([12])[0], **options)
 
@@ -321,13 +321,13 @@ def test_attention_weights_are_not_there(model, method):
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="output_attentions"), torch.no_grad():
-        eager(batch([12])[0], output_attentions=True, past_key_values=new_cache(method))
+        eager(batch([12])[0], output_attentions=True, **cache_argument(new_cache(method)))
 
 
 def test_another_batch_size(model, method):
     cache = begun(model, method, batch([27, 27]), 15)
     with pytest.raises(ValueError, match="batch size|batch"), torch.no_grad():
-        model(batch([1, 1, 1])[0], past_key_values=cache)
+        model(batch([1, 1, 1])[0], **cache_argument(cache))
 
 
 def test_a_disabled_retrofit_is_the_model(model, method, monkeypatch):
@@ -343,7 +343,7 @@ def test_a_disabled_retrofit_is_the_model(model, method, monkeypatch):
             plain.load_state_dict(state)
         assert torch.equal(whole(own, *inputs), whole(plain, *inputs))
     with pytest.raises(ValueError, match="goes by the decisions"), torch.no_grad():
-        own(inputs[0], past_key_values=new_cache(method))
+        own(inputs[0], **cache_argument(new_cache(method)))
 
 
 def test_what_is_said_of_a_cache(model, method):
@@ -385,7 +385,7 @@ def test_gradients_flow_within_a_call_and_end_at_what_is_cached(method, window):
     cache = new_cache(method)
     for start, n in ((0, 12), (12, 1), (13, 1), (14, 4)):
         new = ids[:, start : start + n]
-        found = gradients(new, past_key_values=cache)
+        found = gradients(new, **cache_argument(cache))
         if not start:
             expected = gradients(new, use_cache=False)
             # rows of linear decisions are reached by relaxed ones alone
@@ -398,10 +398,10 @@ def test_gradients_flow_within_a_call_and_end_at_what_is_cached(method, window):
 
 def test_an_empty_cache_of_another_kind_is_refused_at_once(model, method):
     with torch.no_grad(), pytest.raises(ValueError, match="cannot go on in a KVCache"):
-        model(batch([5])[0], past_key_values=kv.KVCache())
+        model(batch([5])[0], **cache_argument(kv.KVCache()))
 
 
 def test_training_does_without_a_cache(model, method):
     training = copy.deepcopy(model).train()
     with pytest.raises(RuntimeError, match=r"call model.eval\(\) to generate"):
-        training(batch([5])[0], past_key_values=new_cache(method))
+        training(batch([5])[0], **cache_argument(new_cache(method)))

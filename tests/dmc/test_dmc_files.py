@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Co
 import hf_kvcache as kv
 from hf_kvcache import dmc
 from hf_kvcache.adapters import AdapterError
+from hf_kvcache.compat import cache_argument, given_cache
 
 FORMS = {
     "dmc-borrowed": dict(),
@@ -260,12 +261,12 @@ def test_generate_takes_our_cache(form, tmp_path):
     ids, mask, _ = padded([60, 31, 8])
     cache = CACHES[form[:3]]
     unasked, asked = (generate(model, ids, c, attention_mask=mask) for c in (None, cache()))
-    assert type(unasked.past_key_values) is cache
+    assert type(given_cache(unasked)) is cache
     assert torch.equal(unasked.sequences, asked.sequences)
     assert all(torch.equal(a, b) for a, b in zip(unasked.logits, asked.logits))
-    rows = lengths(unasked.past_key_values)
-    assert torch.equal(rows, lengths(asked.past_key_values))
-    assert unasked.past_key_values.nbytes == asked.past_key_values.nbytes
+    rows = lengths(given_cache(unasked))
+    assert torch.equal(rows, lengths(given_cache(asked)))
+    assert given_cache(unasked).nbytes == given_cache(asked).nbytes
     # 75 tokens have been written
     assert rows.max() <= 75 and rows.float().mean() < 60 and (rows[:, 0] >= rows[:, 2]).any()
 
@@ -283,13 +284,13 @@ def test_a_forward_pass_takes_it_too(folder):
     ids = prompt(2, 20)
     with torch.no_grad():
         first = model(ids[:, :13])
-        cache = first.past_key_values
+        cache = given_cache(first)
         assert type(cache) is kv.DMCCache and cache.get_seq_length() == 13
-        second = model(ids[:, 13:], past_key_values=cache)
-        assert second.past_key_values is cache
-        assert model(ids, use_cache=False).past_key_values is None
+        second = model(ids[:, 13:], **cache_argument(cache))
+        assert given_cache(second) is cache
+        assert given_cache(model(ids, use_cache=False)) is None
         by_hand = kv.DMCCache()
-        assert model(ids, None, None, by_hand).past_key_values is by_hand and by_hand.get_seq_length() == 20
+        assert given_cache(model(ids, None, None, by_hand)) is by_hand and by_hand.get_seq_length() == 20
     together = torch.cat([first.logits, second.logits], 1)
     assert (together - logits(model, ids)).abs().max() < 1e-5
 
@@ -299,7 +300,7 @@ def test_training_takes_none(folder):
     dmc.draw_noise(model, 2, 20, seed=0)
     out = model(prompt(2, 20), labels=prompt(2, 20))
     out.loss.backward()
-    assert not isinstance(out.past_key_values, kv.KVCache)
+    assert not isinstance(given_cache(out), kv.KVCache)
     assert all(child.decision.grad.abs().sum() > 0 for child in dmc.retrofits(model).values())
 
 
@@ -308,9 +309,9 @@ def test_other_caches_are_refused(folder):
     with pytest.raises(ValueError, match="cache_implementation='static'"):
         model.generate(prompt(), max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="cannot go on"):
-        model.generate(prompt(), max_new_tokens=3, past_key_values=kv.KVCache())
+        model.generate(prompt(), max_new_tokens=3, **cache_argument(kv.KVCache()))
     with pytest.raises(ValueError, match="the cache is for DMS"):
-        model.generate(prompt(), max_new_tokens=2, past_key_values=kv.DMSCache())
+        model.generate(prompt(), max_new_tokens=2, **cache_argument(kv.DMSCache()))
     with pytest.raises(ValueError, match="speculative"):
         model.generate(prompt(), max_new_tokens=8, prompt_lookup_num_tokens=2)
     expected = generate(model, prompt()).sequences

@@ -7,6 +7,7 @@ import torch
 from tiny_retrofits import CACHES, batch, retrofitted, settings, whole
 
 from hf_kvcache.attention.compacted import attend_parallel
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.dmc import Settings, decide, draw_noise, merge, retrofits
 from hf_kvcache.dmc.decisions import harden, logistic_noise, opens, relax
 from hf_kvcache.dmc.hooks import Call
@@ -272,4 +273,4 @@ def test_noise_comes_from_outside(knobs):
 def test_training_has_no_cache():
     model, (ids, *_) = retrofitted().train(), batch([8])
     with pytest.raises(RuntimeError, match="eval"):
-        model(ids, past_key_values=CACHES["dmc"]())
+        model(ids, **cache_argument(CACHES["dmc"]()))

@@ -7,6 +7,7 @@ from cases import SIZES, VOCAB, new_model, prompt
 from transformers import LlamaConfig
 
 import hf_kvcache as kv
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.dmc import Settings, retrofit, retrofits
 
 CACHES = {"dmc": kv.DMCCache, "dms": kv.DMSCache}
@@ -187,7 +188,7 @@ def feed(model, cache, ids, mask, positions, sizes):
     for size in sizes:
         piece = slice(start, start + size)
         start += size
-        options = dict(attention_mask=mask[:, :start], position_ids=positions[:, piece], past_key_values=cache)
+        options = dict(attention_mask=mask[:, :start], position_ids=positions[:, piece], **cache_argument(cache))
         logits.append(model(ids[:, piece], **options).logits)
     return torch.cat(logits, 1)
 

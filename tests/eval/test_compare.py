@@ -1,6 +1,7 @@
 """The comparison on a random model: ratios, errors as rows, specifications, report and picture."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,8 +15,9 @@ import hf_kvcache as kv
 from hf_kvcache import registry
 from hf_kvcache.eval.compare import Row, Settings, compare, n_stages, with_baseline
 from hf_kvcache.eval.memory import cache_nbytes
-from hf_kvcache.eval.report import as_dict, as_table
-from hf_kvcache.eval.specs import SHOWN, CacheSpec, SpecError, default_specs, parse
+from hf_kvcache.eval.peers import is_installed
+from hf_kvcache.eval.report import about, as_line, as_table, heading
+from hf_kvcache.eval.specs import SHOWN, CacheSpec, SpecError, all_specs, default_specs, parse
 
 SETTINGS = Settings(context=160, n_new=3, rounds=2, eval_context=512, n_windows=2, n_next=32, n_prompts=1)
 TEXTS = ["dense", "quant:bits=2,window=0", "streaming:ratio=0.25", "keydiff:ratio=0.5+quant:bits=8,window=4"]
@@ -42,11 +44,19 @@ def result():
     """Rows by name, and the stages that were announced."""
     model = new_model(ARCHITECTURES["llama"]())
     specs = with_baseline([*map(parse, TEXTS), CacheSpec("broken", broken)])
-    stages = []
+    stages, measured = [], []
     text = "".join(chr(97 + i * i % 26) for i in range(1500))
-    rows = compare(model, Letters(), text, specs, SETTINGS, stages.append)
+    rows = compare(
+        model,
+        Letters(),
+        text,
+        specs,
+        SETTINGS,
+        stages.append,
+        lambda row, is_final: measured.append((replace(row), is_final)),
+    )
     assert len(stages) == n_stages(len(specs), SETTINGS)
-    return model, {row.cache: row for row in rows}
+    return model, {row.cache: row for row in rows}, measured
 
 
 def test_baseline_comes_first_and_is_the_unit(result):
@@ -75,6 +85,17 @@ def test_lossy_caches_save_bytes_and_cost_fidelity(result):
         assert row.prefill_s > 0 and row.tokens_per_s > 0 and row.speedup > 0
 
 
+def test_a_row_is_handed_over_when_it_has_been_measured(result):
+    """Bytes and speed after every round, everything when it has been scored, one cache after the other."""
+    _, rows, measured = result
+    assert [row.cache for row, _ in measured] == list(rows) * (SETTINGS.rounds + 1)
+    halves, wholes = measured[: -len(rows)], measured[-len(rows) :]
+    assert not any(is_final for _, is_final in halves) and all(is_final for _, is_final in wholes)
+    assert [row for row, _ in wholes] == list(rows.values())
+    for row, _ in halves:
+        assert row.error or (row.bytes_ratio and row.speedup and row.kl is None)
+
+
 def test_failure_is_a_row(result):
     row = result[1]["broken"]
     assert row.error == "RuntimeError: out of luck\nsecond line"
@@ -99,14 +120,16 @@ def test_peers_run_on_the_attention_they_have_without_us(result):
 
 
 def test_table_and_json_show_every_row(result):
-    model, rows = result
+    model, rows, _ = result
     console = Console(width=140, record=True, file=open("/dev/null", "w"))
     console.print(as_table(list(rows.values()), SETTINGS, "title"))
     text = console.export_text()
     assert all(name in text for name in rows)
     assert "RuntimeError: out of luck" in text and "second line" not in text
-    data = json.loads(json.dumps(as_dict(list(rows.values()), SETTINGS, model, "tiny")))
-    assert [row["cache"] for row in data["rows"]] == list(rows)
+    lines = [heading(60), *(as_line(row, 60) for row in rows.values())]
+    assert "perplexity" in lines[0] and all(line.startswith(name) for line, name in zip(lines[1:], rows))
+    assert lines[-1].endswith("\n  RuntimeError: out of luck") and len({len(line) for line in lines[:4]}) == 1
+    data = json.loads(json.dumps(about(SETTINGS, model, "tiny")))
     assert data["settings"]["context"] == 160 and data["dtype"] == "float32" and data["versions"]["torch"]
 
 
@@ -118,6 +141,17 @@ def test_picture_is_drawn(result, tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 20_000
     families = [family(row) for row in result[1].values() if not row.error]
     assert families == ["transformers' own", "saves nothing", "saves bits", "saves tokens", "saves tokens and bits"]
+
+
+def test_every_kind_has_a_colour_of_its_own():
+    pytest.importorskip("matplotlib")
+    from hf_kvcache.eval.picture import COLOURS, family
+
+    kinds = {spec.text: family(Row(spec.text, spec.is_peer)) for spec in all_specs(retrofit="dms")}
+    assert kinds["sparse:sparsity=0.7,bits=4"] == "saves channels and bits"
+    assert kinds["sparse:sparsity=0.7"] == "saves channels" and kinds["dms+quant:bits=4"] == "saves tokens and bits"
+    assert kinds["keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8"] == "saves tokens, channels and bits"
+    assert set(kinds.values()) <= set(COLOURS) and len(set(COLOURS.values())) == len(COLOURS) == 9
 
 
 def test_nothing_is_drawn_without_numbers(tmp_path):
@@ -170,8 +204,15 @@ def test_mistakes_are_named(text, message):
     assert message in str(caught.value)
 
 
-def test_default_has_every_method_and_the_baseline():
+def test_default_is_ten_that_differ():
     texts = [spec.text for spec in default_specs()]
+    assert texts[0] == "dynamic" and len(set(texts)) == 10 - (not is_installed("quanto") and not is_installed("hqq"))
+    assert set(texts) <= {spec.text for spec in all_specs()}
+    assert [spec.text for spec in default_specs("dms")][-3:] == ["dms", "dms+quant:bits=8", "dms+quant:bits=4"]
+
+
+def test_all_has_every_method_and_the_baseline():
+    texts = [spec.text for spec in all_specs()]
     assert texts[0] == "dynamic"
     for method in registry.METHODS:
         # of the eviction family some are left to the benchmark of that family
@@ -181,13 +222,13 @@ def test_default_has_every_method_and_the_baseline():
         m.name for m in registry.METHODS if m.axis == "tokens"
     }
     # a model without retaining heads is not compared by them
-    assert not any(spec.text.startswith("locret") for spec in default_specs(carries_heads=False))
+    assert not any(spec.text.startswith("locret") for spec in all_specs(carries_heads=False))
 
 
 def test_a_new_method_needs_only_its_registry_line(monkeypatch):
     new = registry.Method("newest", "hf_kvcache.policies.streaming:Streaming", "tokens", "The newest tokens")
     monkeypatch.setattr(registry, "METHODS", (*registry.METHODS, new))
-    assert default_specs()[-1].text == "newest:ratio=0.25"
+    assert all_specs()[-1].text == "newest:ratio=0.25"
     assert isinstance(parse("newest:budget=64").build().policy, kv.Streaming)
 
 
@@ -216,7 +257,7 @@ def test_bytes_of_ours_are_its_own_count():
 
 @pytest.mark.parametrize("name", ["quanto", "hqq"])
 def test_quantised_peers_are_smaller(name):
-    from hf_kvcache.eval.peers import PEERS, is_installed
+    from hf_kvcache.eval.peers import PEERS
 
     if not is_installed(name):
         pytest.skip(f"{name} is not installed")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_kvcache.compat import given_cache
 from hf_kvcache.eval.passkey import build_prompts, exact_match
 
 N_TOKENS = 1500
@@ -29,11 +30,11 @@ class Copier:
     def __init__(self, window=None):
         self.window = window
 
-    def __call__(self, ids, past_key_values, use_cache, logits_to_keep):
-        said = []
+    def __call__(self, ids, use_cache, logits_to_keep, **kwargs):
+        said, fed = [], given_cache(kwargs)
         for token in ids[0].tolist():
-            past_key_values.append(token)
-            said.append(self.follow(past_key_values[-(self.window or len(past_key_values)) :]))
+            fed.append(token)
+            said.append(self.follow(fed[-(self.window or len(fed)) :]))
         logits = torch.nn.functional.one_hot(torch.tensor([said[-logits_to_keep:]]), 256).float()
         return SimpleNamespace(logits=logits)
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_kvcache.compat import given_cache
 from hf_kvcache.eval.retrieval import (
     N_KEYS,
     N_VALUES,
@@ -120,10 +121,11 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.ledger, self.remembers = ledger, remembers
 
-    def forward(self, ids, past_key_values, **kwargs):
-        past_key_values.append(ids)
+    def forward(self, ids, **kwargs):
+        fed = given_cache(kwargs)
+        fed.append(ids)
         logits = torch.zeros(len(ids), 1, N_PROSE_TOKENS + N_LEDGER)
-        for b, row in enumerate(torch.cat(past_key_values, dim=1)):
+        for b, row in enumerate(torch.cat(fed, dim=1)):
             entries = read_back(self.ledger, row)
             [(answer, _)] = entries.get(row[-1].item(), [(self.ledger.answers[0], 0)])
             logits[b, 0, answer if self.remembers else self.ledger.answers[0]] = 1

@@ -30,6 +30,28 @@ def tokens(model, job, **kwargs):
     return out.sequences.tolist(), out.past_key_values
 
 
+def ways(model, job) -> dict[str, list]:
+    """By how a cache is given: whether it is the one that comes back, and how many tokens it has seen.
+
+    Nothing given: the class of the cache that is made.
+    """
+    ids, n = torch.tensor(job["inputs"]["input_ids"])[:1], 3
+    options = dict(max_new_tokens=n, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    answers = {"forward": [type(model(ids, use_cache=True).past_key_values).__name__, None]}
+    for name in ("cache", "past_key_values"):
+        calls = {f"forward {name}": lambda **given: model(ids, **given)}
+        calls[f"generate {name}"] = lambda **given: model.generate(ids, **given, **options)
+        for what, call in calls.items():
+            mine = model.new_cache()
+            answers[what] = [call(**{name: mine}).past_key_values is mine, mine.get_seq_length() - ids.shape[1]]
+    mine, other = model.new_cache(), model.new_cache()
+    # input_ids, attention_mask, position_ids
+    answers["forward by place"] = [model(ids, None, None, mine).past_key_values is mine, 0]
+    both = model(ids, cache=(mine := model.new_cache()), past_key_values=other)
+    answers["forward both"] = [both.past_key_values is mine, other.get_seq_length()]
+    return answers
+
+
 def run(job, work: Path) -> dict:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -44,7 +66,17 @@ def run(job, work: Path) -> dict:
         "class": type(model).__name__,
         "warnings": [str(w.message) for w in said if "kvcache" in str(w.message) or "kernel" in str(w.message)],
     }
+    if "custom" in job:
+        answer["goes on"] = {}
+        for name in ("cache", "past_key_values"):
+            # an empty one, whose class the first call has made
+            mine = type(cache)(codec=cache.codec, config=model.config)
+            answer["goes on"][name] = [tokens(model, job, **custom, **{name: mine})[1] is mine, mine.nbytes]
     if "custom" not in job:
+        with torch.no_grad(), warnings.catch_warnings():
+            # transformers says so of old names
+            warnings.simplefilter("error", FutureWarning)
+            answer["ways"] = ways(model, job)
         try:
             AutoModelForCausalLM.from_pretrained(job["where"], trust_remote_code=False)
         except ValueError as error:

@@ -113,6 +113,7 @@ def merge_states(kernel):
     states = [(torch.randn(B, H * G, S, D), torch.randn(B, H * G, S)) for _ in range(3)]
     states[1][1][0] = float("-inf")
     yield from kernel.merge_states(states)
+    yield from kernel.with_sink(*states[0], torch.linspace(-1, 1, states[0][0].shape[1]))
 
 
 def merge_step(kernel):

@@ -30,6 +30,8 @@ def test_every_family_has_a_measured_card(family):
     assert float(ratio) == pytest.approx(int(ours.replace(",", "")) / int(dense.replace(",", "")), abs=1e-3)
     assert f"{values['bytes_ratio']:.3f}" == ratio
     assert re.search(rf"Made by `hf-kvcache export .*--method {family}", card.text)
+    # once, where both names are told
+    assert "cache=cache" in card.text and card.text.count("past_key_values") == 1
     assert "trust_remote_code=True" in card.text and "{" not in re.sub(r"```.*?```", "", card.text, flags=re.DOTALL)
 
 

@@ -169,10 +169,11 @@ def test_limits_are_those_of_the_kernels():
     """Samples of what cards say, asked of the library."""
     triton = {op: import_module(f"hf_kvcache.kernels.{op}.triton_kernel") for op in LIMITS}
     rows = {D: torch.empty(1, 1, 32, D, dtype=torch.float16) for D in (64, 72, 80, 256, 272)}
-    packed = {D: (None, torch.empty(1, 1, 32, 1), None) for D in rows}
-    assert triton["dense_attention"].obstacle(rows[256]) is None and triton["dense_attention"].obstacle(rows[272])
+    dense = triton["dense_attention"].obstacle
+    assert dense(rows[256], rows[64]) is None and dense(rows[272], rows[64]) and dense(rows[64], rows[272])
     for D, bits, fits in ((80, 4, True), (72, 4, False), (272, 4, False), (64, 3, False), (256, 8, True)):
-        why_not = triton["quant_attention"].obstacle(rows[D], packed[D], packed[D], (bits, bits), "channel")
+        packed = torch.empty(1, 1, 32, D * bits // 16), torch.empty(1, 1, 32, 1), None
+        why_not = triton["quant_attention"].obstacle(rows[D], packed, packed, (bits, bits), "channel")
         assert (why_not is None) == fits, (D, bits, why_not)
     assert triton["quant_pack"].obstacle(rows[64], 3, "token", 64) and not triton["quant_pack"].obstacle(
         rows[64], 2, "token", 64

@@ -1,18 +1,17 @@
 """What of classes and functions an exported repository needs, by those that there are instances of."""
 
-import ast
+import importlib
 import sys
 import textwrap
 
 import pytest
+from test_export import FAMILIES
 
 from hf_kvcache.hub.flatten import Recipe, flatten
-from hf_kvcache.hub.fold import fold, only_checks, returned
 from hf_kvcache.hub.library import Module
+from hf_kvcache.hub.members import is_mentioned
+from hf_kvcache.hub.recipes import recipe_of
 from hf_kvcache.hub.shake import Shaken
-from hf_kvcache.hub.text import Text
-from hf_kvcache.hub.unused import unused
-from hf_kvcache.hub.values import SOMETHING, Trivial
 
 CLASSES = """
 class Base:
@@ -61,21 +60,21 @@ def shaken(tmp_path, monkeypatch, source, *roots):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "hf_kvcache_here", raising=False)
     found = Shaken(lambda name: Module(name, source), [f"hf_kvcache_here:{root}" for root in roots])
-    return {f"{cls}.{name}" for _, cls, name in found.members}, found
+    return {f"{cls}.{name}" for _, cls, name in found.members}
 
 
 def test_what_every_instance_overrides_is_not_reached(tmp_path, monkeypatch):
-    members, _ = shaken(tmp_path, monkeypatch, CLASSES, "make")
+    members = shaken(tmp_path, monkeypatch, CLASSES, "make")
     assert members == {"Base.__init__", "Base.fill", "Derived.fill", "Derived.size", "Derived.other"}
 
 
 def test_instances_of_the_base_class_itself_need_its_members(tmp_path, monkeypatch):
-    members, _ = shaken(tmp_path, monkeypatch, CLASSES, "make_both")
+    members = shaken(tmp_path, monkeypatch, CLASSES, "make_both")
     assert members >= {"Base.size", "Base.other"}
 
 
 def test_members_that_a_root_names_do_not_say_that_there_are_instances(tmp_path, monkeypatch):
-    members, _ = shaken(tmp_path, monkeypatch, CLASSES, "make", "Base.size")
+    members = shaken(tmp_path, monkeypatch, CLASSES, "make", "Base.size")
     assert "Base.size" not in members
 
 
@@ -98,92 +97,8 @@ class B:
 def make():
     return A(), B()
 """
-    members, _ = shaken(tmp_path, monkeypatch, source, "make")
+    members = shaken(tmp_path, monkeypatch, source, "make")
     assert members == {"A.__init__"}
-
-
-def test_functions_that_come_to_a_constant_or_to_their_argument(tmp_path, monkeypatch):
-    source = """
-def is_on(x):
-    return True
-
-
-def same(x):
-    return x
-
-
-def more(x, y=1):
-    return x
-
-
-def run(x):
-    return same(x) if is_on(x) else more(x)
-"""
-    _, found = shaken(tmp_path, monkeypatch, source, "run")
-    assert found.trivial() == Trivial({"is_on": True}, frozenset({"same"}))
-    left = fold(source, {}, (), found.trivial())
-    assert "def run(x):\n    return x\n" in left
-
-
-@pytest.mark.parametrize(
-    "expression, left",
-    [
-        ("self.policy is None", "False"),
-        ("self.policy is not None", "True"),
-        ("self.policy == 0", "False"),
-        ("self.policy == 1", "self.policy == 1"),
-        ("self.policy or x", "self.policy or x"),
-        ("a if self.policy else b", "a"),
-        ("0 < n < 2", "True"),
-        ("0 < n < m", "0 < n < m"),
-        ("self.format.startswith('int')", "True"),
-        ("format", "format"),
-        ("same(x)(y)", "x(y)"),
-        ("same(x + y) * 2", "(x + y) * 2"),
-        ("same(x, y)", "same(x, y)"),
-    ],
-)
-def test_what_is_known_in_part(expression, left):
-    facts = {"policy": SOMETHING, "n": 1, ".format": "int"}
-    assert fold(f"r = {expression}\n", facts, (), Trivial({}, frozenset({"same"}))) == f"r = {left}\n"
-
-
-def test_loops_over_nothing_go():
-    source = "def f(x):\n    for i in tl.static_range(GROUPS if ON else 0):\n        x += i\n    return x\n"
-    assert fold(source, {"ON": False}) == "def f(x):\n    return x\n"
-    assert fold(source, {"ON": True, "GROUPS": 2}) != "def f(x):\n    return x\n"
-
-
-@pytest.mark.parametrize(
-    "line, left",
-    [
-        ("a = x.y", ""),
-        ("a, b = x.y, 1", "b = 1"),
-        ("a: int = 3", ""),
-        ("a = f(x)", "a = f(x)"),
-        ("a, b = f(x), 1", "a, b = f(x), 1"),
-        ("a = tl.zeros((4,), tl.float32)", ""),
-    ],
-)
-def test_names_that_nothing_reads(line, left):
-    text = Text(f"def g(x):\n    {line}\n    return b\n".encode())
-    for edit in unused(text):
-        text = Text(text.text[: edit.start] + edit.text + text.text[edit.stop :])
-    assert text.text.decode() == "def g(x):\n" + (f"    {left}\n" if left else "") + "    return b\n"
-
-
-@pytest.mark.parametrize(
-    "body, is_check",
-    [
-        ("if self.bits > 8:\n        raise ValueError", True),
-        ("self.bits = 8", False),
-        ("object.__setattr__(self, 'bits', 8)", False),
-    ],
-)
-def test_checks_of_values(body, is_check):
-    function = ast.parse(f"def __post_init__(self):\n    {body}\n").body[0]
-    assert only_checks(function) is is_check
-    assert returned(function) is None
 
 
 def test_a_name_that_is_bound_twice_is_refused():
@@ -196,3 +111,19 @@ def test_what_is_absent_has_its_name_for_itself():
     recipe = Recipe(("hf_kvcache.stores.buffer:RowBuffer",), absent=("hf_kvcache.layer:KVLayer.append",))
     with pytest.raises(ValueError, match="RowBuffer.append would be, too"):
         flatten(recipe, "0")
+
+
+def test_other_libraries_may_ask_for_what_they_speak_of():
+    assert is_mentioned("is_sliding", [type("Layer", (), {"__module__": "transformers.cache_utils"})])
+    assert not is_mentioned("no_such_name", [type("Layer", (), {"__module__": "transformers.cache_utils"})])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_left_out_is_there_to_be_left_out(name):
+    # an entry that the library has no more would leave nothing out, in silence
+    recipe = recipe_of(FAMILIES[name][1]())
+    for path in {*recipe.absent, *recipe.dropped}:
+        module, _, names = path.partition(":")
+        found = importlib.import_module(module)
+        for part in names.split("."):
+            found = getattr(found, part, None) or importlib.import_module(f"{module}.{part}")

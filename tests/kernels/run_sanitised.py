@@ -78,6 +78,16 @@ def sparse():
                 for side in sides:
                     sparse_attention(q, side, sides[0], tail, tail.clone(), scaling=0.1, mask=mask)
                     sparse_attention(q, sides[0], side, scaling=0.1)
+    # keys and values of different head sizes
+    for D, Dv, keep in ((48, 32, 16), (24, 16, 8), (64, 192, 32), (256, 8, 8)):
+        for G, S, dtype in ((4, 1, torch.bfloat16), (7, 1, torch.float32), (3, 5, torch.float16)):
+            q, tail = exact(1, 2 * G, S, D).to(dtype), (exact(1, 2, 3, D).to(dtype), exact(1, 2, 3, Dv).to(dtype))
+            k, v = exact(1, 2, 33, D).to(dtype), exact(1, 2, 33, Dv).to(dtype)
+            for layout in ("bitmap", "index"):
+                keys = SparseRows(*sparse_pack(k, keep=keep, layout=layout), layout)
+                values = SparseRows(*sparse_pack(v, keep=keep, layout=layout), layout, head_dim=Dv)
+                for pair in ((keys, values), (keys, SparseRows(v, None)), (SparseRows(k, None), values)):
+                    sparse_attention(q, *pair, *tail, scaling=0.1)
     for D, keep, group_size in (
         (128, 64, None),
         (20, 7, None),

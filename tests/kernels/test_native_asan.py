@@ -1,14 +1,13 @@
 """The C++ backend reads and writes nothing outside its operands: AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import hf_kvcache.kernels.dense_attention  # noqa: F401
-from hf_kvcache.kernels import native
+from hf_kvcache.kernels import compilers, native
 
 LEVELS = [name for name in native.supported() if name in (native.supported()[0], "avx2", "scalar")]
 
@@ -16,7 +15,7 @@ LEVELS = [name for name in native.supported() if name in (native.supported()[0],
 def runtime():
     """The preloadable sanitizer of the compiler, or None."""
     try:
-        found = subprocess.run([*native.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
+        found = compilers.run([*native.compiler(), "-print-file-name=libasan.so"])
     except native.BuildError:
         return None
     path = found.stdout.strip()
@@ -36,5 +35,5 @@ def test_sanitised(isa):
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
     }
     script = Path(__file__).with_name("run_sanitised.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    done = compilers.run([sys.executable, str(script)], env=environment)
     assert done.returncode == 0 and "clean" in done.stdout, (done.stdout + done.stderr)[-4000:]

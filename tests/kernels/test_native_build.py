@@ -1,8 +1,11 @@
 """Building and caching of the C++ backend, and what happens without a compiler."""
 
 import os
+import select
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 import hf_kvcache.kernels.dense_attention  # noqa: F401
 import hf_kvcache.kernels.quant_attention  # noqa: F401
 import hf_kvcache.kernels.quant_pack  # noqa: F401
-from hf_kvcache.kernels import BackendUnavailable, choose, native, use_backend
+from hf_kvcache.kernels import BackendUnavailable, choose, compilers, native, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
 
 CPU = torch.device("cpu")
@@ -51,9 +54,10 @@ def test_levels_and_compilers_do_not_share_a_library(fresh, monkeypatch):
 @needs_compiler
 def test_two_processes_at_once(fresh):
     code = f"import hf_kvcache.kernels.{OP}; from hf_kvcache.kernels import native; print(native.build({OP!r}))"
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    paths = {process.communicate(timeout=300)[0].strip() for process in running}
-    assert all(process.returncode == 0 for process in running)
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda _: compilers.run([sys.executable, "-c", code], 300), range(2)))
+    paths = {process.stdout.strip() for process in done}
+    assert all(process.returncode == 0 for process in done)
     assert len(paths) == 1 and Path(paths.pop()).exists()
     assert native.unavailable(OP, CPU) is None
 
@@ -78,6 +82,53 @@ def test_the_reason_holds_the_first_compiler_error(fresh, monkeypatch):
     wrapper.chmod(0o755)
     monkeypatch.setenv("CXX", str(wrapper))
     assert "error: planted" in native.unavailable(OP, CPU)
+
+
+@pytest.fixture
+def stuck(tmp_path, monkeypatch):
+    """A compiler that waits for a child of its own; the reading end of a pipe that the child holds open."""
+    pipe, script = tmp_path / "pipe", tmp_path / "cxx"
+    os.mkfifo(pipe)
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\n(echo $$; exec sleep 1000) > {pipe} &\nwait\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reading, True)
+    yield reading
+    os.close(reading)
+
+
+def until_closed(pipe) -> bytes:
+    """What is written until all processes that hold the other end are gone."""
+    found = b""
+    while select.select([pipe], [], [], 30)[0]:
+        part = os.read(pipe, 100)
+        if not part:
+            return found
+        found += part
+    raise AssertionError("the child of the compiler goes on")
+
+
+def test_a_compiler_that_takes_too_long_ends_with_its_children(fresh, stuck, monkeypatch):
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 3)
+    with pytest.raises(native.BuildError, match="timed out after 3 seconds"):
+        native.build(OP)
+    assert until_closed(stuck).strip().isdigit()
+    # nothing half compiled stays
+    assert not list(fresh.glob(f"{OP}*"))
+
+
+def test_an_interrupt_ends_the_compiler_with_its_children(fresh, stuck):
+    code = f"import hf_kvcache.kernels.{OP}; from hf_kvcache.kernels import native; native.build({OP!r})"
+    builder = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        assert select.select([stuck], [], [], 120)[0] and os.read(stuck, 100).strip().isdigit()
+        builder.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in builder.communicate(timeout=60)[1]
+        assert until_closed(stuck) == b""
+    finally:
+        builder.kill()
+    assert not list(fresh.glob(f"{OP}*"))
 
 
 def test_an_unknown_level_is_refused_by_name(fresh, monkeypatch):
@@ -112,5 +163,5 @@ def test_no_warnings(op, tmp_path):
         "-Werror",
     ]
     command += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-I", str(Path(native.__file__).parent)]
-    done = subprocess.run([*command, "-fsyntax-only", str(source)], capture_output=True, text=True)
+    done = compilers.run([*command, "-fsyntax-only", str(source)])
     assert done.returncode == 0, done.stderr[:2000]

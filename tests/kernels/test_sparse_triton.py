@@ -159,7 +159,7 @@ def gluon_kernel_in_the_interpreter():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs the stand-in for Gluon")
-def test_a_gluon_kernel_that_is_wrong_is_refused(monkeypatch):
+def test_a_gluon_kernel_that_is_wrong_is_refused(monkeypatch, unsaid):
     from hf_kvcache.kernels.sparse_attention import triton_kernel
 
     module = gluon_kernel_in_the_interpreter()

@@ -6,11 +6,12 @@ started by `test_in_the_interpreter`. Its bfloat16 arithmetic is wrong: float32 
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
+
+from hf_kvcache.kernels import compilers
 
 pytest.importorskip("triton")
 
@@ -29,10 +30,7 @@ runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs insi
 def run_in_the_interpreter(file):
     """Run the tests of `file` in a process in which Triton interprets its kernels."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file],
-        env=env, capture_output=True, text=True,
-    )  # fmt: skip
+    done = compilers.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file], env=env)
     print(done.stdout[-3000:])
     if done.returncode and "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("the interpreter of this Triton does not work with this numpy")

@@ -2,28 +2,33 @@
 
 import json
 import os
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from hf_kvcache.kernels import compilers
 
 pytest.importorskip("triton")
 
 # one variant per path through the kernels; `python -m hf_kvcache.kernels.aot` compiles all of them
 VARIANTS = [
     "dense-d128-bf16",
+    "dense-d192-v128",
     "dense-d256",
     "quant-d128-k8v8-channel",
     "quant-d128-k4v4-channel-g64-bf16",
     "quant-d128-k4v4-channel-g64-fp16-mask-softcap",
     "quant-d128-k2v2-channel",
     "quant-d128-k4v4-token",
+    "quant-d192-v128-k4v4-channel",
     "quant-d256-k4v4-channel",
     "pack-d128-4bit",
     "merge-d128",
     "sparse-d128-bitmap40-bf16",
     "sparse-d128-bitmap40-4bit-bf16",
     "sparse-d128-pairs64-fp16-mask-softcap",
+    "sparse-d192-v128-bitmap64-bitmap40-bf16",
     "sparse-d256-bitmap64-bf16",
     "sparse-pack-d128-bitmap40",
     "lowrank-d128-k64-weights-m4-bf16",
@@ -36,6 +41,7 @@ VARIANTS = [
     "ragged-d128-4bit-g64-page16",
     "ragged-d128-4bit-g64-dense",
     "ragged-d128-bitmap40-page16",
+    "ragged-d192-v128-dense",
     "merge-ragged-d128",
     "step-merge-d128",
     "step-slot-padded",
@@ -55,6 +61,7 @@ LIMITS = {
     "quant-d128-k2v2-channel-g32-bf16": 3.6,
     "sparse-d128-bitmap40-bf16": 20,
     "sparse-d128-bitmap40-4bit-bf16": 36,
+    "sparse-d192-v128-bitmap64-bitmap40-bf16": 48,
     "gluon-d128-index40-bf16": 4.6,
     # per latent channel of keys alone: 14.9 is for keys and values, which follow in a kernel of their own
     "lowrank-d128-k64-weights-m4-bf16": 22,
@@ -72,18 +79,15 @@ def test_variants_compile_without_spilling():
     # a process per target: the mode of Triton is fixed by whoever imports it first
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "hf_kvcache.kernels.aot", "--json", "--only", *VARIANTS, *GLUON, "--cc"]
-    running = [
-        subprocess.Popen([*command, cc], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for cc in ("80", "90")
-    ]
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(lambda cc: compilers.run([*command, cc], env=env), ("80", "90")))
     reports = []
-    for process in running:
-        out, err = process.communicate()
-        reports += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-        assert reports, err[-3000:]
+    for process in done:
+        reports += [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+        assert reports, process.stderr[-3000:]
     faults = {f"{r['name']} sm_{r['cc']}": r["faults"] for r in reports if r["faults"]}
     assert not faults, faults
-    assert all(process.returncode == 0 for process in running)
+    assert all(process.returncode == 0 for process in done)
     names = {r["name"] for r in reports}
     wanted = VARIANTS + (GLUON if any(spec.name in GLUON for spec in specs()) else [])
     assert all(any(variant in name for name in names) for variant in wanted)

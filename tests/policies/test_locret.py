@@ -10,6 +10,7 @@ from cases import assert_close, generate, padded, prompt, replay, splits, tiny_m
 import hf_kvcache as kv
 from hf_kvcache.adapters import RetainingHeads, attach
 from hf_kvcache.adapters.modules import attached_heads
+from hf_kvcache.compat import cache_argument
 
 KNOBS = dict(n_sink=0, local=6)
 
@@ -207,7 +208,7 @@ def test_survivors_are_encoded_once(codec, monkeypatch):
 
 def kv_dense_bytes(model, ids):
     dense = kv.KVCache()
-    model(ids[:, :90], past_key_values=dense)
+    model(ids[:, :90], **cache_argument(dense))
     return dense.nbytes
 
 

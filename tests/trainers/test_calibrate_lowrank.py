@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_kvcache as kv
 from hf_kvcache.cli import main
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.trainers import calibrate_lowrank
 
 SHORT = ["--samples", "2", "--length", "96", "--allocator", "greedy"]
@@ -22,7 +23,7 @@ def test_from_text_to_cache(tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(kv.embedded_model(), attn_implementation="hf_kvcache")
     cache = kv.LowRankCache.from_adapter(tmp_path / "adapter")
     ids = torch.randint(3, 4000, (1, 300), generator=torch.Generator().manual_seed(0))
-    model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    model.generate(ids, max_new_tokens=2, do_sample=False, **cache_argument(cache))
     assert [layer.store.keys.rank for layer in cache.layers] == printed["ranks of keys"]
 
 
@@ -42,5 +43,9 @@ def test_after_rope(tmp_path):
     ],
 )
 def test_mistakes_are_said(arguments, message, tmp_path, capsys):
-    assert main(["calibrate", "lowrank", "--out", str(tmp_path), *SHORT, *arguments]) == 2
+    try:
+        code = main(["calibrate", "lowrank", "--out", str(tmp_path), *SHORT, *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     assert message in capsys.readouterr().err

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2
 
 import hf_kvcache as kv
 from hf_kvcache.adapters.modules import attentions
+from hf_kvcache.compat import given_cache
 from hf_kvcache.dmc.retrofitting import retrofit
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.trainers.convert_gqa import main, pool_heads
@@ -46,7 +47,7 @@ def test_identical_heads_are_one(n_heads, before, after, bias):
         assert (attention.module.k_proj.bias is not None) == bias
     assert (pooled.num_parameters() < n_weights) == (after < before)
     # the cache has fewer heads, too
-    assert pooled(ids).past_key_values.layers[0].keys.shape[1] == after
+    assert given_cache(pooled(ids)).layers[0].keys.shape[1] == after
 
 
 def test_others_are_averaged_and_the_model_stays_as_it_was():

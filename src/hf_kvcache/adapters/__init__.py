@@ -35,7 +35,7 @@ __getattr__ = lazily(__name__, _HOME, globals())
 
 
 def register() -> bool:
-    """Make our kinds of adapters known to PEFT, and by it to transformers; `import hf_kvcache` does.
+    """Make our kinds of adapters known to PEFT, and by it to transformers; with `hf_kvcache`, importing PEFT does.
 
     Returns:
         Whether PEFT is there, and one that we know.

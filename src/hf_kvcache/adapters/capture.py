@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hf_kvcache.adapters.calls import Calls
 from hf_kvcache.adapters.errors import AdapterError
+from hf_kvcache.adapters.watching import Watch
 from hf_kvcache.shards import WHOLE, Shard, shard_of
 
 FEATURE_POINTS = ("projection", "norm")
@@ -35,49 +37,41 @@ def sources(attention: nn.Module, feature_point: str) -> dict[str, str]:
     return names
 
 
+class _Call:
+    """One call of an attention module: outputs of its projections, and the strides of what they were made from."""
+
+    def __init__(self, attention: nn.Module):
+        self.attention = attention
+        self.seen: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}
+
+
 class Capture:
-    """References to the outputs of an attention module's projections, from `arm` to `drop`.
+    """References to the outputs of an attention module's projections, from `arm` to `drop`, thread by thread.
 
     Nothing is computed until somebody asks. The modules are looked up whenever a call begins, so that a projection
     which PEFT has wrapped or unwrapped since is followed.
-
-    Attributes:
-        attention: the module, from `arm` to `drop`.
     """
 
     def __init__(self):
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._ids: dict[str, int] = {}
-        self._seen: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}
-        self._is_armed = False
-        self.attention: nn.Module | None = None
+        self._watch, self._calls = Watch(), Calls()
 
     def watch(self, attention: nn.Module, names: dict[str, str]) -> None:
         """Have hooks on these modules (from `sources`) of an attention module, and on no others."""
         modules = {role: getattr(attention, name) for role, name in names.items()}
-        # ids rather than handles, which torch.compile cannot look into
-        if len(modules) == len(self._ids) and all(self._ids.get(i) in m._forward_hooks for i, m in modules.items()):
-            return
-        self.release()
-        for role, module in modules.items():
-            self._handles.append(module.register_forward_hook(getattr(self, f"_take_{role}")))
-            self._ids[role] = self._handles[-1].id
+        hooks = {"q": self._take_q, "k": self._take_k, "v": self._take_v, "qkv": self._take_qkv}
+        self._watch.follow(modules, hooks)
 
-    def arm(self, attention: nn.Module) -> None:
-        """A call of the attention module begins."""
-        self.drop()
-        self._is_armed, self.attention = True, attention
+    def arm(self, attention: nn.Module | None) -> None:
+        """A call of the attention module begins; None if its projections are not to be looked at."""
+        self._calls.begin(None if attention is None else _Call(attention))
 
     def drop(self) -> None:
-        """It is over: forget what was seen, and look at nothing until the next one."""
-        self._seen, self._is_armed, self.attention = {}, False, None
+        """It is over: forget what was seen."""
+        self._calls.end()
 
     def release(self) -> None:
         """Take all hooks off."""
-        self.drop()
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._ids = [], {}
+        self._watch.release()
 
     def parts(self) -> list[torch.Tensor]:
         """What the features of the tokens of this call consist of: queries, keys and values, each `[B, S, ...]`.
@@ -85,14 +79,15 @@ class Capture:
         In this order, in the model's dtype; one tensor where the model has them in one already, none before all are
         there. With the graph of the projections, if there is one and gradients are enabled.
         """
-        if not self._seen or self._seen.keys() != self._ids.keys():
+        call = self._calls.now
+        if call is None or not call.seen or call.seen.keys() != self._watch.roles:
             return []
-        fused = "qkv" in self._seen
-        last = self._seen["qkv" if fused else "v"][0]
-        if self._seen.keys() == {"qkv"}:
+        seen, fused = call.seen, "qkv" in call.seen
+        last = seen["qkv" if fused else "v"][0]
+        if seen.keys() == {"qkv"}:
             parts = [last]
         else:
-            q, k = (_rows(*self._seen[role], n_tokens=last.shape[1]) for role in "qk")
+            q, k = (_rows(*seen[role], n_tokens=last.shape[1]) for role in "qk")
             parts = [q, k, last[..., q.shape[-1] + k.shape[-1] :] if fused else last]
         return parts if torch.is_grad_enabled() else [part.detach() for part in parts]
 
@@ -105,14 +100,15 @@ class Capture:
         parts = self.parts()
         if not parts:
             return [], WHOLE
-        shard = shard_of(self.attention, n_features // sum(part.shape[-1] for part in parts))
+        shard = shard_of(self._calls.now.attention, n_features // sum(part.shape[-1] for part in parts))
         return [shard.all_heads(part, -1) for part in parts], shard
 
     # -- hooks: methods, so that copies of a model get their own ------------------------------------------------------
 
     def _take(self, role, inputs, output) -> None:
-        if self._is_armed:
-            self._seen[role] = output, (inputs[0] if inputs else output).stride()
+        call = self._calls.now
+        if call is not None:
+            call.seen[role] = output, (inputs[0] if inputs else output).stride()
 
     def _take_q(self, module, inputs, output) -> None:
         self._take("q", inputs, output)
@@ -125,10 +121,6 @@ class Capture:
 
     def _take_qkv(self, module, inputs, output) -> None:
         self._take("qkv", inputs, output)
-
-    def __getstate__(self):
-        # activations are neither copied nor pickled
-        return vars(self) | {"_seen": {}, "_is_armed": False, "attention": None}
 
 
 def _rows(t: torch.Tensor, strides: tuple[int, ...], n_tokens: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{base}")
 kv.attach(model, "this repository")  # or a folder; PeftModel.from_pretrained and model.load_adapter do, too
 {cache}
-model.generate(**inputs, past_key_values=cache)
+model.generate(**inputs, cache=cache)  # before transformers 5.24: past_key_values=cache
 ```
 
 Without `import hf_kvcache`, PEFT and transformers stop with a `KeyError` that names the kind of this adapter."""

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hf_kvcache.adapters import dmc_files, tuner
+from hf_kvcache.adapters import dmc_files, having_peft, tuner  # noqa: F401
 from hf_kvcache.adapters.dmc_files import PARTS, SETTINGS, settings_of
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD, attentions, full_attentions

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hf_kvcache.adapters import layout, tuner
+from hf_kvcache.adapters import having_peft, layout, tuner  # noqa: F401
 from hf_kvcache.adapters.bases import Bases, check_fit
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.layout import PARTS, SIDES

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from hf_kvcache.adapters import retaining, retaining_files, tuner
+from hf_kvcache.adapters import having_peft, retaining, retaining_files, tuner  # noqa: F401
 from hf_kvcache.adapters.capture import Capture, sources
 from hf_kvcache.adapters.modules import RETAIN_CHILD, attentions, full_attentions
 from hf_kvcache.adapters.peft_types import peft_type, register
@@ -176,11 +176,11 @@ class RetainingHeadLayer(tuner.ChildLayer):
     # -- hooks -------------------------------------------------------------------------------------------------------
 
     def _before(self, attention: nn.Module, args) -> None:
-        self._capture.drop()
-        if self.is_active:
+        is_active = self.is_active
+        self._capture.arm(attention if is_active else None)
+        if is_active:
             # PEFT may have wrapped or unwrapped a projection since
             self._capture.watch(attention, self._sources[self.current])
-            self._capture.arm(attention)
 
     def _after(self, attention: nn.Module, args, output) -> None:
         self._capture.drop()

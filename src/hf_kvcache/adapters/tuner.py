@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from hf_kvcache.adapters import cards, files, fit
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import attentions
-
-try:
-    from peft import PeftConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-except ImportError as error:
-    raise ImportError(
-        'adapters on a model need PEFT: pip install "peft>=0.21" (their files are read and written without it)'
-    ) from error
 
 
 class ChildConfig(PeftConfig):

@@ -26,6 +26,10 @@ def attend_rows(q, view, scaling, softcap) -> torch.Tensor:
     """
     layer, store = view.layer, view.layer.store
     if view.n_new == 1:
+        layer.place(view)
+        if not store.packed.n_tokens:
+            # padding, in every row so far
+            return torch.zeros_like(q)
         sides = (("k", store.keys), ("v", store.values))
         keys, values = (as_sparse_rows(codec, store.encoded(side)) for side, codec in sides)
         pages = store.packed.table, store.packed.lengths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from inspect import signature
 
 import torch
@@ -18,6 +19,7 @@ from hf_kvcache.kernels.merge_states import with_sink
 from hf_kvcache.view import KVView, ValueView
 
 NAME = "hf_kvcache"
+_REGISTERING = threading.Lock()
 
 # what the ops of this library act on, beside what needs no action
 _SERVED = compat.HARMLESS_ARGUMENTS | {"dropout", "scaling", "softcap", "s_aux", "is_causal"}
@@ -56,12 +58,13 @@ def register() -> None:
 
 def register_pass_throughs() -> None:
     """Let every registered attention function meet a `KVView`; without one, what was there is called unchanged."""
-    functions = compat.attention_functions()
-    functions.setdefault("eager", _eager)
-    for name, stock in functions.items():
-        if name == NAME or KVView in getattr(stock, "_passes_views", ()):
-            continue
-        compat.register_attention(name, _pass_through(stock, fuses=name in ("sdpa", "eager")))
+    with _REGISTERING:
+        functions = compat.attention_functions()
+        functions.setdefault("eager", _eager)
+        for name, stock in functions.items():
+            if name == NAME or KVView in getattr(stock, "_passes_views", ()):
+                continue
+            compat.register_attention(name, _pass_through(stock, fuses=name in ("sdpa", "eager")))
 
 
 def _pass_through(stock, fuses):
@@ -123,6 +126,7 @@ def _attend(stock, module, query, view, mask, fuses, **kwargs):
         # a layer without keys of its own reads those of an earlier one, which has seen to everything else
         return _attend_rows(stock, module, query, view, mask, fuses, **kwargs)
     view.module = module
+    layer.refuse_images(module, mask, n_new)
     layer.note_padding(mask, n_new)
     layer.note_positions(kwargs.get("position_ids"), mask, n_new)
     layer.project_new(n_new)
@@ -188,13 +192,14 @@ def _attend_handed(stock, module, query, key, value, mask, cache, fuses, **kwarg
 def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses, **kwargs):
     """A retrofitted model without a cache: training, and evaluation of whole texts."""
     _refuse_unfused(module, fuses, kwargs)
-    if key.shape[2] != query.shape[2] or retrofit.call is None:
+    call = retrofit.hooks.running
+    if key.shape[2] != query.shape[2] or call is None:
         raise ValueError(
             f"layer {module.layer_idx}: a retrofitted model reads a text at once, or goes on in a cache of its own: "
-            "use past_key_values=DMCCache() or DMSCache()"
+            f"use {compat.CACHE_NAME}=DMCCache() or DMSCache()"
         )
     scaling, mask = kwargs.get("scaling"), as_boolean(_tensor(mask))
-    _refuse_packing(module, mask, retrofit.call.is_real)
+    _refuse_packing(module, mask, call.is_real)
     if retrofit.settings.clears_queries:
         query = compacted.without_channel(module, query, retrofit)
     out = compacted.attend_parallel(
@@ -202,7 +207,7 @@ def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses, **kwar
         key,
         value,
         mask,
-        retrofit.call,
+        call,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         kwargs.get("softcap"),
         kwargs.get("dropout") or 0.0,
@@ -316,3 +321,6 @@ def _is_ours(mask) -> bool:
 
 def _tensor(mask):
     return mask.dense() if isinstance(mask, KVMask) else mask
+
+
+register()

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from hf_kvcache.adapters.modules import attached_heads
 from hf_kvcache.calibration.importance import BLOCK, answer_max, attention_mass, causal_max, reconstruction
 from hf_kvcache.calibration.observe import Passing, Through
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.shards import refuse_shards
 
 
@@ -141,7 +142,7 @@ def judge(model: torch.nn.Module, text: Text, judges: dict[str, Judge]) -> Judge
     if text.is_real is not None:
         positions = (text.is_real.long().cumsum(-1) - 1).clamp(min=0)
         masks = {"attention_mask": text.is_real.long(), "position_ids": positions}
-    model.get_decoder()(input_ids=text.ids, past_key_values=cache, use_cache=True, **masks)
+    model.get_decoder()(input_ids=text.ids, **cache_argument(cache), use_cache=True, **masks)
     layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, _Judging)}
     said = {name: {i: layer.said[name] for i, layer in layers.items()} for name in judges}
     return Judged(said, {i: layer.features for i, layer in layers.items()})

@@ -12,6 +12,7 @@ from hf_kvcache.attention.mask import new_token_padding
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.basis import Basis, Moments, by_group
 from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.shards import refuse_shards
@@ -152,7 +153,7 @@ class Through(KVCache):
 def logits_behind(model: torch.nn.Module, ids: torch.Tensor, basis_of: BasisOf, rope: str) -> torch.Tensor:
     """Logits `[B, T, vocabulary]` of a model whose attention sees what bases make of every row."""
     cache = Through(Passing, basis_of, rope)
-    return model(ids.to(model.device), past_key_values=cache, use_cache=True).logits
+    return model(ids.to(model.device), **cache_argument(cache), use_cache=True).logits
 
 
 def observe(
@@ -195,7 +196,7 @@ def observe(
             if with_gradients:
                 # weights are frozen: gradients flow to keys and values because the input asks for one
                 embedded = embedded.detach().requires_grad_()
-            logits = model(inputs_embeds=embedded, past_key_values=observer, use_cache=True).logits
+            logits = model(inputs_embeds=embedded, **cache_argument(observer), use_cache=True).logits
             if with_gradients:
                 cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
             on_batch()

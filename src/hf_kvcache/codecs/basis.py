@@ -120,6 +120,10 @@ class Basis:
         # constants: copies of a cache share them
         return self
 
+    def __getstate__(self) -> dict:
+        # what is derived from the tensors need not be pickled
+        return vars(self) | {"_placed": {}}
+
     @property
     def up_by_head(self) -> torch.Tensor:
         """`[Hkv, r, D]`."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import torch
 
@@ -13,8 +11,13 @@ from hf_kvcache.codecs.basis import Basis, Moments, by_group, principal
 from hf_kvcache.codecs.joint import JointBasis
 from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.rope import Rope
+from hf_kvcache.warn import warn_once
 
 CHUNK = 4096  # rows that are brought to float32 at a time
+FITTED = (
+    "the model carries no low-rank bases, so they are fitted to the prompt and held by the cache; "
+    "`hf-kvcache calibrate lowrank` makes better ones once and for all"
+)
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class LowRank(Codec):
             # one broken token must not break the basis of all
             counts = grouped.isfinite().all(-1).all(0)
             moments.add(grouped[:, counts if is_real is None else counts & is_real[:, rows]])
-        say_once()
+        warn_once(FITTED)
         mean = moments.mean if self.centre else None
         basis, _ = principal(moments.covariance(self.centre), self.group_size, mean)
         return replace(self, basis=basis.placed(self.rank, bool(self.mix), x.dtype, x.device), is_owned=True)
@@ -249,15 +252,6 @@ class LowRank(Codec):
     def spec(self):
         knobs = ("rank", "group_size", "rope", "mix", "centre", "share_layers", "side")
         return {"codec": "LowRank"} | {name: getattr(self, name) for name in knobs}
-
-
-@cache
-def say_once() -> None:
-    warnings.warn(
-        "hf_kvcache: the model carries no low-rank bases, so they are fitted to the prompt and held by the cache; "
-        "`hf-kvcache calibrate lowrank` makes better ones once and for all",
-        stacklevel=2,
-    )
 
 
 def channels_of(rank: int | float, width: int) -> int:

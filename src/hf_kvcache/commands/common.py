@@ -6,6 +6,7 @@ import argparse
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from hf_kvcache.commands import UserError
 
@@ -122,6 +123,28 @@ def parse_specs(texts: list[str]):
     except SpecError as error:
         raise UserError(str(error)) from error
     return specs
+
+
+def check_writable(folder: Path, option: str, names: tuple[str, ...] = ()) -> None:
+    """Make a folder, and find out before anything is computed that files could not be written to it.
+
+    Args:
+        folder: where something will be written.
+        option: the argument that an error names.
+        names: files that will be written, each of which may be there already.
+
+    Raises:
+        UserError: the folder, or one of the files, cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+        for path in (folder / name for name in names):
+            if path.exists():
+                path.open("ab").close()
+    except OSError as error:
+        raise UserError(f"{option}: cannot write to {str(folder)!r}: {error}") from error
 
 
 def say_written(where: Path) -> None:

@@ -3,6 +3,10 @@
 A cache is a name and its arguments: quant:bits=4,rotate=true   sparse:sparsity=0.7,bits=4   keydiff:ratio=0.25
 `+` puts an eviction policy over a cache:   keydiff:ratio=0.5+quant:bits=8
 `hf-kvcache methods` lists the names. transformers' DynamicCache always runs: it is what the ratios refer to.
+`lowrank` fits its bases to each prompt where the model carries none; `hf-kvcache calibrate lowrank` makes better ones.
+
+With `--out DIR`, DIR/compare.jsonl has what is measured, then a line for every step of every row: an interrupted
+comparison keeps it. DIR/compare.json and DIR/compare.png are written at the end.
 """
 
 from __future__ import annotations
@@ -13,58 +17,87 @@ import sys
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
-from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs, read_text, retrofitted
+from hf_kvcache.commands.common import (
+    add_model_arguments,
+    check_writable,
+    load_model,
+    parse_specs,
+    read_text,
+    retrofitted,
+)
+from hf_kvcache.commands.numbers import positive
+
+LINES, RESULT, PICTURE = "compare.jsonl", "compare.json", "compare.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("what to measure")
-    group.add_argument("--caches", nargs="+", metavar="SPEC", help="caches to compare (default: all methods)")
+    caches = group.add_mutually_exclusive_group()
+    caches.add_argument(
+        "--caches", nargs="+", metavar="SPEC", help="caches to compare (default: ten that help to choose)"
+    )
+    caches.add_argument("--all", action="store_true", help="compare every method, and more settings of them")
     group.add_argument("--text", metavar="FILE", help="prose to read and predict (default: the package's own)")
-    group.add_argument("--context", type=_positive, metavar="N", help="tokens for bytes and speed (default: 4096)")
+    group.add_argument("--context", type=positive, metavar="N", help="tokens for bytes and speed (default: 4096)")
     group.add_argument(
-        "--eval-context", type=_positive, metavar="N", help="tokens for perplexity, KL and retrieval (default: 2048)"
+        "--eval-context", type=positive, metavar="N", help="tokens for perplexity, KL and retrieval (default: 2048)"
     )
     group.add_argument(
-        "--new-tokens", type=_positive, default=32, metavar="N", help="tokens decoded per round (default: %(default)s)"
+        "--new-tokens", type=positive, default=32, metavar="N", help="tokens decoded per round (default: %(default)s)"
     )
     group.add_argument(
-        "--rounds", type=_positive, default=3, metavar="N", help="timed generations per cache (default: %(default)s)"
+        "--rounds", type=positive, default=3, metavar="N", help="timed generations per cache (default: %(default)s)"
     )
     group = parser.add_argument_group("output")
-    group.add_argument("--out", metavar="DIR", help="also write compare.json and compare.png there")
+    group.add_argument(
+        "--out", metavar="DIR", help=f"also write there: {LINES} as it goes, {RESULT} and {PICTURE} at the end"
+    )
     group.add_argument("--json", action="store_true", help="print JSON instead of the table")
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from hf_kvcache.adapters.modules import attached_heads
-    from hf_kvcache.eval.compare import with_baseline
-    from hf_kvcache.eval.report import as_dict, as_table
-    from hf_kvcache.eval.specs import default_specs
+    from hf_kvcache.commands.rows import Rows
+    from hf_kvcache.eval.journal import Journal
+    from hf_kvcache.eval.report import about
 
     typed = parse_specs(args.caches) if args.caches else None
     text = _text(args)
+    out = None if args.out is None else Path(args.out)
+    if out is not None:
+        check_writable(out, "--out", (LINES, RESULT, PICTURE))
     model, tokenizer = load_model(args)
-    carries_heads = any(attached_heads(module) is not None for module in model.modules())
-    specs = with_baseline(default_specs(carries_heads, retrofitted(model)) if typed is None else typed)
+    specs = _specs(typed, args.all, model)
     settings = _settings(args, model.config)
-    rows = _measure(model, tokenizer, text, specs, settings)
-    name = args.model or "the embedded model"
-    result = as_dict(rows, settings, model, name)
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        title = f"{name}, {result['dtype']}, {result['device']}"
-        console = Console()
-        # a pipe or a log has no width of its own
-        console = console if console.is_terminal else Console(width=130)
-        console.print(as_table(rows, settings, title))
-    if args.out:
-        _write(Path(args.out), result, rows)
+    known = about(settings, model, args.model or "the embedded model")
+    journal = None if out is None else Journal(out / LINES, known)
+    rows = Rows([spec.text for spec in specs], settings, known, args.json, journal)
+    try:
+        _measure(model, tokenizer, text, specs, settings, rows.take)
+    except KeyboardInterrupt:
+        rows.show(is_whole=False)
+        kept = "" if out is None else f"; {out / LINES} has what was measured"
+        print(f"hf-kvcache compare: interrupted{kept}", file=sys.stderr)
+        raise
+    rows.show(is_whole=True)
+    if out is not None:
+        _write(out, rows)
     # a peer that does not run here is no failure of ours
-    return 1 if any(row.error and not row.is_peer for row in rows) else 0
+    return 1 if any(row.error and not row.is_peer for row in rows.found) else 0
+
+
+def _specs(typed, is_whole: bool, model):
+    """The caches to compare, the baseline first."""
+    from hf_kvcache.adapters.modules import attached_heads
+    from hf_kvcache.eval.compare import with_baseline
+    from hf_kvcache.eval.specs import all_specs, default_specs
+
+    if typed is not None:
+        return with_baseline(typed)
+    if not is_whole:
+        return with_baseline(default_specs(retrofitted(model)))
+    carries_heads = any(attached_heads(module) is not None for module in model.modules())
+    return with_baseline(all_specs(carries_heads, retrofitted(model)))
 
 
 def _settings(args: argparse.Namespace, config):
@@ -84,23 +117,30 @@ def _settings(args: argparse.Namespace, config):
     )
 
 
-def _measure(model, tokenizer, text, specs, settings):
+def _measure(model, tokenizer, text, specs, settings, take) -> None:
+    from re import escape
+    from warnings import catch_warnings, filterwarnings
+
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from hf_kvcache.codecs.lowrank import FITTED
     from hf_kvcache.eval.compare import compare, n_stages
 
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress, catch_warnings():
+        # said in the help of this command: here it is no mistake
+        filterwarnings("ignore", message=f".*{escape(FITTED)}")
         task = progress.add_task("", total=n_stages(len(specs), settings), completed=-1)
         try:
-            return compare(
+            compare(
                 model,
                 tokenizer,
                 text,
                 specs,
                 settings,
                 lambda stage: progress.update(task, advance=1, description=stage),
+                take,
             )
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -116,10 +156,9 @@ def _text(args: argparse.Namespace) -> str:
     return read_text(embedded_prose(), "the package's own text")
 
 
-def _write(folder: Path, result: dict, rows) -> None:
+def _write(folder: Path, rows) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (folder / RESULT).write_text(json.dumps(rows.result(), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out: cannot write to {str(folder)!r}: {error}") from error
     try:
@@ -127,11 +166,4 @@ def _write(folder: Path, result: dict, rows) -> None:
     except ImportError:
         print("no picture: matplotlib is not installed (pip install hf_kvcache[plot])", file=sys.stderr)
         return
-    save_picture(rows, folder / "compare.png", f"{result['model']}, {result['dtype']}, {result['device']}")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    save_picture(rows.found, folder / PICTURE, rows.title)

@@ -17,7 +17,7 @@ import shlex
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
-from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs, say_written
+from hf_kvcache.commands.common import add_model_arguments, check_writable, load_model, parse_specs, say_written
 
 NAMES = {"palu": "lowrank", "mustafar": "sparse"}
 
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     spec = parse_specs([NAMES.get(name, name) + colon + rest])[0]
     if spec.is_peer:
         raise UserError(f"--method {args.method}: that is transformers' own cache, which needs no repository")
+    check_writable(Path(args.out), "--out")
     from hf_kvcache.hub.export import export, export_generate
 
     if args.any_model:

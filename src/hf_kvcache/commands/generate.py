@@ -14,7 +14,15 @@ import sys
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
-from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs, read_text, retrofitted
+from hf_kvcache.commands.common import (
+    add_model_arguments,
+    check_writable,
+    load_model,
+    parse_specs,
+    read_text,
+    retrofitted,
+)
+from hf_kvcache.commands.numbers import positive, temperature
 
 PROMPT = "prompt.json"
 DEFAULT_CACHE = "quant:bits=4"
@@ -27,10 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue")
     group.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to generate (default: %(default)s)"
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="tokens to generate (default: %(default)s)"
     )
     group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="sample at this temperature (default: 0, greedy)"
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="T",
+        help="sample at this temperature (default: 0, greedy)",
     )
     group = parser.add_argument_group("cache")
     group.add_argument(
@@ -39,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"as in `hf-kvcache compare` (default: {DEFAULT_CACHE}, or a retrofitted model's own)",
     )
     group.add_argument(
-        "--chunk", type=int, metavar="N", help="read the prompt N tokens at a time, and evict in between"
+        "--chunk", type=positive, metavar="N", help="read the prompt N tokens at a time, and evict in between"
     )
     group.add_argument("--save", metavar="DIR", help="write the compressed prompt there before generating")
     group.add_argument("--load", metavar="DIR", help="start from a prompt written by --save")
@@ -51,11 +63,9 @@ def run(args: argparse.Namespace) -> None:
     text = read_text(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
     if not text and not args.load:
         raise UserError("give a text to continue: --prompt TEXT or --prompt-file FILE")
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens} is not a positive number")
-    if args.chunk is not None and args.chunk < 1:
-        raise UserError(f"--chunk {args.chunk} is not a positive number")
     typed = parse_specs([args.cache])[0] if args.cache else None
+    if args.save:
+        check_writable(Path(args.save), "--save", (PROMPT,))
     model, tokenizer = load_model(args)
     spec = typed or parse_specs([retrofitted(model) or DEFAULT_CACHE])[0]
     try:
@@ -77,8 +87,9 @@ def _generate(model, tokenizer, cache, ids: list[int], args: argparse.Namespace)
 
     import torch
 
+    from hf_kvcache.compat import cache_argument
     from hf_kvcache.eval.memory import cache_nbytes
-    from hf_kvcache.prefill import prefill
+    from hf_kvcache.long_prompts import prefill
 
     streamer = timed_streamer(tokenizer)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
@@ -89,7 +100,7 @@ def _generate(model, tokenizer, cache, ids: list[int], args: argparse.Namespace)
     model.generate(
         prompt,
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=args.max_new_tokens,
         pad_token_id=tokenizer.eos_token_id,
         streamer=streamer,
@@ -129,6 +140,8 @@ def _save(folder: Path, model, cache, ids: list[int]) -> None:
     """Prefill all but the last token, which generation feeds itself, and write cache and token ids."""
     import torch
 
+    from hf_kvcache.compat import cache_argument
+
     if not hasattr(cache, "save"):
         raise UserError(f"--save: a {type(cache).__name__} cannot be saved; use one of this package's caches")
     n_cached = cache.get_seq_length()
@@ -136,7 +149,7 @@ def _save(folder: Path, model, cache, ids: list[int]) -> None:
         raise UserError("--save needs a prompt of at least two new tokens")
     with torch.no_grad():
         new = torch.tensor([ids[n_cached:-1]], device=model.device)
-        model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(new, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     cache.save(folder)
     (folder / PROMPT).write_text(json.dumps({"ids": ids}), encoding="utf-8")
 

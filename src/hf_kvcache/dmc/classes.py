@@ -20,7 +20,7 @@ from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD
 from hf_kvcache.dmc.retrofitting import retrofit
 from hf_kvcache.dmc.settings import DEFAULTS, Settings
-from hf_kvcache.hub.citizen import TakesCache, with_cache
+from hf_kvcache.hub.citizen import TakesCache, either_name, with_cache
 from hf_kvcache.hub.spec import cache_of
 
 MODULE = "modeling_kv_dmc"  # of the file that a folder brings along
@@ -141,6 +141,7 @@ def classes_of(method: str, base_model_type: str) -> Classes:
         type(name, (_Model, cls), {"config_class": config, "forward": with_cache(cls), "__module__": __name__})
         for name, cls in zip(names[1:], bases, strict=True)
     ]
+    models[1].generate = either_name(bases[1].generate)
     # architectures whose files name weights otherwise go by the model type
     for new, old in ((model_type, base_model_type), *zip(names[1:], [cls.__name__ for cls in bases], strict=True)):
         conversion = get_checkpoint_conversion_mapping(old)

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
+from hf_kvcache import compat
+from hf_kvcache.adapters.calls import Calls
 from hf_kvcache.adapters.capture import has_norms, sources
 from hf_kvcache.adapters.modules import attentions
+from hf_kvcache.adapters.watching import Watch
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.attention.mask import new_token_padding
 from hf_kvcache.dmc.decisions import decide, harden, opens, relax
@@ -60,13 +63,26 @@ class Call:
         p, left: relaxed decisions, and the log of what they leave, `[B, Hkv, S]`; hard ones (0 and 1) and None.
         alpha: hard decisions, boolean `[B, Hkv, S]`.
         is_relaxed: whether `p` is.
+        first: where every row begins, int64 `[B]` on the CPU, as the mask of a cache has it.
         n_merged: how many of keys and values a cache has merged.
+        n_appended: tokens that its layer has counted, but not taken in yet.
+        open_segment: what a cache's layer will know of its open segment once it has taken the rows, by name.
+        compresses: see `Owner`.
+        attention: the module, while it runs.
+        raw, query: values that decisions will be made of, until they are: those of all heads that `rows` gives, and
+            the channel borrowed from queries.
     """
 
     def __init__(self, settings: Settings, layer: SlotLayer | None, is_real: torch.Tensor | None, is_relaxed: bool):
         self.settings, self.layer, self.is_real, self.is_relaxed = settings, layer, is_real, is_relaxed
         self.logits = self.omega = self.p = self.left = self.alpha = None
-        self.n_merged = 0
+        self.n_merged = self.n_appended = 0
+        self.first: torch.Tensor | None = None
+        self.open_segment: dict[str, torch.Tensor] = {}
+        self.compresses = True
+        self.attention: nn.Module | None = None
+        self.raw: tuple[torch.Tensor | None, ...] | None = None
+        self.query: torch.Tensor | None = None
 
     def resolve(self, decision, importance, noise, shard: Shard = WHOLE) -> None:
         """Make decisions of raw values `[B, Hkv, S]`."""
@@ -91,7 +107,7 @@ class Call:
 
 
 class Hooks:
-    """The hooks of one attention module.
+    """The hooks of one attention module. What they see of a call lies in a `Call`, of which every thread has its own.
 
     Args:
         owner: whose they are.
@@ -101,123 +117,135 @@ class Hooks:
 
     def __init__(self, owner: Owner):
         self.owner = owner
-        self.call: Call | None = None
+        self._calls, self._watch = Calls(), Watch()
         self._on_attention: list[torch.utils.hooks.RemovableHandle] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._ids: dict[str, int] = {}
-        self._attention: nn.Module | None = None
-        self._raw: tuple[torch.Tensor | None, ...] | None = None
-        self._query: torch.Tensor | None = None
         self._keep: tuple | None = None
         self._served: str | None = None
+
+    @property
+    def call(self) -> Call | None:
+        """The newest call that has begun or ended in this thread; None if nothing was decided in it."""
+        return self._calls.newest
+
+    @property
+    def running(self) -> Call | None:
+        """The call that is under way in this thread."""
+        return self._calls.now
 
     def hang(self, attention: nn.Module) -> None:
         """Put the hooks on an attention module (once)."""
         if not self._on_attention:
-            self._on_attention = [attention.register_forward_pre_hook(self._before, with_kwargs=True)]
+            self._on_attention = [
+                attention.register_forward_pre_hook(self._before, with_kwargs=True),
+                attention.register_forward_hook(self._after, always_call=True),
+            ]
             seen = attentions(attention)[attention.layer_idx]
             self._n_kv_heads, self._head_dim = seen.n_kv_heads, seen.head_dim
             self._n_groups = attention.num_key_value_groups
             self._arguments = list(signature(attention.forward).parameters)
             self._names = sources(attention, "norm" if has_norms(attention) else "projection")
-            self._watch(attention)
+            self._follow(attention)
 
     def remove(self) -> None:
-        for handle in self._handles + self._on_attention:
+        self._watch.release()
+        for handle in self._on_attention:
             handle.remove()
-        self._handles, self._on_attention, self._ids, self.call = [], [], {}, None
+        self._on_attention, self._calls = [], Calls()
 
-    def _watch(self, attention: nn.Module) -> None:
-        """Follow the projections: PEFT may have wrapped or unwrapped one since."""
+    def _follow(self, attention: nn.Module) -> None:
+        """Hook the projections: PEFT may have wrapped or unwrapped one since."""
         modules = {role: getattr(attention, name) for role, name in self._names.items()}
-        if len(modules) == len(self._ids) and all(self._ids.get(i) in m._forward_hooks for i, m in modules.items()):
-            return
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._ids = [], {}
-        for role, module in modules.items():
-            self._handles.append(module.register_forward_hook(getattr(self, f"_on_{role}")))
-            self._ids[role] = self._handles[-1].id
+        self._watch.follow(modules, {"q": self._on_q, "k": self._on_k, "v": self._on_v, "qkv": self._on_qkv})
 
     # -- hooks: methods, so that copies of a model get their own ------------------------------------------------------
 
     def _before(self, attention: nn.Module, args, kwargs) -> None:
-        from hf_kvcache.slots import layer_of
-
-        self.call = self._query = self._raw = None
-        self._attention, owner = attention, self.owner
-        if not owner.is_active:
+        owner = self.owner
+        call = Call(owner.settings, None, None, False) if owner.is_active else None
+        self._calls.begin(call)
+        self._calls.newest = call
+        if call is None:
             return
-        self._watch(attention)
+        call.attention, call.compresses = attention, owner.compresses
+        self._follow(attention)
         if attention.config._attn_implementation != self._served:
             # a function that was registered since would know nothing of decisions
             register_pass_throughs()
             self._served = attention.config._attn_implementation
-        given = dict(zip(self._arguments, args)) | kwargs
-        hidden, mask = given["hidden_states"], given.get("attention_mask")
-        S, settings = hidden.shape[1], owner.settings
-        if not owner.compresses:
-            self.call = Call(settings, None, None, False)
-            return
-        layer = layer_of(given.get("past_key_values"), attention, settings)
-        n_seen = (layer.tokens_seen if layer is not None else 0) + S
-        # a decoded token is no padding, which stands before the first real one; a GPU would have to be waited for
-        is_decoded = layer is not None and S == 1 and layer.all_begun
-        is_real = None
-        if not is_decoded or hidden.device.type == "cpu":
-            is_real = new_token_padding(mask, S, n_seen)
-            if layer is not None:
-                layer.refuse_gaps(is_real)
-        is_real = None if is_decoded else is_real
-        self.call = Call(settings, layer, is_real, owner.training)
-        if owner.training and (layer is not None or not self.trains):
+        if call.compresses:
+            self._begin(call, attention, dict(zip(self._arguments, args)) | kwargs)
+
+    def _begin(self, call: Call, attention: nn.Module, given: dict) -> None:
+        """Find the rows of the past and what is padding; decide, where that takes nothing but the input."""
+        from hf_kvcache.slots import layer_of
+
+        owner, hidden = self.owner, given["hidden_states"]
+        mask, S, settings = given.get("attention_mask"), hidden.shape[1], call.settings
+        call.layer = layer_of(compat.given_cache(given), attention, settings)
+        call.is_relaxed = owner.training
+        if call.layer is None:
+            call.is_real = new_token_padding(mask, S, S)
+        else:
+            call.layer.read_mask(mask, call, *hidden.shape[:2], hidden.device)
+        if owner.training and (call.layer is not None or not self.trains):
             raise RuntimeError(
                 "relaxed decisions are for training, without a cache, which takes hf_kvcache itself; "
                 "call model.eval() to generate"
             )
         if settings.decision != "borrowed":
-            self._raw = tuple(None if w is None else self._project(hidden, w) for w in owner.rows())
+            call.raw = tuple(None if w is None else self._project(hidden, w) for w in owner.rows())
             if not is_sharded(attention):
-                self._decide(self._n_kv_heads)
+                self._decide(call, self._n_kv_heads)
+
+    def _after(self, attention: nn.Module, args, output) -> None:
+        call = self._calls.end()
+        self._calls.newest = call
+        if call is not None:
+            call.attention = call.raw = call.query = None
+            layer, call.layer = call.layer, None
+            if layer is not None:
+                # an exception between here and there must not leave half of a token
+                layer.abandon(call)
 
     @staticmethod
     def _project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden, weight.to(hidden.dtype)).transpose(1, 2)  # [B, Hkv, S]
 
-    def _decide(self, n_kv_heads: int) -> None:
+    def _decide(self, call: Call, n_kv_heads: int) -> None:
         """Decisions that are not borrowed are made for all heads; of several processes, each takes its own."""
-        if self._raw is not None:
-            shard = self._shard(n_kv_heads)
-            own = [None if x is None else shard.own(x, 1) for x in self._raw]
-            self._raw = None
-            self._resolve(*own)
+        if call.raw is not None:
+            shard = self._shard(call, n_kv_heads)
+            own = [None if x is None else shard.own(x, 1) for x in call.raw]
+            call.raw = None
+            self._resolve(call, *own)
 
-    def _shard(self, n_kv_heads: int) -> Shard:
-        return shard_of(self._attention, self._n_kv_heads // n_kv_heads)
+    def _shard(self, call: Call, n_kv_heads: int) -> Shard:
+        return shard_of(call.attention, self._n_kv_heads // n_kv_heads)
 
-    def _resolve(self, decision, importance) -> None:
-        self.call.resolve(decision, importance, self.owner.noise, self._shard(decision.shape[1]))
-        if self.call.layer is not None:
-            self.call.layer.begin(self.call)
+    def _resolve(self, call: Call, decision, importance) -> None:
+        call.resolve(decision, importance, self.owner.noise, self._shard(call, decision.shape[1]))
+        if call.layer is not None:
+            call.layer.begin(call)
 
     def _on_q(self, module, inputs, output):
-        if self.call is None:
+        if self.running is None:
             return None
         return _through(output, inputs, self._head_dim, self._queries)
 
     def _on_k(self, module, inputs, output):
-        if self.call is None:
+        if self.running is None:
             return None
         return _through(output, inputs, self._head_dim, self._keys)
 
     def _on_v(self, module, inputs, output):
-        if self.call is None or not self.owner.compresses or not self.call.settings.merges:
+        call = self.running
+        if call is None or not call.compresses or not call.settings.merges:
             return None
         return _through(output, inputs, self._head_dim, self._values)
 
     def _on_qkv(self, module, inputs, output):
         """Projections in one; norms after it bring their own hooks for queries and keys."""
-        if self.call is None:
+        if self.running is None:
             return None
         n_kv = output.shape[-1] // (self._n_groups + 2)
         q, k, v = output.split([output.shape[-1] - 2 * n_kv, n_kv, n_kv], -1)
@@ -229,51 +257,51 @@ class Hooks:
     # -- on [B, S, H, D] ---------------------------------------------------------------------------------------------
 
     def _queries(self, q: torch.Tensor) -> torch.Tensor:
-        settings = self.call.settings
-        self._decide(q.shape[2] // self._n_groups)
+        call = self.running
+        settings = call.settings
+        self._decide(call, q.shape[2] // self._n_groups)
         if not settings.ablates:
             return q
         grouped = q.unflatten(2, (-1, self._n_groups))  # [B, S, Hkv, G, D]
         if settings.merges:
-            self._query = grouped[..., settings.neuron].mean(-1)
-            return self._without(q)
+            call.query = grouped[..., settings.neuron].mean(-1)
+            return self._without(q, settings)
         # the first query head of a group decides; the others keep all their channels
-        self._query = grouped[..., 0, settings.neuron]
-        if self.owner.compresses and settings.decision == "borrowed":
-            self._resolve(self._query.transpose(1, 2), None)
-        return torch.cat([self._without(grouped[..., :1, :]), grouped[..., 1:, :]], -2).flatten(2, 3)
+        if call.compresses and settings.decision == "borrowed":
+            self._resolve(call, grouped[..., 0, settings.neuron].transpose(1, 2), None)
+        return torch.cat([self._without(grouped[..., :1, :], settings), grouped[..., 1:, :]], -2).flatten(2, 3)
 
     def _keys(self, k: torch.Tensor) -> torch.Tensor:
-        call, settings = self.call, self.call.settings
-        self._decide(k.shape[2])
+        call = self.running
+        settings = call.settings
+        self._decide(call, k.shape[2])
         if not settings.merges:
             return k
-        if self.owner.compresses and settings.decision == "borrowed":
-            if self._query is None:
+        if call.compresses and settings.decision == "borrowed":
+            if call.query is None:
                 raise RuntimeError(_ORDER.format("keys before queries"))
-            self._resolve(k[..., settings.neuron].transpose(1, 2), self._query.transpose(1, 2))
-        k = self._without(k) if settings.ablates else k
-        return call.merged(k, "k") if self.owner.compresses else k
+            self._resolve(call, k[..., settings.neuron].transpose(1, 2), call.query.transpose(1, 2))
+        k = self._without(k, settings) if settings.ablates else k
+        return call.merged(k, "k") if call.compresses else k
 
     def _values(self, v: torch.Tensor) -> torch.Tensor:
-        self._decide(v.shape[2])
-        if self.call.p is None:
+        call = self.running
+        self._decide(call, v.shape[2])
+        if call.p is None:
             raise RuntimeError(_ORDER.format("values before keys are normalised"))
-        return self.call.merged(v, "v")
+        return call.merged(v, "v")
 
-    def _without(self, x: torch.Tensor) -> torch.Tensor:
+    def _without(self, x: torch.Tensor, settings: Settings) -> torch.Tensor:
         """The borrowed channel, faded out."""
         # what inference mode makes cannot be trained with
-        key = x.dtype, x.device, self.call.settings.neuron, self.owner.fade, torch.is_inference_mode_enabled()
-        if self._keep is None or self._keep[0] != key:
+        key = x.dtype, x.device, settings.neuron, self.owner.fade, torch.is_inference_mode_enabled()
+        # looked at once: another thread may need another one
+        kept = self._keep
+        if kept is None or kept[0] != key:
             keep = torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
-            keep[self.call.settings.neuron] = self.owner.fade
-            self._keep = key, keep
-        return x * self._keep[1]
-
-    def __getstate__(self):
-        # activations are neither copied nor pickled
-        return vars(self) | {"call": None, "_query": None, "_raw": None, "_attention": None}
+            keep[settings.neuron] = self.owner.fade
+            kept = self._keep = key, keep
+        return x * kept[1]
 
 
 _ORDER = 'this model computes {}, so decisions cannot be read in time; use decision="linear"'

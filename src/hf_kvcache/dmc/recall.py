@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_kvcache.adapters.modules import attentions
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.dmc.objective import hinge, merged_share, ramp
 from hf_kvcache.dmc.retrofitting import draw_noise, retrofit, retrofits, zero_rows
 from hf_kvcache.dmc.settings import Settings
@@ -206,8 +207,8 @@ def loss(model: nn.Module, text: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def serve(model: nn.Module, text: torch.Tensor, cache) -> torch.Tensor:
     """Logits as from `logits`, where a cache holds the rows: the context at once, the rest token by token."""
-    model(text[:, :CONTEXT], past_key_values=cache, logits_to_keep=1)
-    said = [model(text[:, t : t + 1], past_key_values=cache).logits for t in range(CONTEXT, TOKENS)]
+    model(text[:, :CONTEXT], **cache_argument(cache), logits_to_keep=1)
+    said = [model(text[:, t : t + 1], **cache_argument(cache)).logits for t in range(CONTEXT, TOKENS)]
     return torch.cat(said[::2], 1)
 
 

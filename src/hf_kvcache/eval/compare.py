@@ -118,13 +118,18 @@ def compare(
     specs: list[CacheSpec],
     settings: Settings,
     advance: Callable[[str], None] = lambda stage: None,
+    measured: Callable[[Row, bool], None] = lambda row, is_final: None,
 ) -> list[Row]:
     """Measure every cache; the first of `specs` must be `dynamic` (see `with_baseline`).
+
+    Bytes and speed come first, in rounds that alternate between the caches, then one cache after the other is scored.
 
     Args:
         model, tokenizer: a causal language model in evaluation mode.
         text: prose, at least `eval_context` tokens of it.
         advance: called with a description before each measurement.
+        measured: called with every row after each round and when it has been scored, and whether that was its last
+            measurement.
 
     Raises:
         ValueError: the text is too short.
@@ -137,11 +142,10 @@ def compare(
     ask = retrieval_task(tokenizer, ids.numpy(), settings)
     trials = [Trial(Row(spec.text, spec.is_peer), spec) for spec in specs]
 
-    def stage(name: str, measure: Callable[[Trial, Callable], None]) -> None:
-        for trial in trials:
-            advance(f"{trial.row.cache} · {name}")
-            prepare(model, trial.spec, settings)
-            trial.attempt(measure, partial(trial.spec.build, model.config))
+    def run(trial: Trial, name: str, measure: Callable[[Trial, Callable], None]) -> None:
+        advance(f"{trial.row.cache} · {name}")
+        prepare(model, trial.spec, settings)
+        trial.attempt(measure, partial(trial.spec.build, model.config))
 
     def generate(trial: Trial, make_cache: Callable) -> None:
         trial.rounds.append(generate_once(model, prompt, make_cache, settings.n_new))
@@ -153,17 +157,28 @@ def compare(
     def retrieve(trial: Trial, make_cache: Callable) -> None:
         trial.row.retrieval = ask(model, make_cache=make_cache)
 
-    # compiles what is compiled on first use, and lets a cache that cannot work fail early
-    stage("warm-up", lambda trial, make_cache: generate_once(model, prompt[:, :256], make_cache, 2))
-    for i in range(settings.rounds):
-        stage(f"speed, round {i + 1} of {settings.rounds}", generate)
-    prepare(model, specs[0], settings)
-    dense = fidelity.dense_logits(model, windows, settings.n_prefix)
-    stage("fidelity", score)
-    stage("retrieval", retrieve)
-    for child in retrofits(model).values():
-        child.compresses = True
-    add_speed(trials)
+    def warm_up(trial: Trial, make_cache: Callable) -> None:
+        generate_once(model, prompt[:, :256], make_cache, 2)
+
+    try:
+        # compiles what is compiled on first use, and lets a cache that cannot work fail early
+        for trial in trials:
+            run(trial, "warm-up", warm_up)
+        for i in range(settings.rounds):
+            for trial in trials:
+                run(trial, f"speed, round {i + 1} of {settings.rounds}", generate)
+            add_speed(trials)
+            for trial in trials:
+                measured(trial.row, False)
+        prepare(model, specs[0], settings)
+        dense = fidelity.dense_logits(model, windows, settings.n_prefix)
+        for trial in trials:
+            run(trial, "fidelity", score)
+            run(trial, "retrieval", retrieve)
+            measured(trial.row, True)
+    finally:
+        for child in retrofits(model).values():
+            child.compresses = True
     return [trial.row for trial in trials]
 
 

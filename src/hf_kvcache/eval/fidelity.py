@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from hf_kvcache.compat import cache_argument
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -69,14 +71,14 @@ def fidelity(
         step: tokens fed at a time.
     """
     cache = make_cache()
-    model(windows[:, :n_context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(windows[:, :n_context], **cache_argument(cache), use_cache=True, logits_to_keep=1)
     n_predicted = dense.shape[1]
     loss = divergence = 0.0
     for start in range(0, n_predicted, step):
         stop = min(start + step, n_predicted)
         fed = windows[:, n_context + start : n_context + stop]
         target = windows[:, n_context + start + 1 : n_context + stop + 1]
-        logits = model(fed, past_key_values=cache, use_cache=True).logits.float()  # [B, step, vocab]
+        logits = model(fed, **cache_argument(cache), use_cache=True).logits.float()  # [B, step, vocab]
         loss += cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum").item()
         expected = log_softmax(dense[:, start:stop].float(), -1)
         divergence += kl_div(log_softmax(logits, -1), expected, reduction="sum", log_target=True).item()

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hf_kvcache.compat import cache_argument
+
 NAMES = (
     "lantern", "harbour", "orchard", "engine", "cathedral", "violin", "glacier", "market",
     "compass", "theatre", "granary", "falcon", "fountain", "telegraph", "vineyard", "anchor",
@@ -67,10 +69,10 @@ def exact_match(model, prompts: list[PasskeyPrompt], make_cache: Callable) -> fl
     n_right = 0
     for prompt in prompts:
         context = make_cache()
-        model(prompt.context.to(model.device), past_key_values=context, use_cache=True, logits_to_keep=1)
+        model(prompt.context.to(model.device), **cache_argument(context), use_cache=True, logits_to_keep=1)
         for turn, n_answer in prompt.turns:
             ids, cache = turn.to(model.device), copy.deepcopy(context)
-            logits = model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=n_answer).logits
+            logits = model(ids[:, :-1], **cache_argument(cache), use_cache=True, logits_to_keep=n_answer).logits
             n_right += torch.equal(logits.argmax(-1), ids[:, -n_answer:])
     return n_right / sum(len(prompt.turns) for prompt in prompts)
 

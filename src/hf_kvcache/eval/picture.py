@@ -14,14 +14,19 @@ from hf_kvcache.eval.compare import Row
 from hf_kvcache.eval.labels import Label, place_labels
 
 PEER = "transformers' own"
+AXES = ("tokens", "channels", "bits")
+# one for every kind that there can be: shades of green save channels, warm colours tokens
 COLOURS = {
     PEER: "#7a7a7a",
     "saves nothing": "#111111",
     "saves bits": "#1f6fb4",
+    "saves channels": "#7bbf4e",
+    "saves channels and bits": "#1b7f4b",
     "saves tokens": "#d1601b",
     "saves tokens and bits": "#7b3fa0",
+    "saves tokens and channels": "#b8980f",
+    "saves tokens, channels and bits": "#c2185b",
 }
-OTHER = "#2a8f5b"
 
 # KL below this is rounding; a logarithmic axis needs a floor
 LEAST_KL = 1e-6
@@ -53,12 +58,17 @@ def save_picture(rows: list[Row], path: Path, title: str) -> None:
 
 
 def family(row: Row) -> str:
-    """What the row saves on, from the registry: the group of its colour."""
+    """What the row saves on, from the registry and its bits: the group of its colour."""
     if row.is_peer:
         return PEER
-    names = [part.partition(":")[0].strip() for part in row.cache.split("+")]
-    axes = sorted({registry.method(name).axis for name in names} - {"none"}, key=("tokens", "channels", "bits").index)
-    return f"saves {' and '.join(axes) or 'nothing'}"
+    saved = set()
+    for part in row.cache.split("+"):
+        name, _, knobs = part.strip().partition(":")
+        saved.add(registry.method(name).axis)
+        if any(knob.strip().startswith("bits=") for knob in knobs.split(",")):
+            saved.add("bits")
+    *most, last = [axis for axis in AXES if axis in saved] or ["nothing"]
+    return f"saves {', '.join(most)} and {last}" if most else f"saves {last}"
 
 
 def _dress_fidelity(axes) -> None:
@@ -91,13 +101,13 @@ def _scatter(axes, points: list[tuple[Row, float]]) -> None:
     for name in dict.fromkeys(family(row) for row, _ in points):
         own = [(row.bytes_ratio, y) for row, y in points if family(row) == name]
         marker = "s" if name == PEER else "o"
-        axes.scatter(*zip(*own, strict=True), s=34, color=COLOURS.get(name, OTHER), marker=marker, label=name, zorder=3)
+        axes.scatter(*zip(*own, strict=True), s=34, color=COLOURS[name], marker=marker, label=name, zorder=3)
     axes.grid(True, which="major", color="#e6e6e6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _colour(row: Row) -> str:
-    return COLOURS.get(family(row), OTHER)
+    return COLOURS[family(row)]
 
 
 def _with_retrieval(row: Row) -> str:

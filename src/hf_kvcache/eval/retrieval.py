@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hf_kvcache.compat import cache_argument
+
 N_KEYS = 64
 N_VALUES = 8
 
@@ -179,11 +181,11 @@ def exact_match(model, prompts: LedgerPrompts, make_cache: Callable | None = Non
         from transformers import DynamicCache as make_cache
     prompts = LedgerPrompts(*(part.to(model.device) for part in vars(prompts).values()))
     cache = make_cache()
-    model(prompts.context, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(prompts.context, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     n_right = 0
     for i in range(prompts.answers.shape[1]):
         said = prompts.answers[:, i - 1 : i] if i else prompts.answers[:, :0]
         ids = torch.cat([said, prompts.asks[:, i]], dim=1)  # [B, 2 or 3]
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(ids, **cache_argument(cache), use_cache=True, logits_to_keep=1).logits[:, -1]
         n_right += (logits.argmax(-1) == prompts.answers[:, i]).sum().item()
     return n_right / prompts.answers.numel()

@@ -16,7 +16,20 @@ from hf_kvcache.eval.peers import PEERS, is_installed
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.learned import Learned
 
-# what the default comparison runs of a method; a method without a line here runs with its defaults, and of the eviction
+# what the default comparison runs after the baseline and a peer: a lossless cache, and of every kind those that most
+# will choose from
+DEFAULT = (
+    "dense",
+    "quant:bits=8",
+    "quant:bits=4",
+    "sparse:sparsity=0.7,bits=4",
+    "lowrank:rank=0.5,bits=4",
+    "snapkv:ratio=0.25",
+    "keydiff:ratio=0.25",
+    "keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8",
+)
+
+# what the whole comparison runs of a method; a method without a line here runs with its defaults, and of the eviction
 # family it runs those that the others are measured by (`benchmarks/run.py eviction` compares them all)
 SHOWN = {
     "dense": ("dense",),
@@ -132,22 +145,39 @@ def parse(text: str) -> CacheSpec:
     return CacheSpec(text, *cache, *policy)
 
 
-def default_specs(carries_heads: bool = True, retrofit: str | None = None) -> list[CacheSpec]:
-    """The default comparison: the peers that are installed, then every method of the registry.
+def default_specs(retrofit: str | None = None) -> list[CacheSpec]:
+    """The default comparison: ten caches that help to choose, and those of a retrofitted model.
+
+    Args:
+        retrofit: what the model is retrofitted for, "dmc" or "dms"; None for nothing.
+    """
+    return [parse(text) for text in ("dynamic", *_peers()[:1], *DEFAULT, *_of_retrofit(retrofit))]
+
+
+def all_specs(carries_heads: bool = True, retrofit: str | None = None) -> list[CacheSpec]:
+    """The whole comparison: the peers that are installed, then every method of the registry.
 
     Args:
         carries_heads: whether the model has retaining heads; without, methods that go by them are left out.
         retrofit: what the model is retrofitted for, "dmc" or "dms"; None for nothing.
     """
-    texts = ["dynamic", *(f"{name}:bits=4" for name in ("quanto", "hqq") if is_installed(name))]
+    texts = ["dynamic", *_peers()]
     for method in registry.METHODS:
         if method.name == "locret" and not carries_heads:
             continue
         kind = registry.load(method.factory)
         plain = f"{method.name}:ratio=0.25" if issubclass(kind, Policy) else method.name
         texts += SHOWN.get(method.name, (plain,))
-    texts += [] if retrofit is None else [retrofit, f"{retrofit}+quant:bits=8", f"{retrofit}+quant:bits=4"]
-    return [parse(text) for text in texts]
+    return [parse(text) for text in [*texts, *_of_retrofit(retrofit)]]
+
+
+def _peers() -> list[str]:
+    """transformers' own quantised caches, as far as they are installed."""
+    return [f"{name}:bits=4" for name in ("quanto", "hqq") if is_installed(name)]
+
+
+def _of_retrofit(method: str | None) -> list[str]:
+    return [] if method is None else [method, f"{method}+quant:bits=8", f"{method}+quant:bits=4"]
 
 
 def _kind(name: str):

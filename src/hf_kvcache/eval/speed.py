@@ -8,6 +8,7 @@ from time import perf_counter
 
 import torch
 
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval.memory import cache_nbytes
 
 
@@ -37,7 +38,7 @@ def generate_once(model, prompt: torch.Tensor, make_cache: Callable, n_new: int)
     for _ in range(n_new + 1):
         _wait(prompt.device)
         started = perf_counter()
-        logits = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(fed, **cache_argument(cache), use_cache=True, logits_to_keep=1).logits
         fed = logits[:, -1:].argmax(-1)  # [B, 1]
         _wait(prompt.device)
         times.append(perf_counter() - started)

@@ -29,9 +29,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 where = "this repository"  # or a folder
 tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True)
-out = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), return_dict_in_generate=True)
-print(tokenizer.decode(out.sequences[0]), out.past_key_values.nbytes)  # bytes allocated
+cache = model.new_cache()  # what `generate` makes unasked
+out = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), cache=cache)
+print(tokenizer.decode(out[0]), cache.nbytes)  # bytes allocated
 ```
+
+Releases of transformers before 5.24 call the argument `past_key_values`; this model takes a cache under either name.
 
 The code in this repository needs torch and transformers, nothing else; kernels run where Triton and a GPU are (compute
 capability 8.0 or newer), plain PyTorch elsewhere. It was made by hf_kvcache {version}, which has faster kernels for

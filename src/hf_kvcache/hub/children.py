@@ -81,8 +81,8 @@ class HeadsChild(nn.Module):
         return self.fc1, self.fc2
 
     def _before(self, attention: nn.Module, args) -> None:
-        self._capture.watch(attention, self._sources)
         self._capture.arm(attention)
+        self._capture.watch(attention, self._sources)
 
     def _after(self, attention: nn.Module, args, output) -> None:
         self._capture.drop()

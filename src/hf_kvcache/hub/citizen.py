@@ -7,6 +7,7 @@ import inspect
 
 import torch
 
+from hf_kvcache.compat import CACHE_NAME, cache_argument, given_cache, named_cache
 from hf_kvcache.hub.children import add_children
 from hf_kvcache.hub.spec import cache_of
 
@@ -15,15 +16,15 @@ class TakesCache:
     """Mixed into a base model: takes what its `new_cache()` makes where transformers would make a cache of its own."""
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        if given_cache(model_kwargs) is None and generation_config.use_cache is not False:
             kind = generation_config.cache_implementation
             # "hybrid" is what configs of sliding-window models used to say for the usual cache
             if kind not in (None, "dynamic", "hybrid"):
                 raise ValueError(
                     f"cache_implementation={kind!r}: {type(self).__name__} can only keep its rows in a cache of ours; "
-                    f"leave it out, or pass past_key_values={type(self.new_cache()).__name__}(...)"
+                    f"leave it out, or pass {CACHE_NAME}={type(self.new_cache()).__name__}(...)"
                 )
-            model_kwargs["past_key_values"] = self.new_cache()
+            model_kwargs |= cache_argument(self.new_cache())
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
@@ -65,19 +66,37 @@ class CacheModel(TakesCache):
 
 
 def with_cache(base: type):
-    """A base model's forward that makes our cache where it would make a `DynamicCache`."""
+    """A base model's forward that makes our cache where it would make a `DynamicCache`.
+
+    A cache that is given, under either of its names or by its place, is used.
+
+    Raises:
+        TypeError: the model takes no cache.
+    """
     signature = inspect.signature(base.forward)
+    if CACHE_NAME not in signature.parameters:
+        raise TypeError(f"{base.__name__} takes no cache: its forward has no argument {CACHE_NAME}")
 
     # the signature is kept, because generate and trainers look at it
     @functools.wraps(base.forward)
     def forward(self, *args, **kwargs):
-        given = signature.bind_partial(self, *args, **kwargs)
+        given = signature.bind_partial(self, *args, **named_cache(kwargs))
         uses_cache = given.arguments.get("use_cache")
         uses_cache = getattr(self.config, "use_cache", False) if uses_cache is None else uses_cache
         # a cache is for inference: training reads whole texts
         serves = not self.training and not torch.is_grad_enabled()
-        if uses_cache and serves and given.arguments.get("past_key_values") is None:
-            given.arguments["past_key_values"] = self.new_cache()
+        if uses_cache and serves and given_cache(given.arguments) is None:
+            given.arguments |= cache_argument(self.new_cache())
         return base.forward(*given.args, **given.kwargs)
 
     return forward
+
+
+def either_name(generate):
+    """A model's `generate` that takes a cache under either of its names."""
+
+    @functools.wraps(generate)
+    def generate_with(*args, **kwargs):
+        return generate(*args, **named_cache(kwargs))
+
+    return generate_with

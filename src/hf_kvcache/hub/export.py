@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import copy
 import functools
+import inspect
 import json
 import os
 import re
@@ -39,7 +40,7 @@ from hf_kvcache.adapters.modules import (
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain
 from hf_kvcache.codecs.lowrank import LowRank
-from hf_kvcache.compat import rotary_parameters
+from hf_kvcache.compat import CACHE_NAME
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.card import card_of
 from hf_kvcache.hub.flatten import flatten
@@ -50,6 +51,7 @@ from hf_kvcache.hub.spec import spec_of
 from hf_kvcache.hub.text import WIDTH
 from hf_kvcache.policies.learned import Learned
 from hf_kvcache.policies.locret import Locret
+from hf_kvcache.rope_of_model import rope_of
 
 _OWN = (
     "_name_or_path",
@@ -104,6 +106,7 @@ class {family}{model}(CacheModel, {model}):
 class {causal_lm}(CacheModel, {base}):
     config_class = {family}{config}
     forward = with_cache({base})
+    generate = either_name({base}.generate)
 '''
 
 
@@ -127,10 +130,12 @@ __all__ = [{all}]
 CACHE = {spec}
 
 
-def generate(model, inputs=None, past_key_values=None, **kwargs):
-    """As `model.generate`, which it calls; `past_key_values` goes on with a cache of an earlier call."""
-    cache = cache_of(CACHE, config=model.config) if past_key_values is None else past_key_values
-    return type(model).generate(model, inputs, past_key_values=cache, **kwargs)
+def generate(model, inputs=None, **kwargs):
+    """As `model.generate`, which it calls; goes on with a cache that is given, as `cache` or as `past_key_values`."""
+    kwargs = named_cache(kwargs)
+    if given_cache(kwargs) is None:
+        kwargs |= cache_argument(cache_of(CACHE, config=model.config))
+    return type(model).generate(model, inputs, **kwargs)
 '''
 
 
@@ -237,7 +242,8 @@ def export(
 def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
     """Write a repository whose `generate` gives any model a cache like this one.
 
-    `model.generate(**inputs, custom_generate=where, trust_remote_code=True)` then uses it.
+    `model.generate(**inputs, custom_generate=where, trust_remote_code=True)` then uses it; with `cache=` (before
+    transformers 5.24: `past_key_values=`) it goes on with a cache of an earlier call.
 
     Args:
         cache: empty; a method that needs nothing of the model.
@@ -254,8 +260,9 @@ def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
     if isinstance(cache.policy, (Learned, Locret)):
         raise ValueError(f"{type(cache.policy).__name__} goes by what a model carries: export that model")
     files = flatten(recipe_of(cache), __version__)
-    files = join(files, {"hub_spec", "cache", "layer", *(module for module, _ in classes_in(cache))})
-    imports, mentions, parts = _found(files, cache, {"hub_spec": ["cache_of"]})
+    files = join(files, {"compat", "hub_spec", "cache", "layer", *(module for module, _ in classes_in(cache))})
+    used = {"compat": ["cache_argument", "given_cache", "named_cache"], "hub_spec": ["cache_of"]}
+    imports, mentions, parts = _found(files, cache, used)
     values = {
         "version": __version__,
         "imports": imports,
@@ -298,6 +305,8 @@ def _bases(model) -> tuple[type, type, type]:
     if config is None or any(config not in mapping for mapping in mappings):
         raise AdapterError(f"transformers has no causal language model of type {kind!r}")
     base, plain = (found[0] if isinstance(found := mapping[config], tuple) else found for mapping in mappings)
+    if CACHE_NAME not in inspect.signature(base.forward).parameters:
+        raise AdapterError(f"{base.__name__} takes no cache: its forward has no argument {CACHE_NAME}")
     if not isinstance(model, base):
         raise AdapterError(f"{type(model).__name__} is not what AutoModelForCausalLM makes of {kind!r}")
     return base, plain, config
@@ -334,8 +343,8 @@ def _basis(found, codecs: dict[str, LowRank]):
     tensors, shapes, ropes, rotary = {}, {}, set(), set()
     for i, attention in found.items():
         if "k" in codecs and codecs["k"].rope != "post":
-            angles = rotary_parameters(attention.module, attention.head_dim)
-            rotary.add(0 if angles is None else 2 * angles[0].shape[0])
+            rope = rope_of(attention.module, attention.head_dim)
+            rotary.add(0 if rope is None else 2 * rope.inv_freq.shape[0])
         for side, codec in codecs.items():
             bases = codec.bases
             of = attached_basis(attention.module, side) if bases is None else (bases.of(i, side), bases.rope)
@@ -393,7 +402,7 @@ def _retrofit(found, policy: Learned):
 
 def _modeling(files: dict[str, str], cache: KVCache, names: dict[str, str]) -> str:
     """The file that `auto_map` names."""
-    imports, mentions, parts = _found(files, cache, {"hub_citizen": ["CacheModel", "with_cache"]})
+    imports, mentions, parts = _found(files, cache, {"hub_citizen": ["CacheModel", "either_name", "with_cache"]})
     own = [names["causal_lm"], *(names["family"] + names[name] for name in ("config", "model"))]
     values = names | {
         "theirs": ", ".join(sorted(names[name] for name in ("config", "model", "base"))),

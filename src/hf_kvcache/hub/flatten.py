@@ -6,19 +6,13 @@ import ast
 import functools
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from hf_kvcache.hub.fixed import settle
 from hf_kvcache.hub.fold import fold
 from hf_kvcache.hub.library import PACKAGE, Module, imported, where
-from hf_kvcache.hub.parameters import unread_parameters
 from hf_kvcache.hub.shake import Shaken, member_key, member_names
 from hf_kvcache.hub.text import WIDTH, Edit, Text, until_done
 from hf_kvcache.hub.untyped import untyped
-from hf_kvcache.hub.unused import unread, unused
-from hf_kvcache.hub.values import Trivial
 
 HEADER = "# SPDX-License-Identifier: Apache-2.0\n# {module} {version}\n"
 
@@ -43,17 +37,12 @@ class Recipe:
 
     Attributes:
         roots: "module:name" or "module:Class.member" that must be there.
-        facts, absent: see `fold`; absent ones as "module:name".
-        fixed: see `settle`.
-        same: functions that return their only argument, whatever they look like.
+        absent: see `fold`, as "module:name".
         dropped: what is not to be followed, "module:Class.member".
         is_documented: whether docstrings keep their sections.
     """
 
     roots: tuple[str, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    same: frozenset[str] = frozenset()
     absent: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     is_documented: bool = False
@@ -70,17 +59,8 @@ def flatten(recipe: Recipe, version: str) -> dict[str, str]:
     Raises:
         ValueError: nothing is left of a class that is needed.
     """
-    absent = {path.partition(":")[2].rpartition(".")[2] for path in recipe.absent}
-    trivial, texts = Trivial(same=recipe.same), {}
-    while True:
-        read = functools.partial(_read, texts, recipe, absent, trivial)
-        shaken = Shaken(read, recipe.roots, {*recipe.dropped, *recipe.absent})
-        # what has come to do nothing, or next to nothing, need not be called
-        before, trivial = trivial, trivial | shaken.trivial()
-        idle = shaken.idle() - absent
-        if not idle and trivial == before:
-            break
-        absent |= idle
+    absent = frozenset(path.rpartition(":")[2].rpartition(".")[2] for path in recipe.absent)
+    shaken = Shaken(functools.partial(_read, absent), recipe.roots, {*recipe.dropped, *recipe.absent})
     _refuse_ambiguous(recipe, shaken)
     files = {}
     for name, module in shaken.modules.items():
@@ -98,14 +78,8 @@ def _refuse_ambiguous(recipe: Recipe, shaken: Shaken) -> None:
             raise ValueError(f"{meant[name]} is to be absent, and {path} would be, too")
 
 
-def _read(texts: dict[str, str], recipe: Recipe, absent: set[str], trivial: Trivial, name: str) -> Module:
-    """A module, folded; `texts` are what modules have come to so far."""
-    if name not in texts:
-        texts[name] = settle(where(name).read_text(), recipe.fixed)
-    texts[name] = fold(texts[name], recipe.facts, absent, trivial)
-    text = until_done(Text(texts[name].encode()), lambda text: unread(text, trivial.unread))
-    texts[name] = until_done(text, unused).text.decode()
-    return Module(name, texts[name])
+def _read(absent: frozenset[str], name: str) -> Module:
+    return Module(name, fold(where(name).read_text(), absent))
 
 
 class _Flat:
@@ -118,8 +92,6 @@ class _Flat:
         text = self.module.text.edited(self._unneeded())
         if not is_documented:
             text = until_done(text.edited(brief(text)), untyped)
-            asked = self._asked()
-            text = until_done(text, lambda text: unused(text) or unread_parameters(text, asked))
         text = text.edited(self._untyped(text))
         source = text.edited(self._imports(text)).text.decode()
         source = _BANNER.sub("", source)
@@ -168,13 +140,6 @@ class _Flat:
                 return None
             source, name = of.imports[name]
         return source, name
-
-    def _asked(self) -> set[str]:
-        """Names that other modules, or the dispatcher, ask this one for."""
-        imports = [of for module in self.shaken.modules.values() for of in module.imports.values()]
-        names = {name for module, name in [*imports, *self.shaken.asked] if module == self.module.name}
-        # None is the module itself, of which anything may be asked
-        return set(self.module.units) if None in names else names
 
     def _untyped(self, text: Text) -> list[Edit]:
         """Types that have not come along, in annotations."""
@@ -241,7 +206,7 @@ def _joined(lines: list[str]) -> list[str]:
     names, others = {}, []
     for line in lines:
         word, module, *rest = line.split(maxsplit=3)
-        if word == "from" and module != "." and " as " not in line:
+        if word == "from" and " as " not in line:
             names.setdefault(module, set()).update(
                 part.strip() for part in rest[1].strip("()\n ").split(",") if part.strip()
             )

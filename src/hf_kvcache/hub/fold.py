@@ -1,33 +1,31 @@
-"""Source text in which some conditions are known: branches that cannot run are taken out, the rest stays as it is."""
+"""Source text without what does not exist: branches that only it leads to are taken out, the rest stays as it is."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator
 
 from hf_kvcache.hub.text import Edit, Text
-from hf_kvcache.hub.values import SOMETHING, UNKNOWN, Known, Trivial, name_of
+from hf_kvcache.hub.values import UNKNOWN, Known, name_of
 
-_MAY_BE_KNOWN = (ast.BoolOp, ast.Compare, ast.UnaryOp, ast.Call, ast.ListComp, ast.DictComp, ast.GeneratorExp)
+_MAY_BE_KNOWN = (ast.BoolOp, ast.Compare, ast.UnaryOp, ast.Call)
 
 
-def fold(source: str, facts: Mapping[str, Any], absent: Collection[str] = (), trivial: Trivial | None = None) -> str:
+def fold(source: str, absent: Collection[str]) -> str:
     """Take out what cannot run.
+
+    Functions that do not speak of anything absent stay as they are, byte for byte.
 
     Args:
         source: a module.
-        facts: what names and attributes are, wherever the module reads them: `{"policy": None}` settles
-            `self.policy is None`; ".policy" is about attributes alone, and SOMETHING is neither None nor false.
         absent: names of classes, functions and methods that will not exist: nothing is an instance of them, calls come
             to None, containers go without them, and branches that return them are never taken.
-        trivial: functions whose calls are replaced.
 
     Raises:
         SyntaxError: the source cannot be read.
     """
-    text, known = Text(source.encode()), Known(dict(facts), frozenset(absent), trivial or Trivial())
-    done: set[bytes] = set()
+    text, known = Text(source.encode()), Known(frozenset(absent))
+    done = {text.of(function) for function in _outermost(text.tree) if not _speaks_of(function, absent)}
     while edits := _Search(text, known).edits(done):
         text = text.edited(edits)
     return text.text.decode()
@@ -101,13 +99,9 @@ class _Search:
         return None
 
     def _is_idle(self, statement: ast.stmt) -> bool:
-        """Whether a statement does nothing: a call of what is absent, a loop around nothing, a union with nothing."""
+        """Whether a statement does nothing: a call of what is absent, a loop around nothing."""
         if isinstance(statement, ast.For):
-            return self.known.is_empty(statement.iter) or all(isinstance(inner, ast.Pass) for inner in statement.body)
-        if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.BitOr):
-            return self.known.is_empty(statement.value)
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name):
-            return [getattr(target, "id", None) for target in statement.targets] == [statement.value.id]
+            return all(isinstance(inner, ast.Pass) for inner in statement.body)
         call = statement.value if isinstance(statement, ast.Expr) else None
         return isinstance(call, ast.Call) and self.known.is_absent(call.func)
 
@@ -146,15 +140,9 @@ class _Search:
                 return self._put(node, at.of(left))
         is_test = id(node) in self.tests
         if isinstance(node, _MAY_BE_KNOWN):
-            is_number = isinstance(getattr(node, "op", None), (ast.USub, ast.UAdd))
-            value = UNKNOWN if is_number else self.known.value(node, is_test)
-            if value is not UNKNOWN and (is_test or value is not SOMETHING):
-                return self._put(node, repr(True if value is SOMETHING else value).encode())
-        if isinstance(node, ast.Call) and name_of(node.func) in self.known.trivial.same and len(node.args) == 1:
-            inner = node.args[0]
-            if not node.keywords and not isinstance(inner, ast.Starred):
-                is_atom = isinstance(inner, (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant))
-                return self._put(node, at.of(inner) if is_atom else b"(" + at.of(inner) + b")")
+            value = self.known.value(node, is_test)
+            if value is not UNKNOWN:
+                return self._put(node, repr(value).encode())
         if isinstance(node, ast.BoolOp):
             # the others say what comes out; the last one is what comes out, unless only its truth counts
             passed = isinstance(node.op, ast.And)
@@ -170,12 +158,10 @@ class _Search:
                 return self._put(node, word.join(self._operand(v) for v in left))
         if isinstance(node, ast.Dict):
             pairs = list(zip(node.keys, node.values, strict=True))
-            left = [(k, v) for k, v in pairs if not (self.known.is_empty(v) if k is None else self.known.is_absent(v))]
+            left = [(k, v) for k, v in pairs if k is None or not self.known.is_absent(v)]
             if len(left) < len(pairs):
                 parts = [(b"**" if k is None else at.of(k) + b": ") + at.of(v) for k, v in left]
                 return self._put(node, b"{" + b", ".join(parts) + b"}")
-        if isinstance(node, ast.BinOp) and (left := self._only_operand(node)) is not None:
-            return self._put(node, self._operand(left))
         if isinstance(node, (ast.Tuple, ast.List)) and any(map(self.known.is_absent, node.elts)):
             left = [at.of(e) for e in node.elts if not self.known.is_absent(e)]
             inner = b", ".join(left) + (b"," if isinstance(node, ast.Tuple) and len(left) == 1 else b"")
@@ -186,14 +172,6 @@ class _Search:
         """Whether one side of a choice is something absent, or a call of it."""
         of = side.func if isinstance(side, ast.Call) else side
         return isinstance(of, (ast.Name, ast.Attribute)) and self.known.is_absent(of)
-
-    def _only_operand(self, node: ast.BinOp) -> ast.expr | None:
-        """What a union with nothing comes to, or a sum with zero; None for others."""
-        if isinstance(node.op, ast.BitOr):
-            sides = (node.left, node.right), (node.right, node.left)
-            return next((other for side, other in sides if self.known.is_empty(side)), None)
-        is_sum = isinstance(node.op, (ast.Add, ast.Sub)) and self.known.value(node.right) == 0
-        return node.left if is_sum else None
 
     def _operand(self, node: ast.AST) -> bytes:
         """An operand of `and` or `or`, in the brackets that it may have had."""
@@ -215,44 +193,10 @@ def _outermost(tree: ast.AST) -> Iterator[ast.FunctionDef]:
             todo += ast.iter_child_nodes(node)
 
 
-def returned(node: ast.AST, decorators: tuple[str, ...] = ()) -> ast.expr | None:
-    """What a function returns that does nothing else, and has no other decorators than these."""
-    if not isinstance(node, ast.FunctionDef) or any(name_of(d) not in decorators for d in node.decorator_list):
-        return None
-    body = node.body[ast.get_docstring(node) is not None :]
-    return body[0].value if len(body) == 1 and isinstance(body[0], ast.Return) else None
-
-
-def passes_on(node: ast.FunctionDef) -> bool:
-    """Whether a property returns what that of the base class does."""
-    value = returned(node, ("property",))
-    return isinstance(value, ast.Attribute) and value.attr == node.name and ast.unparse(value.value) == "super()"
-
-
-def does_nothing(node: ast.AST) -> bool:
-    """Whether a node is a function that returns at once."""
-    if not isinstance(node, ast.FunctionDef):
-        return False
-    body = node.body[ast.get_docstring(node) is not None :]
-    return bool(body) and all(
-        isinstance(s, ast.Pass) or (isinstance(s, ast.Return) and _is_none(s.value)) for s in body
-    )
-
-
-def only_checks(node: ast.FunctionDef) -> bool:
-    """Whether a `__post_init__` does nothing but refuse values, which were fit when a repository was made of them."""
-    does = (ast.Attribute, ast.Subscript)
-    return node.name == "__post_init__" and not any(
-        isinstance(inner, ast.Expr)
-        and isinstance(inner.value, ast.Call)
-        or isinstance(inner, does)
-        and not isinstance(inner.ctx, ast.Load)
-        for inner in ast.walk(node)
-    )
-
-
-def _is_none(node: ast.expr | None) -> bool:
-    return node is None or (isinstance(node, ast.Constant) and node.value is None)
+def _speaks_of(function: ast.FunctionDef, names: Collection[str]) -> bool:
+    nodes = list(ast.walk(function))
+    imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return any(name_of(node) in names for node in nodes) or not imported.isdisjoint(names)
 
 
 def _dedented(lines: bytes, by: int) -> bytes:

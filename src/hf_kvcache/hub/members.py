@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import sys
+from collections.abc import Iterable
+from functools import cache
 
 
 class Members:
@@ -44,10 +48,6 @@ class Members:
                 return True
         return False
 
-    def is_super(self, kind: type, name: str) -> bool:
-        """Whether `super()` finds this member in this very class."""
-        return any(self._is_above(made.__mro__, kind, name) for made in self.made)
-
     def _is_above(self, order: tuple[type, ...], kind: type, name: str) -> bool:
         return any(
             asked == name and below in order and _first(order[order.index(below) + 1 :], name) is kind
@@ -84,3 +84,13 @@ def _first(order: tuple[type, ...], name: str) -> type | None:
 def foreign(kind: type) -> list[type]:
     """The bases of a class that are not ours."""
     return [base for base in kind.__mro__ if not base.__module__.startswith("hf_kvcache") and base is not object]
+
+
+def is_mentioned(name: str, kinds: Iterable[type]) -> bool:
+    """Whether the modules of other libraries' classes speak of a name: they may read or write it."""
+    return any(hasattr(kind, name) or name in _source(kind.__module__) for kind in kinds)
+
+
+@cache
+def _source(module: str) -> str:
+    return "" if module == "builtins" else inspect.getsource(sys.modules[module])

@@ -6,19 +6,12 @@ import ast
 import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
-import torch
-
-from hf_kvcache.hub.attributes import Attributes, is_mentioned
-from hf_kvcache.hub.fold import does_nothing, only_checks, passes_on, returned
 from hf_kvcache.hub.library import Module, where
-from hf_kvcache.hub.members import Members, foreign, receiver
-from hf_kvcache.hub.values import Trivial, name_of
+from hf_kvcache.hub.members import Members, foreign, is_mentioned, receiver
+from hf_kvcache.hub.values import name_of
 
 OPS = "hf_kvcache.kernels"
-# what tensors and containers are asked for
-_COMMON = {name for kind in (torch.Tensor, dict, list, str) for name in dir(kind)}
 # functions that look at classes, and the place of these among the arguments
 _ASKS = {"isinstance": 1, "issubclass": 1, "_subclasses": 0}
 
@@ -45,8 +38,7 @@ class Shaken:
         self.defined: set[tuple[str, str]] = set()
         self.members: set[tuple[str, str, str]] = set()
         self.asked: set[tuple[str, str]] = set()
-        self._passed: set[tuple[str, str, str]] = set()
-        self._used, self._attributes = Members(), Attributes()
+        self._used = Members()
         self._classes: list[tuple[Module, ast.ClassDef]] = []
         self._work: list[tuple[Module, ast.AST]] = []
         for root in roots:
@@ -54,79 +46,6 @@ class Shaken:
             self.define(module, path.partition(".")[0], is_made="." not in path)
             self._used.names.update(path.split(".")[1:])
         self._run()
-
-    def idle(self) -> set[str]:
-        """Names of reached methods that do nothing, wherever they are, and that nobody else asks for."""
-        nothing, something = set(), set()
-        for module, cls in self._classes:
-            kind = _runtime(module.name, cls.name)
-            for statement in cls.body:
-                name = getattr(statement, "name", None)
-                if name is None or (module.name, cls.name, name) not in self.members:
-                    continue
-                is_idle = does_nothing(statement) and not self._used.is_foreign(kind, name)
-                (nothing if is_idle else something).add(name)
-        return nothing - something
-
-    def trivial(self) -> Trivial:
-        """Functions and methods that return a constant or their only argument, whichever of that name is meant."""
-        values: dict[str, Any] = {}
-        found: dict[str, list[ast.FunctionDef]] = {}
-        same: dict[str, list[bool]] = {}
-        for path, function in self.functions().items():
-            module, _, inner = path.partition(":")
-            cls, _, name = inner.rpartition(".")
-            if (module, cls, name) not in self.members and (module, name) not in self.defined:
-                continue
-            value = returned(function, ("jit",))
-            own = [arg.arg for arg in function.args.args[bool(cls) :]]
-            is_same = isinstance(value, ast.Name) and own == [value.id] and not _takes_more(function.args)
-            same.setdefault(name, []).append(is_same)
-            found.setdefault(name, []).append(function)
-            is_foreign = cls and self._used.is_foreign(_runtime(module, cls), name)
-            if isinstance(value, ast.Constant) and not is_foreign:
-                values[name] = value.value
-        values = {name: value for name, value in values.items() if len(found[name]) == 1 and name not in _COMMON}
-        alike = frozenset(name for name, all_same in same.items() if all(all_same))
-        attributes = self._constant_attributes() | self._constant_properties(found)
-        return Trivial(values, alike, attributes, self._unread_attributes())
-
-    def _constant_properties(self, found: dict[str, list[ast.FunctionDef]]) -> dict[str, Any]:
-        """Properties that return one constant wherever they are, under names that nothing else has."""
-        properties = {}
-        for name, functions in found.items():
-            inner = [returned(function, ("property",)) for function in functions]
-            if all(isinstance(value, ast.Constant) and f.decorator_list for value, f in zip(inner, functions)):
-                if len({repr(value.value) for value in inner}) == 1 and name not in self._attributes.stores:
-                    properties[name] = inner[0].value
-        # other classes may have an attribute or a field of that name
-        fields = {
-            name
-            for _, cls in self._classes
-            for s in cls.body
-            if isinstance(s, (ast.Assign, ast.AnnAssign))
-            for name in member_names(s)
-        }
-        return {name: value for name, value in properties.items() if name not in fields | _COMMON}
-
-    def _constant_attributes(self) -> dict[str, Any]:
-        """Attributes of instances that hold one constant throughout."""
-        found = self._attributes.constant()
-        return {name: value for name, value in found.items() if not self._is_known_elsewhere(name)}
-
-    def _unread_attributes(self) -> frozenset[str]:
-        """Attributes of instances that nothing reads."""
-        found = self._attributes.unread()
-        return frozenset(name for name in found if not self._is_known_elsewhere(name))
-
-    def _is_known_elsewhere(self, name: str) -> bool:
-        """Whether classes define a name, too, ours or those that ours are derived from."""
-        if name.startswith(self._used.prefixes or ("\n",)):
-            return True
-        if any(name in member_names(s) for _, cls in self._classes for s in cls.body):
-            return True
-        kinds = {base for module, cls in self._classes for base in foreign(_runtime(module.name, cls.name))}
-        return is_mentioned(name, kinds)
 
     def functions(self) -> dict[str, ast.FunctionDef]:
         """Those of all modules, and the methods of classes that are needed, as "module:name" or "module:Class.name"."""
@@ -205,16 +124,12 @@ class Shaken:
     def _is_reached(self, module: Module, cls: ast.ClassDef, statement: ast.stmt) -> bool:
         name = member_key(statement)
         key = module.name, cls.name, name
-        if key in self.members | self._passed or f"{module.name}:{cls.name}.{name}" in self._dropped:
+        if key in self.members or f"{module.name}:{cls.name}.{name}" in self._dropped:
             return False
         if isinstance(statement, ast.FunctionDef):
             kind = _runtime(module.name, cls.name)
-            if not self._used.reach(kind, name) or (only_checks(statement) and not self._used.is_super(kind, name)):
+            if not self._used.reach(kind, name):
                 return False
-            if passes_on(statement):
-                # what it asks for is followed, and found without it
-                self._passed.add(key)
-                return True
         elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
             kind = _runtime(module.name, cls.name)
             is_asked = any(self._used.reach(kind, n) or is_mentioned(n, foreign(kind)) for n in member_names(statement))
@@ -227,7 +142,6 @@ class Shaken:
 
     def _follow(self, module: Module, node: ast.AST) -> None:
         """What a node uses."""
-        self._attributes.note(_evaluated(node))
         passive = _passive(node)
         for child in _evaluated(node):
             if isinstance(child, ast.Name):
@@ -298,11 +212,6 @@ def _evaluated(node: ast.AST) -> Iterator[ast.AST]:
 def _targets(statement: ast.stmt) -> set[str]:
     target = getattr(statement, "target", None)
     return {target.id} if isinstance(statement, ast.AugAssign) and isinstance(target, ast.Name) else set()
-
-
-def _takes_more(args: ast.arguments) -> bool:
-    """Whether arguments can be given in another way than one after the other."""
-    return bool(args.vararg or args.kwarg or args.kwonlyargs or args.defaults)
 
 
 def _is_typing(statement: ast.stmt) -> bool:

@@ -43,5 +43,19 @@ def _signature(text: Text, function: ast.FunctionDef) -> Edit:
     inner, indent = ast.unparse(args).replace("'", '"'), " " * function.col_offset
     head = f"def {function.name}({inner}):"
     if len(indent + head) > WIDTH:
-        head = f"def {function.name}(\n{indent}    {inner}\n{indent}):"
+        lines = "".join(f"{indent}    {part},\n" for part in _parts(inner))
+        head = f"def {function.name}(\n{lines}{indent}):"
     return Edit(text.start(function), stop, head.encode())
+
+
+def _parts(inner: str) -> Iterator[str]:
+    """The parameters of a signature, one by one; commas within brackets are part of a default."""
+    depth, part = 0, ""
+    for character in inner:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            yield part.strip()
+            part = ""
+        else:
+            part += character
+    yield part.strip()

@@ -13,7 +13,6 @@ the arguments and calls `select`, which returns the function of the best backend
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,11 +20,12 @@ from importlib import import_module
 
 import torch
 
+from hf_kvcache.warn import warn_once
+
 BACKENDS = ("native", "triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 _forced: list[str] = []
-_said: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,7 @@ def select(op: str, device: torch.device, operands: tuple = (), name: str | None
     why_not = _obstacle(op, fast, device, operands)
     if why_not is None:
         return getattr(_module(op, fast), name or op)
-    if (op, why_not) not in _said:
-        _said.add((op, why_not))
-        warnings.warn(f"hf_kvcache: {op} runs on the PyTorch reference: {why_not}", stacklevel=3)
+    warn_once(f"{op} runs on the PyTorch reference: {why_not}")
     return getattr(_module(op, "reference"), name or op)
 
 

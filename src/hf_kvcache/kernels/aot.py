@@ -13,12 +13,13 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from hf_kvcache.kernels import compilers
 
 SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024}  # bytes a thread block may ask for
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
@@ -128,7 +129,9 @@ def _cuobjdump(flag, path):
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, flag, path], capture_output=True, text=True, check=True).stdout
+    done = compilers.run([tool, flag, path])
+    done.check_returncode()
+    return done.stdout
 
 
 def specs() -> list[Spec]:
@@ -141,26 +144,33 @@ def specs() -> list[Spec]:
 def _dense_specs():
     from hf_kvcache.kernels.dense_attention import triton_kernel as dense
 
-    for D, dtype, mask, cap in [
-        (64, "bf16", 0, False),
-        (80, "bf16", 0, False),
-        (128, "bf16", 0, False),
-        (128, "bf16", 2, True),
-        (256, "bf16", 0, False),
-        (128, "fp16", 1, False),
+    # channels of a key and of a value
+    for D, DV, dtype, mask, cap in [
+        (64, 64, "bf16", 0, False),
+        (80, 80, "bf16", 0, False),
+        (128, 128, "bf16", 0, False),
+        (128, 128, "bf16", 2, True),
+        (192, 128, "bf16", 0, False),
+        (192, 128, "bf16", 2, True),
+        (256, 256, "bf16", 0, False),
+        (128, 128, "fp16", 1, False),
     ]:
         kernel = dense.dense_attention_fwd_kernel
-        config = dense.dense_config(D, 2)
+        config = dense.dense_config(D, 2, DV)
         pointers = {**dict.fromkeys(("q", "k", "v"), dtype), "mask": "u8", "out": "fp32", "lse": "fp32"}
         constants = {**config, "UNIT": 8, "MASK": mask, "CAP": cap}
-        name = f"dense-d{D}-{dtype}" + ("-mask" if mask else "") + ("-softcap" if cap else "")
-        yield _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * D * 2)
+        name = f"dense-d{D}" + f"-v{DV}" * (DV != D) + f"-{dtype}" + "-mask" * bool(mask) + "-softcap" * cap
+        yield _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * (D + DV))
 
 
 def _quant_specs():
     from hf_kvcache.kernels.quant_attention import triton_kernel as quant
 
-    for D, bits, axis, group, dtype, mask, cap in [
+    for sizes, bits, axis, group, dtype, mask, cap in [
+        ((192, 128), (8, 8), "channel", 64, "bf16", 0, False),
+        ((192, 128), (4, 4), "channel", 64, "bf16", 2, True),
+        ((192, 128), (2, 2), "channel", 32, "bf16", 0, False),
+        ((192, 128), (4, 4), "token", 64, "bf16", 0, False),
         (64, (4, 4), "channel", 64, "bf16", 0, False),
         (64, (2, 2), "channel", 32, "bf16", 0, False),
         (80, (4, 4), "channel", 80, "bf16", 0, False),
@@ -180,15 +190,16 @@ def _quant_specs():
         (256, (2, 2), "channel", 32, "bf16", 0, False),
     ]:
         kernel = quant.quant_attention_fwd_kernel
-        config = quant.quant_config(D, bits, axis, D // group, D // group)
+        D, DV = sizes if isinstance(sizes, tuple) else (sizes, sizes)
+        config = quant.quant_config(D, bits, axis, D // group, DV // group, DV)
         halves = dict.fromkeys(("k_scale", "k_zero", "v_scale", "v_zero"), "fp16")
         pointers = {"q": dtype, "k_codes": "i16", "v_codes": "i16", **halves}
         pointers |= {"mask": "u8", "out": "fp32", "lse": "fp32"}
         constants = {**config, "UNIT": 8, "MASK": mask, "CAP": cap, "EXACT": False, "ASM": True}
-        name = f"quant-d{D}-k{bits[0]}v{bits[1]}-{axis}-g{group}-{dtype}"
+        name = f"quant-d{D}" + f"-v{DV}" * (DV != D) + f"-k{bits[0]}v{bits[1]}-{axis}-g{group}-{dtype}"
         name += ("-mask" if mask else "") + ("-softcap" if cap else "")
         # V_TILES programs share the elements of one tile
-        yield _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * D * 2 // config["V_TILES"])
+        yield _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * (D + DV) // config["V_TILES"])
 
 
 def _pack_specs():
@@ -215,7 +226,9 @@ def _bitmap(keep, bits=0, groups=0):
 def _sparse_specs():
     from hf_kvcache.kernels.sparse_attention import triton_kernel as sparse
 
-    for D, keys, values, dtype, mask in [
+    for sizes, keys, values, dtype, mask in [
+        ((192, 128), _bitmap(64), _bitmap(40), "bf16", 0),
+        ((192, 128), _bitmap(64, 4, 1), _bitmap(40, 4, 1), "bf16", 0),
         (64, _bitmap(40), _bitmap(40), "bf16", 0),
         (80, _bitmap(40), _bitmap(40), "bf16", 0),
         (128, _bitmap(40), _bitmap(40), "bf16", 0),
@@ -234,11 +247,12 @@ def _sparse_specs():
         (128, ("pairs", 64, 0, 0), ("pairs", 64, 0, 0), "fp16", 2),
         (256, ("pairs", 128, 0, 0), ("pairs", 128, 0, 0), "bf16", 0),
     ]:
-        config = sparse.sparse_config(D, keys, values)
+        D, DV = sizes if isinstance(sizes, tuple) else (sizes, sizes)
+        config = sparse.sparse_config(D, keys, values, DV)
         pointers = {"q": dtype, **_side("k", keys, dtype), **_side("v", values, dtype)}
         for side, (_, _, bits, _) in (("k", keys), ("v", values)):
             pointers |= dict.fromkeys((f"{side}_scale", f"{side}_zero"), "fp16" if bits else dtype)
-        name = f"sparse-d{D}-{_side_name(keys, values)}-{dtype}"
+        name = f"sparse-d{D}" + f"-v{DV}" * (DV != D) + f"-{_side_name(keys, values)}-{dtype}"
         yield _sparse_spec(name, sparse.sparse_attention_fwd_kernel, pointers, config, mask)
 
 
@@ -290,7 +304,8 @@ def _sparse_spec(name, kernel, pointers, config, mask):
     pointers |= {"mask": "u8", "out": "fp32", "lse": "fp32"}
     name += "-mask" * bool(mask) + "-softcap" * (mask == 2)
     constants = {**config, "UNIT": 8, "MASK": mask, "CAP": mask == 2}
-    return _spec(name, kernel, pointers, constants, config["NB"] * config["NR"] * config["D"] * 2)
+    elements = config["NB"] * config["NR"] * (config["D"] + config.get("DV", config["D"]))
+    return _spec(name, kernel, pointers, constants, elements)
 
 
 def _sparse_pack_specs():
@@ -395,7 +410,11 @@ def _ragged_specs():
 
     pairs = "pairs", 64, 0, 0
     # head size, form of keys and of values, rows of a page
-    for D, keys, values, page, dtype, cap in [
+    for sizes, keys, values, page, dtype, cap in [
+        ((192, 128), dense(192), dense(128), 16, "bf16", False),
+        ((192, 128), codes(192, 4, 3), codes(128, 4, 2), 32, "bf16", False),
+        ((192, 128), codes(192, 8, 3), codes(128, 8, 2), 32, "bf16", False),
+        ((192, 128), _bitmap(64), _bitmap(40), 32, "bf16", False),
         (64, dense(64), dense(64), 16, "bf16", False),
         (80, dense(80), dense(80), 32, "bf16", False),
         (128, dense(128), dense(128), 16, "bf16", False),
@@ -430,7 +449,8 @@ def _ragged_specs():
         (256, _bitmap(64), dense(256), 32, "bf16", False),
         (256, _bitmap(64, 4, 1), codes(256, 4, 2), 32, "bf16", False),
     ]:
-        config = ragged.ragged_config(D, keys, values, page, 2)
+        D, DV = sizes if isinstance(sizes, tuple) else (sizes, sizes)
+        config = ragged.ragged_config(D, keys, values, page, 2, DV)
         pointers = {"q": dtype, "table": "i32", "lengths": "i32", "out": "fp32", "lse": "fp32"}
         for side, (form, _, bits, _) in (("k", keys), ("v", values)):
             pointers[f"{side}_rows"] = "i16" if bits else dtype
@@ -438,8 +458,8 @@ def _ragged_specs():
             pointers |= dict.fromkeys((f"{side}_scale", f"{side}_zero"), "fp16" if bits else dtype)
         constants = {**config, "CAP": cap, "EXACT": False, "ASM": True}
         names = dict.fromkeys(_ragged_name(*side) for side in (keys, values))
-        name = f"ragged-d{D}-{'-'.join(names)}-page{page}-{dtype}" + "-softcap" * cap
-        elements = config["NB"] * config["NR"] * D * 2 // config["V_TILES"]
+        name = f"ragged-d{D}" + f"-v{DV}" * (DV != D) + f"-{'-'.join(names)}-page{page}-{dtype}" + "-softcap" * cap
+        elements = config["NB"] * config["NR"] * (D + DV) // config["V_TILES"]
         yield _spec(name, ragged.ragged_attention_fwd_kernel, pointers, constants, elements)
 
 

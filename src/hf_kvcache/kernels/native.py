@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from hf_kvcache.kernels import compilers
+
 OPS = (
     "dense_attention",
     "lowrank_attention",
@@ -218,7 +220,7 @@ def _version(name: str) -> str:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        done = compilers.run(command, COMPILE_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]} cannot be run: {error}") from None
     if done.returncode:

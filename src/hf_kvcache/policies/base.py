@@ -35,6 +35,7 @@ class Policy:
         waits: whether a prompt is only evicted from when its next chunk, or the first decoding step, has come.
         decides: whether the model says what stays, see `Learned`.
         shard: which of the model's KV heads are seen, see `for_model`.
+        rope: the rotary embedding by which a bound policy rotates queries, or None.
     """
 
     budget: int | None = None
@@ -54,6 +55,7 @@ class Policy:
     waits: ClassVar[bool] = False
     decides: ClassVar[bool] = False
     shard: ClassVar[Shard] = WHOLE
+    rope: ClassVar[object] = None
 
     def __post_init__(self):
         name = type(self).__name__

@@ -57,6 +57,10 @@ class Wrapper(Policy):
     def waits(self):
         return self.scorer.waits
 
+    @property
+    def rope(self):
+        return self.scorer.rope
+
     def for_model(self, host):
         return replace(self, scorer=self.scorer.for_model(host))
 

@@ -54,9 +54,12 @@ class PagedBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storages: pages, free ones included, table and lengths."""
-        held = [] if self.table is None else [self.table, self.lengths, self.free]
-        return sum(t.untyped_storage().nbytes() for t in [*self.tensors.values(), *held])
+        """Bytes of the storages: pages, free ones included, table, lengths and counts."""
+        held = [] if self.table is None else [self.table, self.lengths, self.free, self.counts]
+        storages = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*self.tensors.values(), *held]
+        }
+        return sum(storages.values())
 
     # -- rows in and out ---------------------------------------------------------------------------------------------
 
@@ -78,7 +81,7 @@ class PagedBuffer:
     def follow_lengths(self, like: dict[str, torch.Tensor]) -> None:
         """Bring pages and counts in line with `lengths`, which have been changed in place (on a CPU)."""
         counts = self.lengths.long()
-        if (self._pages(counts) > self._pages(self.counts)).any():
+        if (self._pages(counts) > self._pages(self.counts)).any() or not self.tensors:
             self._allot(counts, like)
         self.counts = counts
 
@@ -166,6 +169,8 @@ class PagedBuffer:
         """Take over what `views` returned."""
         if not views:
             return
+        # files may hold rows of more names than are known before the first row
+        self.fields = tuple(name for name in views if name != "counts")
         rows = {name: views[name] for name in self.fields}
         device = rows[self.fields[0]].device
         counts = views["counts"].cpu()
@@ -218,6 +223,9 @@ class PagedBuffer:
         gives = ((place >= after.unsqueeze(-1)) & (place < before.unsqueeze(-1))).to(table.device)
         takes = ((place >= before.unsqueeze(-1)) & (place < after.unsqueeze(-1))).to(table.device)
         self.free = torch.cat([self.free, table[gives]])
+        if like is not None and not self.tensors:
+            # rows that are all padding need no page, but those who look for rows a place to find none in
+            self._grow(0, like)
         if n_new > self.free.shape[0]:
             self._grow(n_new - self.free.shape[0] + max(MIN_SLACK_PAGES, int(after.sum()) // SLACK), like)
         # the pages that were freed last go first

@@ -53,12 +53,18 @@ class RaggedStore(UniformStore):
             self.packed.keep(indices[..., :n])
         self._to_pages(self.dense.n_tokens - self.n_fixed, indices[..., n:])
 
-    def rotate_keys(self, rotate, by: torch.Tensor) -> None:
-        super().rotate_keys(rotate, by)
+    def track(self, name: str, dtype: torch.dtype) -> None:
+        super().track(name, dtype)
+        if name not in self.packed.fields:
+            self.packed.fields += (name,)
+
+    def rotate_keys(self, rotate, by: torch.Tensor, source: str = "k") -> None:
+        super().rotate_keys(rotate, by, source)
         n = self.packed.n_tokens
         if n:
             # without a codec the rows of pages are the keys themselves
-            self.packed.write("k.rows", rotate(self.packed.read("k.rows"), by[..., :n]))
+            rows = self.packed.read("k.rows" if source == "k" else source)
+            self.packed.write("k.rows", rotate(rows, by[..., :n]))
 
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.window

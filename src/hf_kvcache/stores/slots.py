@@ -58,11 +58,19 @@ class SlotStore(RaggedStore):
         self.dtype = dtype
         self.packed.begin(batch, n_heads, device)
         self.memory.tokens_per_row = {}
-        self._remember("ring", torch.full((batch, n_heads, 1, delay + 1), -1, dtype=torch.int32, device=device))
+        self.put_memory({"ring": torch.full((batch, n_heads, delay + 1), -1, dtype=torch.int32, device=device)})
 
-    def _remember(self, name: str, t: torch.Tensor) -> None:
-        self.memory.tokens_per_row[name] = 1
-        self.memory.tensors[name], self.memory.n_tokens = t, 1
+    def put_memory(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep these `[B, Hkv, ...]`, by name, in place of what was there."""
+        for name, t in tensors.items():
+            self.memory.tokens_per_row[name] = 1
+            self.memory.tensors[name], self.memory.n_tokens = t.detach().contiguous().unsqueeze(2), 1
+
+    @property
+    def first(self) -> torch.Tensor | None:
+        """Where every row of the batch begins, int64 `[B]` on the CPU; None if nobody has said."""
+        held = self.memory.tensors.get("first")
+        return None if held is None else held[:, 0, 0, 0].cpu().long()
 
     @property
     def ring(self) -> torch.Tensor:
@@ -77,14 +85,14 @@ class SlotStore(RaggedStore):
         if name not in self.memory.tensors:
             B, _, H, D = like.shape
             dtype = like.dtype if window else torch.promote_types(like.dtype, torch.float32)
-            self._remember(name, torch.zeros(B, H, 1, max(window, 1), D, dtype=dtype, device=like.device))
+            self.put_memory({name: torch.zeros(B, H, max(window, 1), D, dtype=dtype, device=like.device)})
         return self.memory.tensors[name][:, :, 0]
 
     def tap_weights(self, window: int, like: torch.Tensor) -> torch.Tensor:
         """Weights of those cells, float32 `[B, Hkv, w]`, zero for what is not part of the segment."""
         if "weights" not in self.memory.tensors:
             B, H = like.shape[:2]
-            self._remember("weights", torch.zeros(B, H, 1, max(window, 1), dtype=like.dtype, device=like.device))
+            self.put_memory({"weights": torch.zeros(B, H, max(window, 1), dtype=like.dtype, device=like.device)})
         return self.memory.tensors["weights"][:, :, 0]
 
     # -- one token ---------------------------------------------------------------------------------------------------
@@ -132,19 +140,19 @@ class SlotStore(RaggedStore):
         n_cells, packed = self.ring.shape[-1], self.packed
         k, v = self.rows(0, packed.n_tokens)
         until = torch.where(packed.is_row, FOREVER, -1).int()
-        self._condemn(position, alpha)
         at = (position - 1 - torch.arange(n_cells, device=k.device)) % n_cells  # newest first
-        cells = self.ring[..., at]
+        cells = self._condemned(position, alpha)[..., at]
         last = (position - 1 - torch.arange(n_cells, device=k.device) + n_cells - 1).int()
         # cells without a condemned row write behind the end
         row = torch.where((cells >= 0) & (cells % 2 == 1), cells // 2, packed.n_tokens).long()
         until = torch.nn.functional.pad(until, (0, 1)).scatter(2, row, last.expand_as(cells))[..., :-1]
         return k, v, until
 
-    def _condemn(self, position: int, alpha: torch.Tensor) -> None:
-        """Note the first decision of a call, which is about the last token of the one before."""
-        before = self.ring[..., (position - 1) % self.ring.shape[-1]]
-        before |= (alpha & (before >= 0)).int()
+    def _condemned(self, position: int, alpha: torch.Tensor) -> torch.Tensor:
+        """The ring with the first decision of a call, which is about the last token of the one before."""
+        ring, before = self.ring.clone(), (position - 1) % self.ring.shape[-1]
+        ring[..., before] |= (alpha & (ring[..., before] >= 0)).int()
+        return ring
 
     def commit(
         self,
@@ -153,6 +161,7 @@ class SlotStore(RaggedStore):
         seen_until: torch.Tensor,
         held_until: torch.Tensor | None,
         position: int,
+        alpha: torch.Tensor,
     ) -> None:
         """Take over new rows, and let go of those that the last query has not seen: as token by token.
 
@@ -161,11 +170,12 @@ class SlotStore(RaggedStore):
             seen_until: last position at which a new row is seen, int32 `[B, Hkv, S]`.
             held_until: the same of the rows that `held` returned.
             position: of the first new token.
+            alpha: its decisions, boolean `[B, Hkv]`.
         """
         last = position + k.shape[2] - 1
         stays, n_cells = seen_until >= last, self.ring.shape[-1]
         shift = torch.zeros_like(self.packed.lengths).long()
-        old = self.ring
+        old = self._condemned(position, alpha)
         if held_until is not None:
             kept = held_until >= last
             # where a row that stays ends up

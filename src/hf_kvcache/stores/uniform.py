@@ -44,6 +44,7 @@ class UniformStore(Store):
         self.keys, self.values = keys, values
         self.window, self.n_sink, self.min_length, self.max_length = window, n_sink, min_length, max_length
         self.tracked = dict(tracked or {})
+        self.wide: set[str] = set()  # what is tracked as a row of the keys' width
         sides = [] if keys is None else [("k", keys), ("v", values)]
         needs = frozenset().union(*(codec.needs for _, codec in sides))
         self.needs_queries, self.needs_positions = "queries" in needs, "positions" in needs
@@ -83,10 +84,17 @@ class UniformStore(Store):
         self.dtype, self.owned = k.dtype, self.n_kept > 0
         rows = {"k": k, "v": v}
         for name, dtype in self.tracked.items():
-            rows[name] = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
+            shape = k.shape if name in self.wide else k.shape[:3]
+            rows[name] = torch.zeros(shape, dtype=dtype, device=k.device)
         if self.has_rope:
             rows["rope"] = torch.zeros(k.shape[0], 1, n, dtype=torch.int32, device=k.device)
         self.dense.append(rows, n)
+
+    def track(self, name: str, dtype: torch.dtype) -> None:
+        """Track state as wide as keys, `[B, Hkv, n, D]`, from now on; called before there are rows, or with those."""
+        self.tracked[name] = dtype
+        self.wide.add(name)
+        self.dense.tokens_per_row[name] = 1
 
     def set_state(self, name: str, values: torch.Tensor) -> None:
         """Overwrite tracked per-row state, `[B, Hkv, N]` in view order."""
@@ -131,10 +139,12 @@ class UniformStore(Store):
             self.dense.gather(indices)
             self.owned = True
 
-    def rotate_keys(self, rotate, by: torch.Tensor) -> None:
-        """Replace dense keys by `rotate(keys, by)`, `by` being `[B, Hkv, N]` in view order."""
-        keys = self.dense["k"]
-        keys.copy_(rotate(keys, by[:, :, self.n_packed :]))
+    def rotate_keys(self, rotate, by: torch.Tensor, source: str = "k") -> None:
+        """Replace dense keys by `rotate(rows, by)`, `by` being `[B, Hkv, N]` in view order.
+
+        `source` names the rows: the keys themselves, or what is tracked beside them.
+        """
+        self.dense["k"].copy_(rotate(self.dense[source], by[:, :, self.n_packed :]))
 
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.n_sink - self.window

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from hf_kvcache.compat import cache_argument
+
 CHUNK = 1024
 
 
@@ -19,7 +21,7 @@ def prefill(
     chunk: int | None = None,
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> None:
-    """Fill a cache with a prompt, all but its last token; `model.generate(input_ids, past_key_values=cache)` goes on.
+    """Fill a cache with a prompt, all but its last token; `model.generate(input_ids, cache=cache)` goes on.
 
     Attention reads at most what the cache keeps and one chunk, and no logits are computed, so peak memory depends on
     budget and chunk, not on the length of the prompt. What the cache holds already is not fed again: a second turn
@@ -55,7 +57,7 @@ def prefill(
             if attention_mask is not None:
                 positions = (attention_mask[:, :last].cumsum(-1) - 1).clamp(min=0)
                 options = {"attention_mask": attention_mask[:, :last], "position_ids": positions[:, first:]}
-            decoder(input_ids[:, first:last], past_key_values=cache, use_cache=True, **options)
+            decoder(input_ids[:, first:last], **cache_argument(cache), use_cache=True, **options)
             advance(last - first)
     finally:
         cache.prompt_goes_on = None

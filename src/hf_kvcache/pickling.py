@@ -1,0 +1,92 @@
+"""A cache that travels: `pickle`, `torch.save`, `multiprocessing` and `copy.deepcopy`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+
+from hf_kvcache import persist, restoring
+from hf_kvcache.codecs.base import Chain, Codec
+from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.layer import KVLayer
+from hf_kvcache.manifest import read_entry
+
+
+def reduced(cache) -> tuple:
+    """What `pickle` asks of an object: how to make it again, and of what.
+
+    Rows in use travel as copies, so that no process writes to the memory of another, and nothing of the model does:
+    its fingerprint stands for it.
+
+    Raises:
+        ValueError: a forward pass is under way, the model that filled the cache is gone, or the cache offloads layers.
+    """
+    if cache.offloading:
+        raise ValueError(
+            "a cache with offloading=True has its layers in two places, which a pickle cannot: save() it to a folder, "
+            "or make it without offloading"
+        )
+    layers = []
+    # a layer that is in both lists is one layer
+    memo: dict = {}
+    for layer in cache.layers:
+        if not isinstance(layer, KVLayer):
+            layers.append(copy.deepcopy(layer, memo))
+            continue
+        entry, views = restoring.describe(layer)
+        rows = {
+            name: t.detach().clone(memory_format=torch.contiguous_format)
+            for name, t in views.items()
+            if not name.startswith("constants.")
+        }
+        held = tuple(None if codec is None else _alone(codec) for codec in (layer.store.keys, layer.store.values))
+        layers.append((entry, held, layer._codecs, rows))
+    options = {name: getattr(cache, name) for name in persist.OPTIONS}
+    state = {
+        "options": options | {name: getattr(cache, name) for name in ("policy", "codec", "edge_codec")},
+        "attributes": persist.own_attributes(cache),
+        "records_past": cache._records_past,
+        "model": persist.model_of(cache),
+        "stock": copy.deepcopy(cache._stock, memo),
+        "layers": layers,
+        "groups": persist.groups_of(cache),
+    }
+    return rebuilt, (type(cache), state)
+
+
+def rebuilt(kind: type, state: dict):
+    """The cache that `reduced` took apart, which will look for its model."""
+    cache = kind.__new__(kind)
+    persist.begin(cache, **state["options"])
+    vars(cache).update(state["attributes"])
+    cache._records_past, cache._stock = state["records_past"], state["stock"]
+    for i, item in enumerate(state["layers"]):
+        if not isinstance(item, tuple):
+            cache.layers.append(item)
+            continue
+        entry, held, codecs, rows = item
+        layer = restoring.empty(i, held, codecs, cache)
+        restoring.fill(layer, read_entry(entry, i), rows)
+        cache.layers.append(layer)
+    restoring.join_groups(cache.layers, state["groups"])
+    cache.expect(state["model"])
+    return cache
+
+
+def twin(cache, memo: dict):
+    """A copy within the process: of everything but the model and its constants, which both go on with."""
+    other = type(cache).__new__(type(cache))
+    memo[id(cache)] = other
+    for name, value in vars(cache).items():
+        # a stream is a place to work, not something held
+        vars(other)[name] = value if name == "prefetch_stream" else copy.deepcopy(value, memo)
+    return other
+
+
+def _alone(codec: Codec) -> Codec:
+    """A codec without what it shares with the others of its model and is given again."""
+    if isinstance(codec, Chain):
+        return Chain(_alone(codec.first), codec.second)
+    return replace(codec, rotary=None, bases=None) if isinstance(codec, LowRank) else codec

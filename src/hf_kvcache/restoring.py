@@ -1,0 +1,411 @@
+"""A layer as an entry of a manifest and named tensors, and back."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+
+import torch
+
+from hf_kvcache.codecs.base import ROWS, Chain, Codec
+from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.described import SIDES, describe_pair, described_codec, described_pair
+from hf_kvcache.layer import KVLayer
+from hf_kvcache.manifest import MOST_CHANNELS, MOST_TOKENS, LayerEntry, StockEntry
+from hf_kvcache.slots import SlotLayer, layer_class
+from hf_kvcache.stores.buffer import RowBuffer
+from hf_kvcache.stores.paged import PagedBuffer
+from hf_kvcache.stores.shared import SharedStore
+from hf_kvcache.typed import Misfit, shown
+
+PENDING = "pending.queries"  # queries of a call whose rows wait for a `crop` or for more of the prompt
+_ATTRIBUTES = ("tokens_seen", "has_padding", "evicted_at", "judged_at", "record_past", "scaling", "softcap")
+_FLAGS = ("is_unsettled", "is_decoding", "is_due")
+_SHAPE = ("batch_size", "n_kv_heads", "head_dim")
+
+
+def describe(layer: KVLayer) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What `restore` makes a layer of again: an object for JSON, and views of the tensors in use.
+
+    Raises:
+        ValueError: a forward pass is under way.
+    """
+    if isinstance(layer, SlotLayer) and layer.call is not None:
+        raise ValueError(
+            f"layer {layer.layer_idx} is in the middle of a forward pass, or one has failed: its newest rows have no "
+            "place yet; save the cache when the pass is over"
+        )
+    store = layer.store
+    entry = {"class": "KVLayer"} | {name: getattr(layer, name) for name in _ATTRIBUTES}
+    entry |= {name: getattr(layer, f"_{name}") for name in _FLAGS}
+    entry |= {
+        "keys": None if store.keys is None else store.keys.spec(),
+        "values": None if store.values is None else store.values.spec(),
+        "codecs": describe_pair(layer._codecs),
+        "n_tokens": {name: buffer.n_tokens for name, buffer in store.buffers().items()},
+    }
+    if isinstance(layer, SlotLayer):
+        entry["window"] = layer.window
+    if layer.is_initialized:
+        entry |= {name: getattr(layer, name) for name in _SHAPE} | {"dtype": str(layer.dtype).removeprefix("torch.")}
+    tensors = {f"{of}.{name}": t for of, buffer in store.buffers().items() for name, t in buffer.views().items()}
+    for side in SIDES:
+        tensors |= {f"constants.{side}.{name}": t for name, t in store.constants(side).items()}
+    if layer._queries is not None:
+        tensors[PENDING] = layer._queries
+    return entry, tensors
+
+
+def restore(i: int, entry: LayerEntry, tensors: dict[str, torch.Tensor], cache, is_follower: bool = False) -> KVLayer:
+    """Layer `i` of a cache, as a file describes it.
+
+    Args:
+        tensors: its own, and those of its group that it shares.
+        is_follower: whether another layer of its group holds its packed rows.
+
+    Raises:
+        Misfit: entry and tensors, or entry and cache, do not go together.
+    """
+    where = f"layers[{i}]"
+    held = tuple(described_codec(getattr(entry, side), f"{where}.{side}") for side in SIDES)
+    at_reset = described_pair(entry.codecs, f"{where}.codecs") or held
+    _check_codecs(held, at_reset, cache, where)
+    if held[0] is not None:
+        held = tuple(
+            _with_constants(side, codec, entry, tensors, where) for side, codec in zip(SIDES, held, strict=True)
+        )
+    layer = empty(i, held, at_reset, cache)
+    _check_tensors(layer, entry, tensors, is_follower, where)
+    fill(layer, entry, tensors)
+    return layer
+
+
+def empty(i: int, held: tuple, at_reset: tuple, cache) -> KVLayer:
+    """Layer `i` of a cache without rows.
+
+    Args:
+        held: codecs of the rows that are to come, with all that was found out about them, or a pair of None.
+        at_reset: codecs of the next text.
+    """
+    options = ("window", "n_sink", "min_length", "max_length", "exact_prefill", "compact")
+    layer = layer_class(cache.policy)(i, *at_reset, cache.policy, **{name: getattr(cache, name) for name in options})
+    if held[0] is not None:
+        layer.store.keys, layer.store.values = layer._held = held
+    return layer
+
+
+def fill(layer: KVLayer, entry: LayerEntry, tensors: dict[str, torch.Tensor]) -> None:
+    """Give an empty layer the rows and the state that `describe` found."""
+    store = layer.store
+    for of, buffer in store.buffers().items():
+        buffer.restore(_of(of, tensors), entry.n_tokens.get(of, 0))
+    if entry.dtype is not None:
+        for name in _SHAPE:
+            setattr(layer, name, getattr(entry, name))
+        layer.dtype = store.dtype = getattr(torch, entry.dtype)
+        layer.device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        layer.is_initialized = True
+    for name in _ATTRIBUTES:
+        setattr(layer, name, getattr(entry, name))
+    for name in _FLAGS:
+        setattr(layer, f"_{name}", getattr(entry, name))
+    layer._queries = tensors.get(PENDING)
+    if isinstance(layer, SlotLayer):
+        layer.window = entry.window
+    layer.restored()
+
+
+def join_groups(layers: list, groups: list[list[int]]) -> None:
+    """Let layers share their packed rows.
+
+    Raises:
+        Misfit: they cannot, or some have packed rows and no group.
+    """
+    for at, group in enumerate(groups):
+        stores = [layers[i].store for i in group]
+        if not all(isinstance(store, SharedStore) and len(group) <= store.keys.share_layers for store in stores):
+            raise Misfit(f"groups[{at}]: the codecs of {shown(group)} share no rows among {len(group)} layers")
+        for store in stores:
+            store.join(stores[0], len(group))
+    for i, layer in enumerate(layers):
+        store = getattr(layer, "store", None)
+        if isinstance(store, SharedStore) and not store.group and store.n_packed:
+            raise Misfit(f"groups: layer {i} has shared rows, and is in none")
+        if store is None or layer.policy is not None or not layer.is_initialized or store.n_kept == layer.tokens_seen:
+            continue
+        raise Misfit(f"layers[{i}].tokens_seen: {layer.tokens_seen}, where the file holds {store.n_kept} rows")
+
+
+# -- codecs ----------------------------------------------------------------------------------------------------------
+
+
+def _check_codecs(held, at_reset, cache, where: str) -> None:
+    """Refuse codecs that the cache, or the codecs of its next text, do not go with."""
+    if (held[0] is None) != (at_reset[0] is None):
+        raise Misfit(f"{where}.codecs: {at_reset[0]}, where rows are held by {held[0]}")
+    for side, codec, template in zip(SIDES, held, at_reset, strict=True):
+        if codec is None:
+            continue
+        if codec.format != template.format and not _is_lowrank(codec):
+            raise Misfit(f"{where}.codecs.{side}: {template} is not what {codec} came from")
+        if codec.share_layers != template.share_layers or codec.fields != template.fields:
+            raise Misfit(f"{where}.codecs.{side}: {template} is not what {codec} came from")
+        if cache.policy is not None and cache.policy.is_ragged and codec.format not in ROWS:
+            raise Misfit(f"{where}.{side}: rows of {codec} cannot be in pages")
+    if held[0] is not None and held[0].share_layers != held[1].share_layers:
+        raise Misfit(f"{where}.values: {held[1]} shares rows among other layers than {held[0]}")
+    if held[0] is not None:
+        try:
+            cache._check_pair(held)
+        except ValueError as error:
+            raise Misfit(f"{where}.keys: {str(error)[:300]}") from None
+
+
+def _is_lowrank(codec: Codec) -> bool:
+    # where keys are projected is known once the model is
+    return isinstance(codec.first if isinstance(codec, Chain) else codec, LowRank)
+
+
+def _with_constants(side: str, codec: Codec, entry: LayerEntry, tensors: dict, where: str) -> Codec:
+    constants = _of(f"constants.{side}", tensors)
+    if constants and _is_lowrank(codec):
+        _check_basis(side, codec.first if isinstance(codec, Chain) else codec, entry, constants, where)
+    try:
+        complete = codec.with_constants(constants)
+    except Exception as error:
+        # constants that never were may break a codec anywhere
+        raise Misfit(f"{where}.{side}: {str(error)[:300]}") from None
+    if complete.constants().keys() != constants.keys():
+        raise Misfit(f"{where}.{side}: {', '.join(sorted(constants))} are not the constants of {codec}")
+    return complete
+
+
+def _check_basis(side: str, codec: LowRank, entry: LayerEntry, constants: dict, where: str) -> None:
+    path, heads, width = f"{where}.{side}", entry.n_kv_heads, entry.head_dim
+    found = {name: tuple(t.shape) for name, t in constants.items()}
+    up = found.get("up", ())
+    if heads is None or len(up) != 4 or not all(t.is_floating_point() for t in constants.values()):
+        raise Misfit(f"{path}: {found} are no directions")
+    n_groups, group_size, rank, channels = up
+    whole = {"up": up, "down": (n_groups, group_size * channels, rank), "mean": (n_groups, group_size * channels)}
+    if codec.share_layers > 1:
+        mixed = {"down": (1, rank, rank)} if len(found.get("down", ())) == 3 else {"down": (1, rank)}
+        whole |= mixed
+    is_whole = {"up", "down"} <= found.keys() and all(found[name] == whole.get(name) for name in found)
+    if not is_whole or n_groups * group_size != heads or (side == "keys" and channels != width):
+        raise Misfit(f"{path}: {found} are no directions of {heads} heads of {width} channels")
+    told = {"rank": (codec.rank, rank), "group_size": (codec.group_size, group_size)}
+    for name, (said, held) in told.items():
+        if isinstance(said, int) and said != held and (name == "group_size" or codec.share_layers == 1):
+            raise Misfit(f"{path}.{name}: {said}, where the file holds {held}")
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _of(prefix: str, tensors: dict) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _check_tensors(layer: KVLayer, entry: LayerEntry, tensors: dict, is_follower: bool, where: str) -> None:
+    """Refuse tensors that are not those of the entry: names, dtypes, shapes."""
+    store, buffers = layer.store, layer.store.buffers()
+    known = {*buffers, "constants"} | ({"pending"} if layer._policy is not None else set())
+    for name in tensors:
+        if name.split(".", 1)[0] not in known:
+            raise Misfit(f"{where}: tensor {name} belongs to nothing")
+    for of in entry.n_tokens:
+        if of not in buffers:
+            raise Misfit(f"{where}.n_tokens.{shown(of)[1:-1]}: there is no such buffer")
+    if entry.dtype is None:
+        if tensors.keys() - {n for n in tensors if n.startswith("constants.")}:
+            raise Misfit(f"{where}.dtype is missing, and there are rows")
+        return
+    dtype = getattr(torch, entry.dtype)
+    lead, tracked = (entry.batch_size, entry.n_kv_heads), store.tracked
+    rows = {"k": (dtype, (entry.head_dim,)), "v": (dtype, None)} if buffers["dense"].tokens_per_row else {}
+    rows |= {name: (of, ()) for name, of in tracked.items()}
+    encoded = {name: (of, ()) for name, of in tracked.items()}
+    dense_v = tensors.get("dense.v")
+    # values may be of another width than keys
+    widths = entry.head_dim, entry.head_dim if dense_v is None or dense_v.dim() != 4 else dense_v.shape[3]
+    for side, codec, width in zip("kv", (store.keys, store.values), widths, strict=True):
+        if codec is not None and _of("packed", tensors):
+            if codec.is_unfitted:
+                raise Misfit(f"{where}: rows are packed, and the directions that they were packed with are missing")
+            encoded |= {f"{side}.{name}": like for name, like in _encoded_like(codec, entry, width, where).items()}
+    for of, buffer in buffers.items():
+        own, n = _of(of, tensors), entry.n_tokens.get(of, 0)
+        path = f"{where}.n_tokens.{of}"
+        if not own:
+            if n and not (of == "packed" and is_follower):
+                raise Misfit(f"{path}: {n}, and the file holds none")
+            continue
+        if isinstance(buffer, PagedBuffer):
+            _check_pages(own, buffer, n, lead, encoded, f"{where}.{of}", path)
+        else:
+            expected = {"dense": rows, "packed": encoded}.get(of, {})
+            _check_rows(own, buffer, n, lead, expected, f"{where}.{of}", path)
+    if layer.store.buffers()["dense"].tokens_per_row and not _of("dense", tensors):
+        raise Misfit(f"{where}.dtype: {entry.dtype}, and the file holds no rows")
+    pending = tensors.get(PENDING)
+    if pending is not None and (pending.dim() != 4 or pending.shape[0] != lead[0] or pending.shape[1] % lead[1]):
+        raise Misfit(f"{where}: {PENDING} {list(pending.shape)} are no queries of {lead[1]} heads")
+
+
+def _check_rows(own: dict, buffer: RowBuffer, n: int, lead: tuple, expected: dict, where: str, path: str) -> None:
+    names = buffer.tokens_per_row
+    if names and own.keys() != names.keys():
+        odd = sorted(own.keys() ^ names.keys())
+        raise Misfit(f"{where}: {', '.join(odd)} are too many tensors or too few")
+    if n % buffer.unit:
+        raise Misfit(f"{path}: {n} is no multiple of {buffer.unit}")
+    for name, t in own.items():
+        dtype, tail = expected.get(name, (None, None))
+        n_rows = n // names.get(name, 1)
+        if t.dim() < 3 or t.shape[0] != lead[0] or t.shape[2] != n_rows:
+            raise Misfit(f"{path}: {n}, where {name} is {list(t.shape)} for a batch of {lead[0]}")
+        if name in expected and (t.dtype != dtype or (tail is not None and tuple(t.shape[3:]) != tail)):
+            raise Misfit(f"{where}.{name}: {t.dtype} {list(t.shape)} are no rows of {dtype} {list(tail or ())}")
+        is_shared = name == "rope" or name.endswith("latents") or name.startswith(("k.second.", "v.second."))
+        if t.shape[1] != lead[1] and not is_shared:
+            raise Misfit(f"{where}.{name}: {t.shape[1]} heads, where n_kv_heads is {lead[1]}")
+
+
+def _check_pages(own: dict, buffer: PagedBuffer, n: int, lead: tuple, expected: dict, where: str, path: str) -> None:
+    if own.keys() != {*buffer.fields, "counts"}:
+        raise Misfit(f"{where}: {', '.join(sorted(own.keys() ^ {*buffer.fields, 'counts'}))} are too many or too few")
+    counts = own["counts"]
+    if counts.dtype != torch.long or tuple(counts.shape) != lead:
+        raise Misfit(f"{where}.counts: {counts.dtype} {list(counts.shape)} are no counts of {list(lead)} heads")
+    n_rows = own[buffer.fields[0]].shape[0] if own[buffer.fields[0]].dim() else -1
+    # no count may be larger than all of them before their sum is taken
+    if int(counts.min()) < 0 or int(counts.max()) > n_rows or int(counts.sum()) != n_rows or int(counts.max()) != n:
+        raise Misfit(f"{path}: {n}, where counts are of {n_rows} rows and {int(counts.max())} for the longest head")
+    for name in buffer.fields:
+        dtype, tail = expected[name]
+        if own[name].dtype != dtype or tuple(own[name].shape) != (n_rows, *tail):
+            raise Misfit(f"{where}.{name}: {own[name].dtype} {list(own[name].shape)} are not {n_rows} rows of {dtype}")
+
+
+def _encoded_like(
+    codec: Codec, entry: LayerEntry, width: int, where: str
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape behind the rows of what a codec makes of rows of `width` channels."""
+    what = f"{entry.n_kv_heads} heads of {width} channels"
+    if entry.n_kv_heads * width > MOST_CHANNELS:
+        raise Misfit(f"{where}: {what} are more than any model has")
+    try:
+        return _probe(codec, entry.n_kv_heads, width, entry.dtype)
+    except Exception as error:
+        # settings that never were may break a codec anywhere
+        raise Misfit(f"{where}: {what} cannot be encoded by {codec}: {str(error)[:300]}") from None
+
+
+@lru_cache(maxsize=256)
+def _probe(codec: Codec, n_kv_heads: int, head_dim: int, dtype: str) -> dict:
+    row = torch.zeros(1, n_kv_heads, codec.granularity, head_dim, dtype=getattr(torch, dtype))
+    codec.check(row)
+    return {name: (t.dtype, tuple(t.shape[3:])) for name, t in _encode(codec, row).items()}
+
+
+def _encode(codec: Codec, row: torch.Tensor) -> dict[str, torch.Tensor]:
+    if isinstance(codec, Chain):
+        encoded = _encode(codec.first, row)
+        carried = _encode(codec.second, encoded.pop(codec.first.carrier))
+        return encoded | {f"second.{name}": t for name, t in carried.items()}
+    if isinstance(codec, LowRank):
+        # its directions are constants, and whatever they are they give this
+        return {"latents": row.new_zeros(1, max(row.shape[1] // codec.group_size, 1), row.shape[2], codec.rank)}
+    return codec.encode(row, row[:, :, :1].unsqueeze(3))
+
+
+# -- transformers' own layers ----------------------------------------------------------------------------------------
+
+
+def describe_stock(layer) -> tuple[dict, dict[str, torch.Tensor]]:
+    """One of transformers' own layers: its class, flags and numbers, and its tensors.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    state, tensors = {}, {}
+    for name, value in _leaves(layer):
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif isinstance(value, (bool, int)):
+            state[name] = value
+        elif value is not None and not isinstance(value, (torch.dtype, torch.device)):
+            raise ValueError(f"a {type(layer).__name__} cannot be saved: its {name} is a {type(value).__name__}")
+    return {"class": type(layer).__name__, "state": state}, tensors
+
+
+def restore_stock(i: int, fresh, entry: StockEntry, tensors: dict[str, torch.Tensor]):
+    """A new layer of that class as it was described.
+
+    Raises:
+        Misfit: the class has no such state, or flags, numbers and tensors contradict each other.
+    """
+    layer, where = copy.deepcopy(fresh), f"layers[{i}]"
+    known = dict(_leaves(layer))
+    for name, value in (entry.state | tensors).items():
+        path = f"{where}.state.{shown(name)[1:-1]}"
+        if name not in known:
+            raise Misfit(f"{path}: a {entry.kind} has no such state")
+        before = known[name]
+        if isinstance(value, torch.Tensor):
+            is_like = before is None or (isinstance(before, torch.Tensor) and before.shape == value.shape)
+        else:
+            is_like = type(value) is type(before) or (before is None and type(value) is int)
+        # numbers other than zero come from the model's config
+        is_fixed = type(before) is int and before != 0
+        if not is_like or (is_fixed and value != before):
+            raise Misfit(f"{path}: {shown(value)} cannot stand for {shown(before)}")
+        if type(value) is int and not 0 <= value <= MOST_TOKENS:
+            raise Misfit(f"{path}: {value} is no number of tokens")
+        _put(layer, name, value)
+    _check_stock(layer, entry, tensors, where)
+    held = next((t for t in tensors.values() if t.is_floating_point()), None)
+    if held is not None:
+        layer.dtype, layer.device = held.dtype, held.device
+    return layer
+
+
+def _check_stock(layer, entry: StockEntry, tensors: dict, where: str) -> None:
+    flags = {"is_initialized": "keys"}
+    for kind in ("conv", "recurrent"):
+        of_kind = getattr(layer, f"is_{kind}_states_initialized", {})
+        flags |= {f"is_{kind}_states_initialized.{i}": f"{kind}_states.{i}" for i in of_kind}
+    for flag, name in flags.items():
+        if bool(entry.state.get(flag)) != (name in tensors):
+            raise Misfit(
+                f"{where}.state.{flag}: {entry.state.get(flag)}, where {name} is {name in tensors} in the file"
+            )
+    keys, values = tensors.get("keys"), tensors.get("values")
+    if (keys is None) != (values is None):
+        raise Misfit(f"{where}: keys or values are missing")
+    if keys is not None and (keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]):
+        raise Misfit(f"{where}: keys {list(keys.shape)} and values {list(values.shape)} are not [B, Hkv, N, D]")
+    n_seen = entry.state.get("cumulative_length")
+    window = getattr(layer, "sliding_window", None)
+    if keys is None or n_seen is None or window is None:
+        return
+    if not min(n_seen, window - 1) <= keys.shape[2] <= n_seen:
+        raise Misfit(f"{where}.state.cumulative_length: {n_seen}, where the file holds {keys.shape[2]} rows")
+
+
+def _leaves(layer):
+    """What a layer holds by name, entries of dictionaries as `name.key`."""
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", item) for key, item in value.items())
+        else:
+            yield name, value
+
+
+def _put(layer, path: str, value) -> None:
+    name, _, key = path.partition(".")
+    if key:
+        getattr(layer, name)[int(key)] = value
+    else:
+        setattr(layer, name, value)
