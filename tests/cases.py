@@ -288,6 +288,12 @@ def replay(model, cache, ids, sizes, mask=None):
     return torch.cat(logits, 1)
 
 
+def recompute(model, use_reentrant=False):
+    """Let a model run its layers again in the backward pass; 5.24 has renamed how."""
+    turn_on = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    turn_on({"use_reentrant": use_reentrant})
+
+
 def splits(total, size):
     """`total` in pieces of `size`, the last one shorter."""
     return [size] * (total // size) + ([total % size] if total % size else [])

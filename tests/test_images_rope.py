@@ -136,6 +136,10 @@ def test_left_padding_is_no_image():
     inputs["attention_mask"][0, :7] = 0
     for name in ("compact", "expected"):
         generate(model, NEEDY[name](), inputs)
+    cache = NEEDY["lowrank-pre"]()
+    generate(model, cache, inputs)
+    # 50 tokens of the prompt and 7 generated ones, without 7 pads
+    assert cache.layers[0].store.dense["rope"][0, 0, -1] == 49
 
 
 def test_what_cannot_be_seen_is_refused(monkeypatch):

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_kvcache as kv
 from hf_kvcache.adapters.watching import Watch
 from hf_kvcache.compat import cache_argument
-from hf_kvcache.dmc import Settings, retrofit, retrofits
+from hf_kvcache.dmc import Settings, compression_off, retrofit, retrofits
 
 STEPS, PROMPT, VOCAB = 200, 60, 97
 
@@ -115,3 +115,25 @@ def test_a_projection_is_hooked_once():
     assert len(module._forward_hooks) == len(watch.handles) == 1
     watch.release()
     assert not module._forward_hooks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dmc", "dms"])
+def test_a_teacher_is_one_for_its_own_thread(kind):
+    model, _ = MODELS[kind]()
+    ids, found = torch.arange(3, 43)[None], []
+
+    def run():
+        with torch.no_grad():
+            found.append(model(ids, use_cache=False).logits)
+
+    run()
+    with compression_off(model):
+        run()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    run()
+    student, teacher, other, after = found
+    assert not torch.equal(student, teacher)
+    assert torch.equal(other, student) and torch.equal(after, student)

@@ -6,6 +6,7 @@ soon as these are imported themselves; it changes nothing else, and imports neit
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hf_kvcache.attention import known
@@ -182,3 +183,5 @@ def _make_adapters_known() -> None:
 
 when_imported("transformers", known.register)
 when_imported("peft", _make_adapters_known)
+for _module in known.CLASS_TABLES:
+    when_imported(_module, partial(known.register_class, _module))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from hf_kvcache.attention.mask import new_token_padding
+from hf_kvcache.attention.mask import new_token_padding, real_before
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.dense import Dense
 from hf_kvcache.compat import CacheLayerMixin
@@ -290,6 +290,9 @@ class KVLayer(CacheLayerMixin):
         if not self.store.needs_positions:
             # which rows are real is all there is to note
             position_ids = None
+        elif position_ids is None and self.rope is not None and self.rope.is_multimodal:
+            # such models show them for prompts alone
+            position_ids = real_before(mask, n_new, self.tokens_seen)
         if position_ids is None:
             is_real = new_token_padding(mask, n_new, self.tokens_seen) if self.store.needs_positions else None
             if is_real is not None and not is_real.all():
@@ -342,7 +345,7 @@ class KVLayer(CacheLayerMixin):
         if self.policy is None or (n_new == 1 and not self.has_padding and self.tokens_seen > 1):
             return
         is_real = new_token_padding(mask, n_new, self.tokens_seen)
-        if is_real is not None:
+        if is_real is not None and not is_real.all():
             self.has_padding = True
             rows = self.store.dense["position"][:, :, -n_new:]
             rows.masked_fill_(~is_real.unsqueeze(1), -1)

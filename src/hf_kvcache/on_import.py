@@ -12,7 +12,7 @@ def when_imported(package: str, act: Callable[[], object]) -> None:
     """Call `act` right after `package` has been imported; at once where it has been.
 
     Args:
-        package: a top-level package. It is imported as it would be without us, and need not be installed.
+        package: a package or a module. It is imported as it would be without us, and need not be installed.
         act: called once, within the import, so that whoever imports the package finds `act` done. What it raises ends
             the import.
     """

@@ -248,6 +248,11 @@ class SlotLayer(KVLayer):
                 "copy.deepcopy(cache) before what may have to be taken back"
             )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for this layer, spare rows and metadata included."""
+        return super().nbytes + (0 if self.first is None else self.first.nbytes)
+
     def _map_batch(self, change) -> None:
         super()._map_batch(change)
         if self.store.packed.table is not None:

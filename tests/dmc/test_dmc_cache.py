@@ -243,7 +243,7 @@ def test_tokens_cannot_be_taken_back(model, method):
     cache = begun(model, method, batch([27]), 15)
     name = method.upper()
     with pytest.raises(ValueError, match=f"{name} has merged or overwritten"):
-        cache.crop(10)
+        cache.crop(-10)
     fresh = new_cache(method)
     for options in (dict(prompt_lookup_num_tokens=3), dict(assistant_model=llama(dtype=torch.float64))):
         with pytest.raises(ValueError, match=f"{name}.*without an assistant"):

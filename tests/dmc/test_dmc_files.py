@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Co
 import hf_kvcache as kv
 from hf_kvcache import dmc
 from hf_kvcache.adapters import AdapterError
-from hf_kvcache.compat import cache_argument, given_cache
+from hf_kvcache.compat import CACHE_NAME, cache_argument, given_cache
 
 FORMS = {
     "dmc-borrowed": dict(),
@@ -288,7 +288,7 @@ def test_a_forward_pass_takes_it_too(folder):
         assert type(cache) is kv.DMCCache and cache.get_seq_length() == 13
         second = model(ids[:, 13:], **cache_argument(cache))
         assert given_cache(second) is cache
-        assert given_cache(model(ids, use_cache=False)) is None
+        assert model(ids, use_cache=False).get(CACHE_NAME) is None
         by_hand = kv.DMCCache()
         assert given_cache(model(ids, None, None, by_hand)) is by_hand and by_hand.get_seq_length() == 20
     together = torch.cat([first.logits, second.logits], 1)

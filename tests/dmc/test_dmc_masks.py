@@ -140,6 +140,27 @@ def test_a_bias_is_refused(method):
 
 
 @torch.no_grad()
+def test_a_bias_without_a_cache_is_refused(method):
+    model, mask = model_of(method, "eager"), additive(of_queries(torch.ones(1, 9), 9))
+    wanted = model(prompt(1, 9), use_cache=False).logits
+    assert torch.equal(model(prompt(1, 9), attention_mask=mask, use_cache=False).logits, wanted)
+    with pytest.raises(ValueError, match="a bias"):
+        model(prompt(1, 9), attention_mask=torch.where(mask == 0, 0.5, mask), use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["s_aux", "position_bias", "unheard_of"])
+@pytest.mark.parametrize("has_cache", [False, True], ids=["whole", "cache"])
+def test_arguments_of_attention_that_decisions_cannot_serve(method, name, has_cache):
+    """Sinks of a model, say: refused, and before anything has changed."""
+    model, cache = model_of(method), CACHES[method]()
+    options = cache_argument(cache) if has_cache else dict(use_cache=False)
+    with pytest.raises(ValueError, match=f"layer 0: .*{name} cannot express"):
+        model(prompt(1, 1), **options, **{name: torch.zeros(4)})
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+
+
+@torch.no_grad()
 def test_a_mask_says_something_else_after_it_was_written_to(method):
     model = model_of(method, "sdpa")
     cache, (ids, _, positions) = prompted(model, method, [20], 16)

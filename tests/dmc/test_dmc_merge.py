@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import recompute
 from tiny_retrofits import CACHES, batch, retrofitted, settings, whole
 
 from hf_kvcache.attention.compacted import attend_parallel
@@ -259,7 +260,7 @@ def test_noise_comes_from_outside(knobs):
     noise = [child.noise for child in retrofits(model).values()]
     assert not torch.equal(*noise)
     # recomputed layers find the same noise
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(model)
     again, recomputed = gradients(model, inputs, seed=3)
     assert again == loss
     for name, gradient in own.items():

@@ -33,7 +33,8 @@ def promised(layer, window, merges):
     # float32 where a mean is summed up for long
     member = max(size, 4) if not window else size
     taps = B * H * max(window, 1) * (2 * D * member + max(size, 4)) if merges else 0
-    first = 4 * B * H
+    # on the device for every head, and where Python can look
+    first = 4 * B * H + 8 * B
     return pages + index + ring + taps + first
 
 

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from cases import ARCHITECTURES, new_model
+from cases import ARCHITECTURES, new_model, recompute
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, PreTrainedTokenizerFast
 
@@ -204,7 +204,7 @@ def test_recomputing_layers_finds_the_same_gradients(small, tmp_path, method):
     more = ["--method", method, "--decision", "rows", "--offset", "0.5", "--window", "4"]
     expected = gradients(new_trainer(small, tmp_path, *more))
     trainer = new_trainer(small, tmp_path, *more, "--gradient-checkpointing")
-    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(trainer.model)
     found = gradients(trainer)
     assert expected["model.layers.0.self_attn.kv_dmc.decision"].abs().max() > 1e-4
     for name, grad in expected.items():
@@ -217,7 +217,7 @@ def test_recomputing_layers_finds_the_same_gradients(small, tmp_path, method):
 
 def test_reentrant_checkpointing_is_refused(small, tmp_path):
     trainer = new_trainer(small, tmp_path)
-    trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
+    recompute(trainer.model, use_reentrant=True)
     trainer.model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match="reentrant"):
         gradients(trainer)

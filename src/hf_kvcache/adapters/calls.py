@@ -12,10 +12,11 @@ class Calls(threading.local):
 
     Attributes:
         newest: for the owner to say which call somebody may still ask about; None at first.
+        n_off: for the owner to count blocks of code in which calls of this thread are different.
     """
 
     def __init__(self):
-        self.newest = None
+        self.newest, self.n_off = None, 0
         self._stack: list = []
 
     @property

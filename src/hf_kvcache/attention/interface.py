@@ -198,8 +198,9 @@ def _attend_retrofitted(retrofit, module, query, key, value, mask, fuses, **kwar
             f"layer {module.layer_idx}: a retrofitted model reads a text at once, or goes on in a cache of its own: "
             f"use {compat.CACHE_NAME}=DMCCache() or DMSCache()"
         )
-    scaling, mask = kwargs.get("scaling"), as_boolean(_tensor(mask))
+    scaling, mask = kwargs.get("scaling"), _tensor(mask)
     _refuse_packing(module, mask, call.is_real)
+    mask = as_boolean(mask)
     if retrofit.settings.clears_queries:
         query = compacted.without_channel(module, query, retrofit)
     out = compacted.attend_parallel(
@@ -219,14 +220,15 @@ def _refuse_packing(module, mask, is_real) -> None:
     """Several texts in one row look like padding to the decisions, which do not know where one begins."""
     if mask is None:
         return
-    T = mask.shape[-1]
+    given, mask, T = mask, as_boolean(mask), mask.shape[-1]
+    is_bias = given.dtype != torch.bool and (mask & (given != 0)).any()
     expected = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
     expected = expected if is_real is None else expected & is_real[:, None, None]
     # some attention functions let a query that sees nothing see everything
-    if ((mask != expected) & ~mask.all(-1, keepdim=True)).any():
+    if is_bias or ((mask != expected) & ~mask.all(-1, keepdim=True)).any():
         raise ValueError(
             f"layer {module.layer_idx}: a retrofitted model reads one text per row, causally, padded or not; this mask "
-            "says something else (several texts in one row?)"
+            "says something else (several texts in one row? a bias?)"
         )
 
 

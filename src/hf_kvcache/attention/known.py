@@ -5,6 +5,17 @@ transformers may be imported by one of our own modules, so making the name known
 
 from __future__ import annotations
 
+import sys
+
+# modeling files that pick the class of an attention module by the name of the implementation, and their tables
+CLASS_TABLES = {
+    "transformers.models.deepseek_ocr2.modeling_deepseek_ocr2": "DEEPSEEK_OCR2_SAM_VISION_ATTENTION_CLASSES",
+    "transformers.models.falcon.modeling_falcon": "FALCON_ATTENTION_CLASSES",
+    "transformers.models.git.modeling_git": "GIT_SELF_ATTENTION_CLASSES",
+    "transformers.models.gpt_neo.modeling_gpt_neo": "GPT_NEO_ATTENTION_CLASSES",
+    "transformers.models.unlimited_ocr.modeling_unlimited_ocr": "UNLIMITED_OCR_SAM_VISION_ATTENTION_CLASSES",
+}
+
 
 def register() -> None:
     """Make the name known; `interface` puts its own functions there when it is imported."""
@@ -12,6 +23,13 @@ def register() -> None:
 
     AttentionInterface.register("hf_kvcache", attention)
     AttentionMaskInterface.register("hf_kvcache", mask)
+
+
+def register_class(module: str) -> None:
+    """Let an imported modeling file of `CLASS_TABLES` use its eager class, which finds tensors, under our name."""
+    classes = getattr(sys.modules[module], CLASS_TABLES[module], None)
+    if classes is not None:
+        classes.setdefault("hf_kvcache", classes["eager"])
 
 
 def attention(*args, **kwargs):

@@ -186,6 +186,14 @@ def new_token_padding(mask, n_new: int, tokens_seen: int) -> torch.Tensor | None
     return as_boolean(mask[..., -n_new:]).any(1).any(1)
 
 
+def real_before(mask, n_new: int, tokens_seen: int) -> torch.Tensor | None:
+    """How many real tokens stand before each of the new ones, int64 `[B, S]`; None where no padding is known of."""
+    padding = mask.padding if isinstance(mask, KVMask) else None
+    if padding is None:
+        return None
+    return (padding[:, :tokens_seen].long().cumsum(-1) - 1).clamp(min=0)[:, -n_new:]
+
+
 def as_boolean(mask: torch.Tensor | None) -> torch.Tensor | None:
     """A mask tensor as boolean, True = visible; additive masks hold zero or a huge negative number."""
     if mask is None or mask.dtype == torch.bool:

@@ -51,6 +51,20 @@ class Owner(Protocol):
         """Weights `[Hkv, hidden]` of decisions and importance, where decisions are not borrowed."""
 
 
+class Switch:
+    """Mixed into an `Owner`: whether it compresses, which a thread can put off for itself (`Hooks.n_off`)."""
+
+    _compresses = True
+
+    @property
+    def compresses(self) -> bool:
+        return self._compresses and not self.hooks.n_off
+
+    @compresses.setter
+    def compresses(self, value: bool) -> None:
+        self._compresses = value
+
+
 class Call:
     """One call of an attention module.
 
@@ -132,6 +146,15 @@ class Hooks:
         """The call that is under way in this thread."""
         return self._calls.now
 
+    @property
+    def n_off(self) -> int:
+        """How many blocks without compression this thread is in."""
+        return self._calls.n_off
+
+    @n_off.setter
+    def n_off(self, n: int) -> None:
+        self._calls.n_off = n
+
     def hang(self, attention: nn.Module) -> None:
         """Put the hooks on an attention module (once)."""
         if not self._on_attention:
@@ -150,7 +173,7 @@ class Hooks:
         self._watch.release()
         for handle in self._on_attention:
             handle.remove()
-        self._on_attention, self._calls = [], Calls()
+        self._on_attention, self._calls.newest = [], None
 
     def _follow(self, attention: nn.Module) -> None:
         """Hook the projections: PEFT may have wrapped or unwrapped one since."""

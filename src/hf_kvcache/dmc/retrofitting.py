@@ -12,12 +12,12 @@ from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD, attentions, full_attentions
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.dmc.decisions import logistic_noise
-from hf_kvcache.dmc.hooks import Call, Hooks
+from hf_kvcache.dmc.hooks import Call, Hooks, Switch
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.shards import clear_rows, refuse_shards
 
 
-class Retrofit(nn.Module):
+class Retrofit(Switch, nn.Module):
     """Decisions of one attention module: hangs on it under the name `kv_dmc`, and hooks its projections.
 
     Args:
@@ -94,16 +94,18 @@ def retrofits(model: nn.Module) -> dict[int, nn.Module]:
 
 @contextmanager
 def compression_off(model: nn.Module) -> Iterator[None]:
-    """The same weights without merging or dropping: the teacher. The borrowed channel stays out."""
-    children = list(retrofits(model).values())
-    before = [child.compresses for child in children]
-    for child in children:
-        child.compresses = False
+    """The same weights without merging or dropping: the teacher. The borrowed channel stays out.
+
+    For this thread; others that run the model meanwhile go on compressing.
+    """
+    hooks = [child.hooks for child in retrofits(model).values()]
+    for own in hooks:
+        own.n_off += 1
     try:
         yield
     finally:
-        for child, value in zip(children, before, strict=True):
-            child.compresses = value
+        for own in hooks:
+            own.n_off -= 1
 
 
 def draw_noise(model: nn.Module, batch: int, n_tokens: int, seed: int, device=None) -> None:

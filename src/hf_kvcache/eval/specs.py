@@ -6,6 +6,7 @@ A part is a name of the registry or of a peer, then its arguments. `+` puts an e
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass, field
 
 from transformers import Cache
@@ -77,8 +78,11 @@ SHOWN = {
     ),
 }
 
+# what the types of arguments are called in errors
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a name", "None": "none"}
+
 # arguments that are objects, which the command line composes itself
-_OBJECTS = {"self", "policy", "codec", "config", "kwargs"}
+_OBJECTS = {"self", "policy", "codec", "config", "kwargs", "bases"}
 
 
 class SpecError(ValueError):
@@ -199,18 +203,36 @@ def _knobs(text: str, name: str, kind) -> dict:
         if key not in accepted:
             raise SpecError(f"{name} has no argument {key!r}; it takes {', '.join(accepted)}")
         knobs[key] = _value(value)
+        _refuse(knobs[key], accepted[key], f"{name}: {key}={value}")
     return knobs
 
 
-def _accepted(kind) -> list[str]:
-    """Argument names of a factory, and of its base classes while it passes `**kwargs` on."""
+def _accepted(kind) -> dict[str, str]:
+    """Argument names of a factory, and of its base classes while it passes `**kwargs` on, with their annotations."""
     names = {}
     for cls in kind.__mro__ if inspect.isclass(kind) else [kind]:
         parameters = inspect.signature(cls).parameters
-        names |= dict.fromkeys(n for n in parameters if n not in _OBJECTS)
+        for name, parameter in parameters.items():
+            if name not in _OBJECTS:
+                names.setdefault(name, "" if parameter.annotation is parameter.empty else str(parameter.annotation))
         if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             break
-    return list(names)
+    return names
+
+
+def _refuse(value, annotation: str, what: str) -> None:
+    """Raise `SpecError` for a value of another type than the argument's, and for numbers that none can be."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SpecError(f"{what} is not a finite number")
+    if type(value) is int and value < 0 and "float" not in annotation:
+        raise SpecError(f"{what} is not a number from 0 up")
+    words = [part.strip() for part in annotation.split("|")]
+    typed = "None" if value is None else type(value).__name__
+    # an argument without an annotation is checked by whoever takes it; a whole number is a float, too
+    is_right = not annotation or typed in words or (typed == "int" and "float" in words)
+    if not is_right:
+        kinds = [_KINDS[word] for word in words if word in _KINDS]
+        raise SpecError(f"{what} is not {' or '.join(kinds) or 'something that can be typed'}")
 
 
 def _value(text: str):
