@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_kvcache.attention import flex
-from hf_kvcache.attention.fused import as_sparse_rows
+from hf_kvcache.attention.fused import sides_as_sparse_rows
 from hf_kvcache.dmc.masks import expiry, hiding_bias
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.ragged_attention import ragged_attention
@@ -30,8 +30,7 @@ def attend_rows(q, view, scaling, softcap) -> torch.Tensor:
         if not store.packed.n_tokens:
             # padding, in every row so far
             return torch.zeros_like(q)
-        sides = (("k", store.keys), ("v", store.values))
-        keys, values = (as_sparse_rows(codec, store.encoded(side)) for side, codec in sides)
+        keys, values = sides_as_sparse_rows(store)
         pages = store.packed.table, store.packed.lengths
         out, _ = ragged_attention(store.keys.project_query(q), keys, values, *pages, scaling=scaling, softcap=softcap)
         return store.values.project_output(out).to(q.dtype)

@@ -79,7 +79,7 @@ def _hides_pages(view, mask) -> bool:
 def _attend_pages(q, view, scaling, mask, softcap):
     """Pages hold real tokens that all queries see; the dense window, where padding and order matter, has a mask."""
     store, n_new = view.layer.store, q.shape[2]
-    keys, values = (as_sparse_rows(codec, store.encoded(s)) for s, codec in (("k", store.keys), ("v", store.values)))
+    keys, values = sides_as_sparse_rows(store)
     in_basis = store.keys.project_query(q)
     pages = store.packed.table, store.packed.lengths
     out, lse = ragged_attention(in_basis, keys, values, *pages, scaling=scaling, softcap=softcap)
@@ -139,8 +139,7 @@ def attend_sparse_rows(q, store, dense, *, scaling, mask, softcap):
     """`sparse_attention` over a store of independent rows: sparse, quantised per token, both, or dense on one side."""
     return sparse_attention(
         q,
-        as_sparse_rows(store.keys, store.encoded("k")),
-        as_sparse_rows(store.values, store.encoded("v")),
+        *sides_as_sparse_rows(store),
         None if dense is None else dense["k"],
         None if dense is None else dense["v"],
         scaling=scaling,
@@ -171,14 +170,23 @@ def as_latents(codec: Codec, encoded: dict[str, torch.Tensor]) -> Latents:
     return Latents(codes, scale, zero, integers.bits)
 
 
-def as_sparse_rows(codec: Codec, encoded: dict[str, torch.Tensor]) -> SparseRows:
+def sides_as_sparse_rows(store) -> tuple[SparseRows, SparseRows]:
+    """Keys and values of a store as the op reads them; values may be of another head size."""
+    return tuple(
+        as_sparse_rows(codec, store.encoded(side), store.width(side))
+        for side, codec in (("k", store.keys), ("v", store.values))
+    )
+
+
+def as_sparse_rows(codec: Codec, encoded: dict[str, torch.Tensor], head_dim: int) -> SparseRows:
     """One side of a store as the op reads it: what says the places, and what holds the values."""
     places, layout, group_size = None, "bitmap", None
     if codec.format.startswith("sparse"):
         first = codec.first if isinstance(codec, Chain) else codec
         places, layout, group_size = encoded["places"], first.layout, first.group_size
     if not codec.format.endswith("int"):
-        return SparseRows(encoded["rows" if places is None else "values"], places, layout, group_size=group_size)
+        values = encoded["rows" if places is None else "values"]
+        return SparseRows(values, places, layout, group_size=group_size, head_dim=head_dim)
     prefix, integers = ("second.", codec.second) if isinstance(codec, Chain) else ("", codec)
     codes, scale, zero = (encoded[prefix + name] for name in ("codes", "scale", "zero"))
-    return SparseRows(codes, places, layout, scale, zero, integers.bits, group_size)
+    return SparseRows(codes, places, layout, scale, zero, integers.bits, group_size, head_dim)

@@ -106,10 +106,6 @@ class RaggedStore(UniformStore):
         codec = self.keys if side == "k" else self.values
         return {name: self.packed.tensors[f"{side}.{name}"] for name in codec.fields}
 
-    def width(self, side: str) -> int:
-        """Channels of a row of one side, "k" or "v"."""
-        return self.dense.tensors[side].shape[-1]
-
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed rows `[start, stop)` of every head, decoded, zeros behind the end of a head."""
         is_row = self.packed.is_row[..., start:stop].unsqueeze(-1)

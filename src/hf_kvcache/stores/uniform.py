@@ -268,6 +268,10 @@ class UniformStore(Store):
         codec = self.keys if side == "k" else self.values
         return {name: self.packed[f"{side}.{name}"] for name in codec.fields}
 
+    def width(self, side: str) -> int:
+        """Channels of a row of one side, "k" or "v"."""
+        return self.dense.tensors[side].shape[-1]
+
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed rows `[start, stop)`, decoded: K and V `[B, Hkv, stop - start, D]` in the dtype of the cache."""
         rope = self.packed["rope"][:, :, start:stop] if self.needs_positions else None
