@@ -180,6 +180,9 @@ FAMILIES = {name: {} for name in PLAIN} | {
     "zaya": dict(num_experts_per_tok=1),
 }
 
+# models that look into `cache.layers` before any layer has been called, where every cache has to know the config
+NEED_CONFIG = {"qwen4_exp_text"}
+
 # model types of the mapping that are not in the table, and why
 LEFT_OUT = {
     "blt": "reads bytes through three transformers of which each has a cache of its own",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pixels
 import torch
 import zoo
-from families import FAMILIES
+from families import FAMILIES, NEED_CONFIG
 from transformers import AutoModelForImageTextToText, LogitsProcessor
 
 import hf_kvcache as kv
@@ -33,7 +33,7 @@ ADVICE = {
 }
 
 # what a refusal that is final has to name: another implementation, another cache, or that the model brings its own
-ACTIONABLE = re.compile(r"attn_implementation=|without|use |cache of its own")
+ACTIONABLE = re.compile(r"attn_implementation|without|use |cache of its own")
 
 # largest difference of the first logits that read what the cache has made of the prompt, in standard deviations
 NEAR = {"lossless": 1e-3, "8 bits": 0.3, "low rank": 1e-2}
@@ -107,8 +107,10 @@ def _generate(family: str, attention: str, cache) -> Run:
             output_logits=True,
             logits_processor=[counter],
         )
-    except (ValueError, NotImplementedError) as error:
-        if cache is None or counter.n_tokens:
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        # that a layer lacks something is an AttributeError, which can say what to do, too
+        is_clear = not isinstance(error, AttributeError) or ADVICE["config"][0].search(str(error))
+        if cache is None or counter.n_tokens or not is_clear:
             raise
         raise Refused(str(error)) from error
     finally:
@@ -120,7 +122,7 @@ def _generate(family: str, attention: str, cache) -> Run:
 def _run(family: str, attention: str, name: str) -> tuple[Run | Exception, tuple[str, ...]]:
     """The run, or what it raised, and the advice that was followed."""
     model, *_ = model_of(family)
-    more, followed = {}, ()
+    more, followed = ({"config": model.config}, ("config",)) if family in NEED_CONFIG else ({}, ())
     while True:
         try:
             return _generate(family, attention, CACHES[name](**more)), followed
