@@ -256,6 +256,11 @@ class KVCache(Cache):
         stock = self._stock_layer(layer_idx)
         if stock is not None:
             return stock
+        if self._stock is not None and layer_idx >= len(self._stock) and any(self._stock):
+            raise ValueError(
+                f"the model has {len(self._stock)} layers by its config and asks for layer {layer_idx} of the cache: "
+                f"construct {type(self).__name__}(..., config=model.config), so that it can add what it needs"
+            )
         codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
         kind, options = SlotLayer if self.policy is not None and self.policy.decides else KVLayer, {}
         if layer_idx in self._n_states:
@@ -377,6 +382,10 @@ class KVCache(Cache):
                 f"a function of transformers' registry, so {refused[0]} cannot be served: use a cache that keeps all "
                 "tokens and asks nothing of the model, such as KVCache(), QuantCache(8) or SparseCache(0.5)"
             )
+
+    def serves(self, view: KVView) -> bool:
+        """Whether the rows of `view` are in a layer that is ours, asked once the layer's own module has read it."""
+        return self._stock_layer(view.layer.layer_idx) is None
 
     def layer_for(self, module: torch.nn.Module) -> KVLayer:
         """The layer that an attention module will fill, before it does."""
@@ -585,6 +594,18 @@ class KVCache(Cache):
         self._check_layers()
         return super().has_previous_state(layer_idx, *args, **kwargs)
 
+    def get_conv_state(self, *args, **kwargs):
+        self._check_layers()
+        return super().get_conv_state(*args, **kwargs)
+
+    def get_recurrent_state(self, *args, **kwargs):
+        self._check_layers()
+        return super().get_recurrent_state(*args, **kwargs)
+
+    def update_indexer(self, *args, **kwargs):
+        self._check_layers()
+        return super().update_indexer(*args, **kwargs)
+
     def update_conv_state(self, *args, **kwargs):
         self._check_layers()
         return super().update_conv_state(*args, **kwargs)
@@ -594,10 +615,11 @@ class KVCache(Cache):
         return super().update_recurrent_state(*args, **kwargs)
 
     def _check_layers(self) -> None:
-        """Models with linear-attention layers ask for those before any layer has been called."""
+        """Some models ask for states of a layer before any layer has been called."""
         if self._stock is None:
             raise ValueError(
-                "this model has layers of linear attention, whose states belong to the cache from the start: "
+                "this model has layers with states of their own (linear attention, indexers), which belong to the cache "
+                "from the start: "
                 f"construct {type(self).__name__}(..., config=model.config)"
             )
 

@@ -217,7 +217,7 @@ class KVLayer(CacheLayerMixin):
             f"{name} takes something of the model's keys and values": policy is not None and "model" in policy.needs,
             f"{name} merges rows": policy is not None and policy.folds,
             f"{codecs} goes by queries, which do not fit latents": "queries" in needs,
-            f"{codecs} takes RoPE off keys; use LowRank(rope='post')": "positions" in needs,
+            f'{codecs} takes RoPE off keys; use LowRank(rope="post")': "positions" in needs,
             "exact_prefill=False changes new rows before attention": not self.exact_prefill,
             "compact=True rotates keys": self.compact,
         }

@@ -93,10 +93,7 @@ def run(job, work: Path) -> dict:
         inputs = {name: torch.tensor(values) for name, values in job["inputs"].items()}
         with torch.no_grad():
             answer["scores"] = model(**inputs, use_cache=False).logits[:, -1].tolist()
-        try:
-            model.train()(**inputs, use_cache=False)
-        except RuntimeError as error:
-            answer["training"] = str(error)
+            answer["relaxed"] = model.train()(**inputs, use_cache=False).logits[:, -1].tolist()
     if job.get("text"):
         writes = pipeline("text-generation", model=job["where"], dtype="float32", trust_remote_code=True)
         answer["text"] = writes(job["text"], max_new_tokens=8, do_sample=False)[0]["generated_text"]

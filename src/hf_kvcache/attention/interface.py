@@ -40,6 +40,9 @@ def kv_attention(module, query, key, value, attention_mask, **kwargs):
     Returns:
         The output `[B, S, Hq, D]`, and the attention weights, which are None but for `output_attentions=True`.
     """
+    if isinstance(attention_mask, KVMask) and attention_mask.is_causal and kwargs.get("is_causal") is None:
+        # where the mask goes without saying, sdpa would ask the module, and some decoders say nothing
+        kwargs["is_causal"] = True
     return _serve(_exact, module, query, key, value, attention_mask, **kwargs)
 
 
@@ -108,10 +111,12 @@ def _serve(stock, module, query, key, value, mask, fuses=True, **kwargs):
 def _attend(stock, module, query, view, mask, fuses, **kwargs):
     """Append has happened in `update`: attend, then let the layer compress."""
     n_new = query.shape[2]
-    if view.cache is not None and not view.cache.bind(module, view):
+    # a layer without keys of its own reads those of an earlier one; a layer that is looped has several of the cache
+    is_owner, view.is_read = not view.is_read, True
+    if view.cache is not None and not (view.cache.bind(module, view) if is_owner else view.cache.serves(view)):
         # the layer turned out to be one that transformers' own class serves
         return stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
-    layer, is_owner = view.layer, view.cache is None or module.layer_idx == view.layer.layer_idx
+    layer = view.layer
     if layer.decides:
         _refuse_unfused(module, fuses, kwargs)
         scaling = kwargs.get("scaling")
@@ -123,7 +128,7 @@ def _attend(stock, module, query, view, mask, fuses, **kwargs):
         view.cache.after_attention(module.layer_idx)
         return out.transpose(1, 2).contiguous(), None
     if not is_owner:
-        # a layer without keys of its own reads those of an earlier one, which has seen to everything else
+        # the owner has seen to everything else
         return _attend_rows(stock, module, query, view, mask, fuses, **kwargs)
     view.module = module
     layer.refuse_images(module, mask, n_new)

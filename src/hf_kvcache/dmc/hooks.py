@@ -127,8 +127,6 @@ class Hooks:
         owner: whose they are.
     """
 
-    trains = True  # whether there are relaxed decisions: not in the repository of a model
-
     def __init__(self, owner: Owner):
         self.owner = owner
         self._calls, self._watch = Calls(), Watch()
@@ -210,7 +208,7 @@ class Hooks:
             call.is_real = new_token_padding(mask, S, S)
         else:
             call.layer.read_mask(mask, call, *hidden.shape[:2], hidden.device)
-        if owner.training and (call.layer is not None or not self.trains):
+        if owner.training and call.layer is not None:
             raise RuntimeError(
                 "relaxed decisions are for training, without a cache, which takes hf_kvcache itself; "
                 "call model.eval() to generate"
