@@ -1,0 +1,49 @@
+"""Every causal architecture under five caches and two attention functions: what is written down is what happens."""
+
+from pathlib import Path
+
+import pytest
+import table
+from families import FAMILIES, LEFT_OUT
+from outcomes import ATTENTIONS, CACHES, all_families, outcome, sensitivity
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+
+README = Path(__file__).parents[2] / "README.md"
+# older releases have fewer
+PRESENT = [family for family in all_families() if family in CONFIG_MAPPING]
+EXPECTED = table.expected()
+
+
+def test_the_table_covers_the_mapping():
+    names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    new = sorted(names - set(FAMILIES) - set(LEFT_OUT))
+    assert not new, f"architectures that are new: {new}; give each a row in families.py, or a reason to leave it out"
+    assert not set(FAMILIES) & set(LEFT_OUT)
+    assert sorted(EXPECTED) == sorted(all_families())
+
+
+@pytest.mark.parametrize("family", PRESENT)
+def test_the_cache_matters(family):
+    """The model's next token depends on what lies far back, so that a wrong cache would show."""
+    assert sensitivity(family) > 1e-2
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", PRESENT)
+def test_outcomes(family, attention):
+    found = {name: outcome(family, attention, name) for name in CACHES}
+    assert found == dict(zip(CACHES, EXPECTED[family][attention], strict=True))
+
+
+def test_nothing_wrong_is_expected():
+    for family, by_attention in EXPECTED.items():
+        for attention, outcomes in by_attention.items():
+            assert not any("WRONG" in word for word in outcomes), (family, attention, outcomes)
+
+
+def test_readme_has_the_table():
+    block = README.read_text(encoding="utf-8").split("<!-- architectures -->")[1].split("<!-- /architectures -->")[0]
+    assert block.strip() == table.markdown(), "paste the output of `python tests/architectures/table.py --markdown`"
