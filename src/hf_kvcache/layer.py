@@ -23,7 +23,7 @@ ORIGINAL = "original"  # keys as they were appended, beside those that have been
 
 
 class ForeignLayerError(AttributeError, ValueError):
-    """A model asks its cache for a layer of a kind of its own, which the cache would have made of the model's config."""
+    """A model asks its cache for a layer of a kind of its own, which only its config would have told of."""
 
 
 class KVLayer(CacheLayerMixin):
