@@ -295,7 +295,9 @@ class TestNothingIsLost:
         for _ in range(3):
             layer.begin(decided(1))
             k, v = torch.randn(2, 2, 2, 1, 16)
-            layer.settle(torch.randn(2, 4, 1, 16), layer.append(k, v))
+            view = layer.append(k, v)
+            layer.place(view)
+            layer.settle(torch.randn(2, 4, 1, 16), view)
         for other in (self.both(None, cache, tmp_path), pickle.loads(pickle.dumps(cache))):
             assert_same_state(other, cache)
             with pytest.raises(ValueError, match="made with window=4"):
@@ -328,4 +330,5 @@ def decided(n, window=4):
     call = Call(Settings("dms", window=window), None, None, False)
     call.alpha = torch.zeros(2, 2, n, dtype=torch.bool)
     call.logits = torch.zeros(2, 2, n)
+    call.first = torch.zeros(2, dtype=torch.long)
     return call

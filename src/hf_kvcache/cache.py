@@ -12,8 +12,8 @@ from transformers import Cache
 from hf_kvcache import compat, persist, pickling
 from hf_kvcache.attention.handed import Handed, note_lender
 from hf_kvcache.attention.interface import register_pass_throughs
-from hf_kvcache.compat import LinearAttentionLayer
 from hf_kvcache.codecs.base import ROWS, Codec
+from hf_kvcache.compat import LinearAttentionLayer
 from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer, batch_indices
 from hf_kvcache.policies.base import Policy
