@@ -90,6 +90,7 @@ def saved(latent_model, tmp_path):
     cache = kv.QuantCache(8, window=8)
     replay(latent_model, cache, prompt(2, N), [N])
     raw = json.loads((cache.save(tmp_path) / "manifest.json").read_text())
+    assert raw["nbytes_dense"] == cache.nbytes_dense
     return raw, persist._read_tensors(tmp_path, read_manifest(raw))
 
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from cases import assert_close, assert_same_state, generate, new_model, prompt, replay, tiny_model
-from transformers import DynamicCache, FalconH1Config, Lfm2Config, Qwen3NextConfig, Zamba2Config
+from transformers import DeepseekV32Config, DynamicCache, FalconH1Config, Lfm2Config, Qwen3NextConfig, Zamba2Config
 
 import hf_kvcache as kv
 from hf_kvcache.compat import LinearAttentionLayer, cache_argument
@@ -268,6 +268,18 @@ def test_a_first_layer_whose_attention_comes_first():
     model = new_model(Zamba2Config(**SIZES | ZAMBA | layers))
     with pytest.raises(ValueError, match=r"config=model\.config"):
         model(prompt(1, 5), **cache_argument(kv.KVCache()))
+
+
+def test_indexed_attention_says_so_too(tmp_path):
+    sizes = dict(kv_lora_rank=32, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)
+    index = dict(num_key_value_heads=4, index_topk=16, index_head_dim=16, index_n_heads=2, first_k_dense_replace=3)
+    model = new_model(DeepseekV32Config(**SIZES | sizes | index, attn_implementation="eager"), "eager")
+    with pytest.raises(ValueError, match=r"config=model\.config"):
+        model(prompt(1, 5), **cache_argument(kv.KVCache()))
+    cache = filled(model, CACHES["lossless"])
+    for way in WAYS.values():
+        other = way(cache, model, tmp_path)
+        assert torch.equal(go_on(model, other), go_on(model, copy.deepcopy(cache)))
 
 
 def test_a_file_needs_the_model(model, tmp_path):

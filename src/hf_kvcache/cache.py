@@ -643,8 +643,12 @@ class KVCache(Cache):
         self._check_layers()
         return super().update_recurrent_state(*args, **kwargs)
 
+    def update_indexer(self, *args, **kwargs):
+        self._check_layers()
+        return super().update_indexer(*args, **kwargs)
+
     def _check_layers(self) -> None:
-        """Models with linear-attention layers ask for those before any layer has been called.
+        """Models with layers of linear attention, or of indexed attention, ask for those before attention is called.
 
         Raises:
             ValueError: the layers are not known yet.
@@ -657,8 +661,8 @@ class KVCache(Cache):
     @property
     def _lacks_config(self) -> str:
         return (
-            "this model has layers of linear attention, whose states belong to the cache from the start: construct "
-            f"{type(self).__name__}(..., config=model.config)"
+            "this model has layers of linear or indexed attention, whose states belong to the cache from the start: "
+            f"construct {type(self).__name__}(..., config=model.config)"
         )
 
     # -- bytes -------------------------------------------------------------------------------------------------------
