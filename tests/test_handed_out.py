@@ -136,7 +136,7 @@ def test_what_cannot_be_is_refused_in_the_first_call(models, arch, policy):
 @pytest.mark.parametrize(
     "make, match",
     [
-        (lambda: kv.LowRankCache(0.5, window=8), "takes RoPE off keys; use LowRank.rope='post'"),
+        (lambda: kv.LowRankCache(0.5, window=8), "takes RoPE off keys; use LowRank.rope=.post"),
         (lambda: kv.EvictionCache("streaming", budget=48, compact=True), "compact=True rotates keys"),
         (lambda: kv.SparseCache(0.5, rule="output_aware"), "goes by queries"),
         (lambda: kv.LocretCache(budget=48, local=8), "carries no retaining heads"),

@@ -27,7 +27,8 @@ from hf_kvcache.warn import warn_once
 class KVCache(Cache):
     """A KV cache made of a policy (which tokens stay) over a codec (how a row is encoded).
 
-    Pass it to `generate` or to a forward pass: `model.generate(**x, past_key_values=KVCache(codec=Quantize(4)))`.
+    Pass it to `generate` or to a forward pass: `model.generate(**x, cache=KVCache(codec=Quantize(4)))`
+    (before transformers 5.24: `past_key_values=`).
     Without arguments it is lossless. Sliding-window and linear-attention layers keep transformers' own classes.
     Gradients flow within a forward pass; what earlier ones have cached is a constant for later ones.
 
@@ -618,8 +619,8 @@ class KVCache(Cache):
         """Some models ask for states of a layer before any layer has been called."""
         if self._stock is None:
             raise ValueError(
-                "this model has layers with states of their own (linear attention, indexers), which belong to the cache "
-                "from the start: "
+                "this model has layers with states of their own (linear attention, indexers), which belong to the "
+                "cache from the start: "
                 f"construct {type(self).__name__}(..., config=model.config)"
             )
 

@@ -22,6 +22,10 @@ from hf_kvcache.view import KVView
 ORIGINAL = "original"  # keys as they were appended, beside those that have been rotated since
 
 
+class ForeignLayerError(AttributeError, ValueError):
+    """A model asks its cache for a layer of a kind of its own, which only its config would have told of."""
+
+
 class KVLayer(CacheLayerMixin):
     """Rows of one layer, appended by `update`, compressed by `settle` once attention has read them.
 
@@ -131,7 +135,7 @@ class KVLayer(CacheLayerMixin):
             self.store.track(ORIGINAL, self.dtype)
 
     def __getattr__(self, name: str):
-        raise AttributeError(
+        raise ForeignLayerError(
             f"a {type(self).__name__} has no {name!r}; if a model asks for it, the model has cache layers of a kind of "
             "its own: construct the cache with config=model.config"
         )
