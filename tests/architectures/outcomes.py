@@ -80,12 +80,12 @@ def all_families() -> list[str]:
 @cache
 def reference(family: str) -> Run:
     """What the model says without our cache and our attention."""
-    with _untouched():
+    with untouched():
         return _generate(family, "stock", None)
 
 
 @contextmanager
-def _untouched():
+def untouched():
     """transformers' attention functions as they are where this library has never been used."""
     registry = AttentionInterface._global_mapping
     ours = dict(registry)
