@@ -174,6 +174,15 @@ def test_a_module_that_cannot_be_run_is_asked_by_its_function(monkeypatch):
     assert rope_of(module, 16).kind == known.kind
 
 
+def test_tokens_that_share_a_position_say_nothing_about_angles():
+    # one real token in front of padding on the right, which stands where it does
+    mask = torch.tensor([[1, 0, 0, 0, 0]])
+    cache = kv.LowRankCache(0.5, window=256)
+    ours = generate(tiny_model(), prompt(1, 5), cache, attention_mask=mask, max_new_tokens=3)
+    dense = generate(tiny_model(), prompt(1, 5), attention_mask=mask, max_new_tokens=3)
+    assert torch.equal(ours.sequences, dense.sequences)
+
+
 def test_another_rotation_than_the_configs_is_refused():
     model = new_model(LlamaConfig(**SIZES))
     model.model.rotary_emb.forward = lambda x, position_ids: tuple(

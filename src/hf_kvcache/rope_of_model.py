@@ -180,7 +180,12 @@ def _goes_by(given, rope: Rope) -> bool:
     """Whether the call's own embeddings advance by the angles of `rope`, as far as there is anything to see."""
     steps = _steps(given, rope)
     # images and padding stand elsewhere: one step between neighbours is enough
-    return steps is None or not steps.numel() or bool(steps.any())
+    return steps is None or not steps.numel() or bool(steps.any()) or _stands_still(given)
+
+
+def _stands_still(given) -> bool:
+    """Whether all tokens of the call have one position: embeddings `[..., S, R]` that are the same for all of them."""
+    return all(bool((x[..., 1:, :] == x[..., :-1, :]).all()) for x in given)
 
 
 # -- the model's own code ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ PLAIN = """
 apertus apertus1p5_text arcee aria_text bart beam bert bert-generation biogpt bitnet blenderbot blenderbot-small bloom
 camembert codegen cohere data2vec-text diffllama dots1 electra ernie ernie4_5 ernie4_5_moe exaone falcon
 falcon_h1 flex_olmo gemma glm glm4 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gptj granite granitemoe
-granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe
+granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2
 llama mbart megatron-bert minimax_m2 mvp nanochat nemotron olmo olmo2 olmoe
 opt persimmon phi plbart qwen3_moe rembert roberta roberta-prelayernorm roformer sarvam_moe seed_oss
 solar_open stablelm trocr whisper xlm-roberta xlm-roberta-xl
@@ -107,6 +107,7 @@ FAMILIES = {name: {} for name in PLAIN} | {
     "inkling2_text": INKLING,
     "inkling_text": INKLING,
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "jetmoe": dict(kv_channels=16),
     "kimi_linear": HYBRID | MLA,
     "kolibri1": SLIDING,
     "laguna": SLIDING,

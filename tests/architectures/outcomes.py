@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import pixels
 import torch
 import zoo
 from families import FAMILIES, NEED_CONFIG
-from transformers import AutoModelForImageTextToText, LogitsProcessor
+from transformers import AttentionInterface, AutoModelForImageTextToText, LogitsProcessor
 
 import hf_kvcache as kv
 from hf_kvcache import compat
@@ -79,7 +80,22 @@ def all_families() -> list[str]:
 @cache
 def reference(family: str) -> Run:
     """What the model says without our cache and our attention."""
-    return _generate(family, "stock", None)
+    with untouched():
+        return _generate(family, "stock", None)
+
+
+@contextmanager
+def untouched():
+    """transformers' attention functions as they are where this library has never been used."""
+    registry = AttentionInterface._global_mapping
+    ours = dict(registry)
+    registry.pop("eager", None)
+    registry["sdpa"] = compat.sdpa_attention_forward
+    try:
+        yield
+    finally:
+        registry.clear()
+        registry.update(ours)
 
 
 def sensitivity(family: str) -> float:

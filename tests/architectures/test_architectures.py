@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import table
+import torch
 from families import FAMILIES, LEFT_OUT
-from outcomes import ATTENTIONS, CACHES, all_families, outcome, sensitivity
+from outcomes import ATTENTIONS, CACHES, all_families, model_of, outcome, sensitivity, untouched
+from pixels import CONFIGS
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
+
+import hf_kvcache as kv
 
 README = Path(__file__).parents[2] / "README.md"
 # older releases have fewer
@@ -36,6 +40,22 @@ def test_the_cache_matters(family):
 def test_outcomes(family, attention):
     found = {name: outcome(family, attention, name) for name in CACHES}
     assert found == dict(zip(CACHES, EXPECTED[family][attention], strict=True))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_models_without_a_cache_of_ours_are_left_alone(family, attention):
+    """Vision towers have no mask, and see everything."""
+    model, inputs, stock = model_of(family)
+    model.set_attn_implementation(attention)
+    try:
+        kv.KVCache()
+        with torch.no_grad(), untouched():
+            known = model(**inputs, use_cache=False).logits
+        with torch.no_grad():
+            assert torch.equal(model(**inputs, use_cache=False).logits, known)
+    finally:
+        model.set_attn_implementation(stock)
 
 
 def test_nothing_wrong_is_expected():
