@@ -118,7 +118,7 @@ def _serve(stock, module, query, key, value, mask, fuses=True, **kwargs):
             return _attend_retrofitted(retrofit, module, query, key, value, mask, fuses, **kwargs)
         if retrofit.settings.clears_queries:
             query = compacted.without_channel(module, query, retrofit)
-    if isinstance(mask, KVMask) and isinstance(mask.n_columns, int) and mask.n_columns != key.shape[-2]:
+    if isinstance(mask, KVMask) and isinstance(mask.n_columns, int) and mask.n_columns < key.shape[-2]:
         raise ValueError(
             f"{type(module).__name__} attends to {key.shape[-2]} rows under a mask of {mask.n_columns} tokens, which "
             "it would have changed had it been a tensor; load the model with its own attn_implementation, such as "
@@ -302,7 +302,7 @@ def _attend_tensors(stock, module, query, view, mask, **kwargs):
     if view.n_kept == view.tokens_seen and not (layer.store.is_ragged and layer.store.n_packed):
         return stock(module, query, *view.materialize(), _tensor(mask), **kwargs)
     if asked := not_served(query, kwargs):
-        what = " and ".join(f"{name}={kwargs[name]!r:.20}" for name in asked)
+        what = " and ".join(asked)
         raise ValueError(
             f"layer {module.layer_idx} has evicted rows, so that {what} can no longer be about all tokens; use a cache "
             "that keeps every token for that (KVCache(), QuantCache(4)), or ask for it in the first call only"
