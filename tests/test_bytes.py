@@ -16,11 +16,12 @@ from hf_kvcache.rope import Rope
 
 def settle_rows(layer, n_tokens, n_decode=0, batch=1, heads=8, width=128, dtype=torch.bfloat16):
     """Fill a layer as a forward pass would: a prompt, then single tokens."""
-    if layer.needs_model:
-        layer.bind(AnyHost(heads, width, dtype))
     for n in [n_tokens] + [1] * n_decode:
         x = torch.randn(batch, heads, n, width, dtype=dtype)
-        layer.settle(x[:, :, -1:] if n == 1 else x[:, :, -2:], layer.append(x, x.clone()))
+        view = layer.append(x, x.clone())
+        if layer.needs_model:
+            layer.bind(AnyHost(heads, width, dtype))
+        layer.settle(x[:, :, -1:] if n == 1 else x[:, :, -2:], view)
     return layer
 
 

@@ -183,5 +183,5 @@ def test_crop_of_what_was_evicted():
 
 
 def test_linear_attention_needs_the_config():
-    with pytest.raises(ValueError, match=r"linear-attention layers: construct QuantCache\(config=model.config"):
+    with pytest.raises(ValueError, match=r"construct QuantCache\(..., config=model.config"):
         kv.QuantCache(4).update_conv_state(torch.zeros(1, 4, 4), 0)

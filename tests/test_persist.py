@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3N
 
 import hf_kvcache as kv
 from hf_kvcache import persist
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.dmc.hooks import Call
 from hf_kvcache.dmc.settings import Settings
 
@@ -74,7 +75,7 @@ def prompt(n=90, batch=2):
 
 @torch.no_grad()
 def fill(model, cache, ids):
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     return cache
 
 
@@ -82,7 +83,7 @@ def fill(model, cache, ids):
 def go_on(model, cache, steps=40):
     ids, logits = prompt(n=steps), []
     for token in ids.split(1, 1):
-        logits.append(model(token, past_key_values=cache).logits)
+        logits.append(model(token, **cache_argument(cache)).logits)
     return torch.cat(logits, 1)
 
 
@@ -199,7 +200,7 @@ class TestRefusals:
             kv.KVCache.load(saved, model=other)
         late = kv.KVCache.load(saved)
         with pytest.raises(kv.CacheFileError, match="another model"):
-            other(prompt(n=1), past_key_values=late)
+            other(prompt(n=1), **cache_argument(late))
 
     def test_other_depth(self, saved):
         with pytest.raises(kv.CacheFileError, match="num_hidden_layers"):
@@ -244,10 +245,10 @@ class TestNothingIsLost:
         model = tiny_model()
         loaded = self.both(model, fill(model, kv.LowRankCache(bases=AnyBases(), window=8), prompt()), tmp_path)
         with torch.no_grad():
-            model(prompt(n=5), past_key_values=loaded)
+            model(prompt(n=5), **cache_argument(loaded))
             loaded.reset()
             with pytest.raises(ValueError, match="a saved cache does not hold"):
-                model(prompt(), past_key_values=loaded)
+                model(prompt(), **cache_argument(loaded))
 
     @pytest.mark.parametrize("name", ["h2o", "snapkv", "expected", "adakv", "quant4", "merge"])
     def test_what_waits_for_a_crop(self, model, name, tmp_path):
@@ -268,7 +269,7 @@ class TestNothingIsLost:
         again = self.both(None, loaded, tmp_path / "two")
         for each in (loaded, again):
             with pytest.raises(kv.CacheFileError, match="another model"):
-                make_model(seed=1)(prompt(n=1), past_key_values=each)
+                make_model(seed=1)(prompt(n=1), **cache_argument(each))
 
     def test_linear_attention(self, tmp_path):
         config = Qwen3NextConfig(**SHAPE | LINEAR)
@@ -294,7 +295,9 @@ class TestNothingIsLost:
         for _ in range(3):
             layer.begin(decided(1))
             k, v = torch.randn(2, 2, 2, 1, 16)
-            layer.settle(torch.randn(2, 4, 1, 16), layer.append(k, v))
+            view = layer.append(k, v)
+            layer.place(view)
+            layer.settle(torch.randn(2, 4, 1, 16), view)
         for other in (self.both(None, cache, tmp_path), pickle.loads(pickle.dumps(cache))):
             assert_same_state(other, cache)
             with pytest.raises(ValueError, match="made with window=4"):
@@ -327,4 +330,5 @@ def decided(n, window=4):
     call = Call(Settings("dms", window=window), None, None, False)
     call.alpha = torch.zeros(2, 2, n, dtype=torch.bool)
     call.logits = torch.zeros(2, 2, n)
+    call.first = torch.zeros(2, dtype=torch.long)
     return call

@@ -13,10 +13,11 @@ from hf_kvcache import compat, persist, pickling
 from hf_kvcache.attention.handed import Handed, note_lender
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.codecs.base import ROWS, Codec
+from hf_kvcache.compat import LinearAttentionLayer
 from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer, batch_indices
 from hf_kvcache.policies.base import Policy
-from hf_kvcache.slots import SlotLayer
+from hf_kvcache.slots import SlotLayer, refuse_recording
 from hf_kvcache.stateful import StatefulLayer
 from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.stores.uniform import PACK_STEP
@@ -263,10 +264,17 @@ class KVCache(Cache):
                 f"construct {type(self).__name__}(..., config=model.config), so that it can add what it needs"
             )
         codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
+        layer = self.make_layer(layer_idx, codec)
+        if self._records_past:
+            layer.activate_past_recording()
+        return layer
+
+    def make_layer(self, layer_idx: int, codec: tuple[Codec | None, Codec | None]) -> KVLayer:
+        """A layer of ours without rows, of the kind that the policy and the model ask for."""
         kind, options = SlotLayer if self.policy is not None and self.policy.decides else KVLayer, {}
         if layer_idx in self._n_states:
             kind, options = StatefulLayer, {"n_states": self._n_states[layer_idx]}
-        layer = kind(
+        return kind(
             layer_idx,
             *codec,
             self.policy,
@@ -278,9 +286,6 @@ class KVCache(Cache):
             compact=self.compact,
             **options,
         )
-        if self._records_past:
-            layer.activate_past_recording()
-        return layer
 
     def _stock_layer(self, layer_idx: int):
         """transformers' own layer for this index, or None where ours serves (or the model is not known yet)."""
@@ -321,6 +326,9 @@ class KVCache(Cache):
         layer_idx = view.layer.layer_idx
         if self._stock is None:
             self._learn_layers(module.config)
+        if layer_idx in self._n_states and not isinstance(view.layer, StatefulLayer):
+            # the first layer of such a model: attention comes before linear attention
+            raise ValueError(self._lacks_config)
         stock = self._stock_layer(layer_idx)
         if stock is not None:
             stock.update(view.new_k, view.new_v)
@@ -529,6 +537,13 @@ class KVCache(Cache):
         return super().get_mask_sizes(query_length, *args, **kwargs)
 
     def activate_past_recording(self) -> None:
+        """Let layers wait for `crop` before they evict or pack: speculative decoding begins.
+
+        Raises:
+            ValueError: the decisions of a retrofitted model cannot be taken back.
+        """
+        if self.policy is not None and self.policy.decides:
+            refuse_recording(self.policy)
         # layers are created as they are needed, so the flag must outlive this call
         self._records_past = True
         super().activate_past_recording()
@@ -542,11 +557,20 @@ class KVCache(Cache):
         ours = [layer for layer in self.layers if isinstance(layer, KVLayer)]
         for layer in ours:
             layer.check_crop(tokens_to_remove)
-        # transformers' own layers change nothing but their attributes
-        before = [(layer, dict(vars(layer))) for layer in self.layers if not isinstance(layer, KVLayer)]
+        for i, layer in enumerate(self.layers):
+            if tokens_to_remove and not isinstance(layer, KVLayer) and isinstance(layer, LinearAttentionLayer):
+                compat.check_states_crop(layer, f"layer {i}")
+        # transformers' own layers change nothing but their attributes, and dictionaries among those
+        before = [
+            (layer, {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()})
+            for layer in self.layers
+            if not isinstance(layer, KVLayer)
+        ]
         try:
             for layer, _ in before:
-                layer.crop(tokens_to_remove)
+                # of linear attention alone: those with a window crop that, too
+                crop = compat.crop_states if type(layer) is LinearAttentionLayer else type(layer).crop
+                crop(layer, tokens_to_remove)
         except Exception:
             for layer, attributes in before:
                 vars(layer).update(attributes)
@@ -584,7 +608,25 @@ class KVCache(Cache):
         if self.batch_size > 0:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; -1 before the first token.
+
+        Raises:
+            ValueError: layers differ in it.
+        """
+        sizes = {
+            (layer.batch_size if layer.is_initialized else -1)
+            if isinstance(layer, KVLayer)
+            else compat.stock_batch_size(layer)
+            for layer in self.layers
+        } - {-1}
+        if len(sizes) > 1:
+            raise ValueError(f"layers hold batches of {' and '.join(map(str, sorted(sizes)))} rows")
+        return next(iter(sizes), -1)
+
     def reset(self) -> None:
+        """Forget every token in all layers; the bytes are freed."""
         self.handed = None
         super().reset()
         for layer in self.layers:
@@ -603,10 +645,6 @@ class KVCache(Cache):
         self._check_layers()
         return super().get_recurrent_state(*args, **kwargs)
 
-    def update_indexer(self, *args, **kwargs):
-        self._check_layers()
-        return super().update_indexer(*args, **kwargs)
-
     def update_conv_state(self, *args, **kwargs):
         self._check_layers()
         return super().update_conv_state(*args, **kwargs)
@@ -615,14 +653,27 @@ class KVCache(Cache):
         self._check_layers()
         return super().update_recurrent_state(*args, **kwargs)
 
+    def update_indexer(self, *args, **kwargs):
+        self._check_layers()
+        return super().update_indexer(*args, **kwargs)
+
     def _check_layers(self) -> None:
-        """Some models ask for states of a layer before any layer has been called."""
+        """Models with layers of linear attention, or of indexed attention, ask for those before attention is called.
+
+        Raises:
+            ValueError: the layers are not known yet.
+        """
         if self._stock is None:
-            raise ValueError(
-                "this model has layers with states of their own (linear attention, indexers), which belong to the "
-                "cache from the start: "
-                f"construct {type(self).__name__}(..., config=model.config)"
-            )
+            raise ValueError(self._lacks_config)
+        while len(self.layers) < len(self._stock):
+            self.layers.append(self._new_layer(len(self.layers)))
+
+    @property
+    def _lacks_config(self) -> str:
+        return (
+            "this model has layers of linear or indexed attention, whose states belong to the cache from the start: "
+            f"construct {type(self).__name__}(..., config=model.config)"
+        )
 
     # -- bytes -------------------------------------------------------------------------------------------------------
 

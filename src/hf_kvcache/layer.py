@@ -115,24 +115,26 @@ class KVLayer(CacheLayerMixin):
         return self._is_decoding
 
     def restored(self) -> None:
-        """A saved layer has got its tensors back.
+        """A saved layer has got its tensors back."""
 
-        Raises:
-            ValueError: they lack the keys that are to be rotated.
+    def keep_originals(self, dtype: torch.dtype) -> None:
+        """Keep keys as they were appended where a key that is rotated again and again would lose its direction.
+
+        Args:
+            dtype: of the rows to come.
         """
-        if not (self.compact and self.is_initialized):
-            return
-        self._keep_originals()
-        if ORIGINAL in self.store.tracked and self.store.dense.tensors and ORIGINAL not in self.store.dense.tensors:
-            raise ValueError(
-                f"layer {self.layer_idx}: the file has no keys as they were appended, which compact=True rotates in "
-                f"{self.dtype}; it is of an earlier release: make the cache again"
-            )
+        if self.compact and dtype.itemsize < 4:
+            self.store.track(ORIGINAL, dtype)
+        elif ORIGINAL in self.store.tracked:
+            # an earlier text was of another dtype
+            self.store.untrack(ORIGINAL)
 
-    def _keep_originals(self) -> None:
-        """Keep keys as they were appended where a key that is rotated again and again would lose its direction."""
-        if self.compact and self.dtype.itemsize < 4:
-            self.store.track(ORIGINAL, self.dtype)
+    @property
+    def lacks_originals(self) -> str:
+        return (
+            "the file has no keys as they were appended, which compact=True rotates in 16 bits; it is of an earlier "
+            "release: make the cache again"
+        )
 
     def __getattr__(self, name: str):
         raise ForeignLayerError(
@@ -157,7 +159,7 @@ class KVLayer(CacheLayerMixin):
                 fitting[side] = codec.for_shape(self.n_kv_heads, width)
         for side, codec in fitting.items():
             setattr(self.store, side, codec)
-        self._keep_originals()
+        self.keep_originals(self.dtype)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

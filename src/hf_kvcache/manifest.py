@@ -39,7 +39,9 @@ class LayerEntry:
         n_tokens: rows in use of every buffer.
         codecs: what a new text begins with after `reset()`, see `described.PairEntry`, or None for `keys` and `values`.
         batch_size, n_kv_heads, head_dim, dtype: of the rows; None before the first.
+        v_head_dim: of the values; None in files of earlier releases, where it is `head_dim`.
         window: that a retrofitted model made them with.
+        states: of linear attention in the same layer, as in `StockEntry.state`; None for layers without.
         the others: attributes of `KVLayer`.
     """
 
@@ -55,6 +57,7 @@ class LayerEntry:
     batch_size: int | None = None
     n_kv_heads: int | None = None
     head_dim: int | None = None
+    v_head_dim: int | None = None
     dtype: str | None = None
     record_past: bool = False
     is_unsettled: bool = False
@@ -63,10 +66,11 @@ class LayerEntry:
     scaling: float = 1.0
     softcap: float | None = None
     window: int | None = None
+    states: dict[str, bool | int] | None = None
 
     def __post_init__(self):
         _refuse_outside(self, ("tokens_seen", "judged_at", "evicted_at", "window"), 0, MOST_TOKENS)
-        _refuse_outside(self, ("batch_size", "n_kv_heads", "head_dim"), 1, MOST_TOKENS)
+        _refuse_outside(self, ("batch_size", "n_kv_heads", "head_dim", "v_head_dim"), 1, MOST_TOKENS)
         for name, n in self.n_tokens.items():
             if not 0 <= n <= MOST_TOKENS:
                 raise Misfit(f"n_tokens.{shown(name)}: {n} is no number of rows")
@@ -75,14 +79,20 @@ class LayerEntry:
             raise Misfit("keys, values: one side has a codec and the other has none")
         if None in shape and shape != (None,) * 4:
             raise Misfit("batch_size, n_kv_heads, head_dim and dtype belong together, and one is missing")
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
         if self.dtype is None:
+            if self.v_head_dim is not None:
+                raise Misfit(f"v_head_dim: {self.v_head_dim}, and no dtype of any row")
             if self.tokens_seen or any(self.n_tokens.values()):
                 raise Misfit(f"tokens_seen: {self.tokens_seen}, and no dtype of any row")
             return
         if self.dtype not in DTYPES:
             raise Misfit(f"dtype: {shown(self.dtype)} is none of {', '.join(DTYPES)}")
-        if self.n_kv_heads * self.head_dim > MOST_CHANNELS:
-            raise Misfit(f"head_dim: {self.n_kv_heads} heads of {self.head_dim} channels are more than any model has")
+        for name in ("head_dim", "v_head_dim"):
+            width = getattr(self, name)
+            if self.n_kv_heads * width > MOST_CHANNELS:
+                raise Misfit(f"{name}: {self.n_kv_heads} heads of {width} channels are more than any model has")
 
     @property
     def nbytes_dense(self) -> int:
@@ -90,7 +100,7 @@ class LayerEntry:
         if not self.tokens_seen:
             return 0
         itemsize = 2 if self.dtype in ("float16", "bfloat16") else 4 if self.dtype == "float32" else 8
-        return 2 * self.batch_size * self.tokens_seen * self.n_kv_heads * self.head_dim * itemsize
+        return self.batch_size * self.tokens_seen * self.n_kv_heads * (self.head_dim + self.v_head_dim) * itemsize
 
 
 @dataclass(frozen=True)

@@ -251,8 +251,13 @@ def _plain(kind: type) -> type:
 
 
 def _attention(model, layer_idx: int, what: str) -> torch.nn.Module:
-    for module in model.modules():
+    named = list(model.named_modules(remove_duplicate=False))
+    for _, module in named:
         if getattr(module, "layer_idx", None) == layer_idx and hasattr(module, "scaling"):
+            return module
+    # a module that serves several layers, as in Zamba 2, has no index of its own: the name of its layer says which
+    for name, module in named:
+        if str(layer_idx) in name.split(".") and hasattr(module, "layer_idx") and hasattr(module, "scaling"):
             return module
     raise CacheFileError(f"{what} has a layer {layer_idx}, and {type(model).__name__} has no attention there")
 

@@ -50,6 +50,7 @@ def reduced(cache) -> tuple:
         "records_past": cache._records_past,
         "model": persist.model_of(cache),
         "stock": copy.deepcopy(cache._stock, memo),
+        "n_states": dict(cache._n_states),
         "layers": layers,
         "groups": persist.groups_of(cache),
     }
@@ -61,14 +62,15 @@ def rebuilt(kind: type, state: dict):
     cache = kind.__new__(kind)
     persist.begin(cache, **state["options"])
     vars(cache).update(state["attributes"])
-    cache._records_past, cache._stock = state["records_past"], state["stock"]
+    cache._records_past, cache._stock, cache._n_states = state["records_past"], state["stock"], state["n_states"]
     for i, item in enumerate(state["layers"]):
         if not isinstance(item, tuple):
             cache.layers.append(item)
             continue
-        entry, held, codecs, rows = item
-        layer = restoring.empty(i, held, codecs, cache)
-        restoring.fill(layer, read_entry(entry, i), rows)
+        described, held, codecs, rows = item
+        entry = read_entry(described, i)
+        layer = restoring.empty(i, held, codecs, cache, entry)
+        restoring.fill(layer, entry, rows)
         cache.layers.append(layer)
     restoring.join_groups(cache.layers, state["groups"])
     cache.expect(state["model"])
@@ -82,6 +84,8 @@ def twin(cache, memo: dict):
     for name, value in vars(cache).items():
         # a stream is a place to work, not something held
         vars(other)[name] = value if name == "prefetch_stream" else copy.deepcopy(value, memo)
+    # attention will be called with what the other cache has handed out
+    other.handed = None
     return other
 
 

@@ -10,9 +10,10 @@ import torch
 from hf_kvcache.codecs.base import ROWS, Chain, Codec
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.described import SIDES, describe_pair, described_codec, described_pair
-from hf_kvcache.layer import KVLayer
+from hf_kvcache.layer import ORIGINAL, KVLayer
 from hf_kvcache.manifest import MOST_CHANNELS, MOST_TOKENS, LayerEntry, StockEntry
-from hf_kvcache.slots import SlotLayer, layer_class
+from hf_kvcache.slots import SlotLayer
+from hf_kvcache.stateful import StatefulLayer
 from hf_kvcache.stores.buffer import RowBuffer
 from hf_kvcache.stores.paged import PagedBuffer
 from hf_kvcache.stores.shared import SharedStore
@@ -21,7 +22,8 @@ from hf_kvcache.typed import Misfit, shown
 PENDING = "pending.queries"  # queries of a call whose rows wait for a `crop` or for more of the prompt
 _ATTRIBUTES = ("tokens_seen", "has_padding", "evicted_at", "judged_at", "record_past", "scaling", "softcap")
 _FLAGS = ("is_unsettled", "is_decoding", "is_due")
-_SHAPE = ("batch_size", "n_kv_heads", "head_dim")
+_SHAPE = ("batch_size", "n_kv_heads", "head_dim", "v_head_dim")
+STATES = "states"  # prefix of the tensors of linear attention in a layer that has rows, too
 
 
 def describe(layer: KVLayer) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -53,6 +55,9 @@ def describe(layer: KVLayer) -> tuple[dict, dict[str, torch.Tensor]]:
         tensors |= {f"constants.{side}.{name}": t for name, t in store.constants(side).items()}
     if layer._queries is not None:
         tensors[PENDING] = layer._queries
+    if isinstance(layer, StatefulLayer):
+        entry["states"], states = _numbers_and_tensors(layer, _leaves(layer.states))
+        tensors |= {f"{STATES}.{name}": t for name, t in states.items()}
     return entry, tensors
 
 
@@ -74,23 +79,31 @@ def restore(i: int, entry: LayerEntry, tensors: dict[str, torch.Tensor], cache, 
         held = tuple(
             _with_constants(side, codec, entry, tensors, where) for side, codec in zip(SIDES, held, strict=True)
         )
-    layer = empty(i, held, at_reset, cache)
+    layer = empty(i, held, at_reset, cache, entry)
+    if isinstance(layer, StatefulLayer) != (entry.states is not None):
+        has, lacks = ("the file", "the model") if entry.states is not None else ("the model", "the file")
+        raise Misfit(f"{where}.states: {has} has states of linear attention there, {lacks} none; load it with model=")
     _check_tensors(layer, entry, tensors, is_follower, where)
+    if entry.states is not None:
+        _check_states(layer, entry, _of(STATES, tensors), where)
     fill(layer, entry, tensors)
     return layer
 
 
-def empty(i: int, held: tuple, at_reset: tuple, cache) -> KVLayer:
+def empty(i: int, held: tuple, at_reset: tuple, cache, entry: LayerEntry) -> KVLayer:
     """Layer `i` of a cache without rows.
 
     Args:
         held: codecs of the rows that are to come, with all that was found out about them, or a pair of None.
         at_reset: codecs of the next text.
+        entry: what is known of the rows.
     """
-    options = ("window", "n_sink", "min_length", "max_length", "exact_prefill", "compact")
-    layer = layer_class(cache.policy)(i, *at_reset, cache.policy, **{name: getattr(cache, name) for name in options})
+    layer = cache.make_layer(i, at_reset)
     if held[0] is not None:
         layer.store.keys, layer.store.values = layer._held = held
+    if entry.dtype is not None:
+        # what is kept beside the rows goes by their dtype
+        layer.keep_originals(getattr(torch, entry.dtype))
     return layer
 
 
@@ -110,6 +123,9 @@ def fill(layer: KVLayer, entry: LayerEntry, tensors: dict[str, torch.Tensor]) ->
     for name in _FLAGS:
         setattr(layer, f"_{name}", getattr(entry, name))
     layer._queries = tensors.get(PENDING)
+    if isinstance(layer, StatefulLayer):
+        for name, value in (entry.states | _of(STATES, tensors)).items():
+            _put(layer.states, name, value)
     if isinstance(layer, SlotLayer):
         layer.window = entry.window
     layer.restored()
@@ -181,7 +197,7 @@ def _with_constants(side: str, codec: Codec, entry: LayerEntry, tensors: dict, w
 
 
 def _check_basis(side: str, codec: LowRank, entry: LayerEntry, constants: dict, where: str) -> None:
-    path, heads, width = f"{where}.{side}", entry.n_kv_heads, entry.head_dim
+    path, heads, width = f"{where}.{side}", entry.n_kv_heads, entry.head_dim if side == "keys" else entry.v_head_dim
     found = {name: tuple(t.shape) for name, t in constants.items()}
     up = found.get("up", ())
     if heads is None or len(up) != 4 or not all(t.is_floating_point() for t in constants.values()):
@@ -192,7 +208,7 @@ def _check_basis(side: str, codec: LowRank, entry: LayerEntry, constants: dict, 
         mixed = {"down": (1, rank, rank)} if len(found.get("down", ())) == 3 else {"down": (1, rank)}
         whole |= mixed
     is_whole = {"up", "down"} <= found.keys() and all(found[name] == whole.get(name) for name in found)
-    if not is_whole or n_groups * group_size != heads or (side == "keys" and channels != width):
+    if not is_whole or n_groups * group_size != heads or channels != width:
         raise Misfit(f"{path}: {found} are no directions of {heads} heads of {width} channels")
     told = {"rank": (codec.rank, rank), "group_size": (codec.group_size, group_size)}
     for name, (said, held) in told.items():
@@ -211,6 +227,7 @@ def _check_tensors(layer: KVLayer, entry: LayerEntry, tensors: dict, is_follower
     """Refuse tensors that are not those of the entry: names, dtypes, shapes."""
     store, buffers = layer.store, layer.store.buffers()
     known = {*buffers, "constants"} | ({"pending"} if layer._policy is not None else set())
+    known |= {STATES} if isinstance(layer, StatefulLayer) else set()
     for name in tensors:
         if name.split(".", 1)[0] not in known:
             raise Misfit(f"{where}: tensor {name} belongs to nothing")
@@ -218,17 +235,17 @@ def _check_tensors(layer: KVLayer, entry: LayerEntry, tensors: dict, is_follower
         if of not in buffers:
             raise Misfit(f"{where}.n_tokens.{shown(of)[1:-1]}: there is no such buffer")
     if entry.dtype is None:
-        if tensors.keys() - {n for n in tensors if n.startswith("constants.")}:
+        if any(not name.startswith(("constants.", f"{STATES}.")) for name in tensors):
             raise Misfit(f"{where}.dtype is missing, and there are rows")
         return
     dtype = getattr(torch, entry.dtype)
-    lead, tracked = (entry.batch_size, entry.n_kv_heads), store.tracked
-    rows = {"k": (dtype, (entry.head_dim,)), "v": (dtype, None)} if buffers["dense"].tokens_per_row else {}
-    rows |= {name: (of, ()) for name, of in tracked.items()}
-    encoded = {name: (of, ()) for name, of in tracked.items()}
-    dense_v = tensors.get("dense.v")
-    # values may be of another width than keys
-    widths = entry.head_dim, entry.head_dim if dense_v is None or dense_v.dim() != 4 else dense_v.shape[3]
+    lead, widths = (entry.batch_size, entry.n_kv_heads), (entry.head_dim, entry.v_head_dim)
+    if ORIGINAL in store.tracked and "dense.k" in tensors and f"dense.{ORIGINAL}" not in tensors:
+        raise Misfit(f"{where}: {layer.lacks_originals}")
+    tracked = {name: (of, (entry.head_dim,) if name in store.wide else ()) for name, of in store.tracked.items()}
+    rows = {side: (dtype, (width,)) for side, width in zip("kv", widths, strict=True)}
+    rows = tracked | (rows if buffers["dense"].tokens_per_row else {})
+    encoded = dict(tracked)
     for side, codec, width in zip("kv", (store.keys, store.values), widths, strict=True):
         if codec is not None and _of("packed", tensors):
             if codec.is_unfitted:
@@ -329,15 +346,20 @@ def describe_stock(layer) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises:
         ValueError: it holds something else.
     """
+    state, tensors = _numbers_and_tensors(layer, _leaves(vars(layer)))
+    return {"class": type(layer).__name__, "state": state}, tensors
+
+
+def _numbers_and_tensors(layer, leaves) -> tuple[dict, dict[str, torch.Tensor]]:
     state, tensors = {}, {}
-    for name, value in _leaves(layer):
+    for name, value in leaves:
         if isinstance(value, torch.Tensor):
             tensors[name] = value
         elif isinstance(value, (bool, int)):
             state[name] = value
         elif value is not None and not isinstance(value, (torch.dtype, torch.device)):
             raise ValueError(f"a {type(layer).__name__} cannot be saved: its {name} is a {type(value).__name__}")
-    return {"class": type(layer).__name__, "state": state}, tensors
+    return state, tensors
 
 
 def restore_stock(i: int, fresh, entry: StockEntry, tensors: dict[str, torch.Tensor]):
@@ -347,11 +369,22 @@ def restore_stock(i: int, fresh, entry: StockEntry, tensors: dict[str, torch.Ten
         Misfit: the class has no such state, or flags, numbers and tensors contradict each other.
     """
     layer, where = copy.deepcopy(fresh), f"layers[{i}]"
-    known = dict(_leaves(layer))
+    _check_leaves(dict(_leaves(vars(layer))), entry.state | tensors, entry.kind, f"{where}.state")
     for name, value in (entry.state | tensors).items():
-        path = f"{where}.state.{shown(name)[1:-1]}"
+        _put(vars(layer), name, value)
+    _check_stock(layer, entry, tensors, where)
+    held = next((t for t in tensors.values() if t.is_floating_point()), None)
+    if held is not None:
+        layer.dtype, layer.device = held.dtype, held.device
+    return layer
+
+
+def _check_leaves(known: dict, given: dict, kind: str, where: str) -> None:
+    """Refuse state that a fresh layer, with `known`, does not have, or not of that kind."""
+    for name, value in given.items():
+        path = f"{where}.{shown(name)[1:-1]}"
         if name not in known:
-            raise Misfit(f"{path}: a {entry.kind} has no such state")
+            raise Misfit(f"{path}: a {kind} has no such state")
         before = known[name]
         if isinstance(value, torch.Tensor):
             is_like = before is None or (isinstance(before, torch.Tensor) and before.shape == value.shape)
@@ -363,12 +396,25 @@ def restore_stock(i: int, fresh, entry: StockEntry, tensors: dict[str, torch.Ten
             raise Misfit(f"{path}: {shown(value)} cannot stand for {shown(before)}")
         if type(value) is int and not 0 <= value <= MOST_TOKENS:
             raise Misfit(f"{path}: {value} is no number of tokens")
-        _put(layer, name, value)
-    _check_stock(layer, entry, tensors, where)
-    held = next((t for t in tensors.values() if t.is_floating_point()), None)
-    if held is not None:
-        layer.dtype, layer.device = held.dtype, held.device
-    return layer
+
+
+def _check_states(layer: StatefulLayer, entry: LayerEntry, tensors: dict, where: str) -> None:
+    """Refuse states of linear attention that are not those of a layer and its rows."""
+    known = dict(_leaves(layer.states))
+    _check_leaves(known, entry.states | tensors, type(layer).__name__, f"{where}.{STATES}")
+    for name in known:
+        kind, _, at = name.partition(".")
+        if kind in ("conv_states", "recurrent_states"):
+            flag = f"is_{kind}_initialized.{at}"
+            _check_flag(entry.states, flag, name, tensors, f"{where}.{STATES}")
+    for name, t in tensors.items():
+        if not t.dim() or entry.batch_size not in (None, t.shape[0]):
+            raise Misfit(f"{where}.{STATES}.{name}: {list(t.shape)}, where batch_size is {entry.batch_size}")
+
+
+def _check_flag(state: dict, flag: str, name: str, tensors: dict, where: str) -> None:
+    if bool(state.get(flag)) != (name in tensors):
+        raise Misfit(f"{where}.{flag}: {state.get(flag)}, where {name} is {name in tensors} in the file")
 
 
 def _check_stock(layer, entry: StockEntry, tensors: dict, where: str) -> None:
@@ -377,10 +423,7 @@ def _check_stock(layer, entry: StockEntry, tensors: dict, where: str) -> None:
         of_kind = getattr(layer, f"is_{kind}_states_initialized", {})
         flags |= {f"is_{kind}_states_initialized.{i}": f"{kind}_states.{i}" for i in of_kind}
     for flag, name in flags.items():
-        if bool(entry.state.get(flag)) != (name in tensors):
-            raise Misfit(
-                f"{where}.state.{flag}: {entry.state.get(flag)}, where {name} is {name in tensors} in the file"
-            )
+        _check_flag(entry.state, flag, name, tensors, f"{where}.state")
     keys, values = tensors.get("keys"), tensors.get("values")
     if (keys is None) != (values is None):
         raise Misfit(f"{where}: keys or values are missing")
@@ -394,18 +437,18 @@ def _check_stock(layer, entry: StockEntry, tensors: dict, where: str) -> None:
         raise Misfit(f"{where}.state.cumulative_length: {n_seen}, where the file holds {keys.shape[2]} rows")
 
 
-def _leaves(layer):
+def _leaves(attributes: dict):
     """What a layer holds by name, entries of dictionaries as `name.key`."""
-    for name, value in vars(layer).items():
+    for name, value in attributes.items():
         if isinstance(value, dict):
             yield from ((f"{name}.{key}", item) for key, item in value.items())
         else:
             yield name, value
 
 
-def _put(layer, path: str, value) -> None:
+def _put(attributes: dict, path: str, value) -> None:
     name, _, key = path.partition(".")
     if key:
-        getattr(layer, name)[int(key)] = value
+        attributes[name][int(key)] = value
     else:
-        setattr(layer, name, value)
+        attributes[name] = value

@@ -100,6 +100,9 @@ def shard_of(module: torch.nn.Module, count: int) -> Shard:
 
 def shard_of_heads(module: torch.nn.Module, n_kv_heads: int) -> Shard:
     """The same of an attention module that gives rows of `n_kv_heads` KV heads."""
+    if n_kv_heads == 1 and getattr(module.config, "kv_lora_rank", None):
+        # latents, which every process holds whole and makes its own heads of
+        return WHOLE
     n_all = getattr(module.config, "num_key_value_heads", None) or n_kv_heads
     return shard_of(module, max(n_all // n_kv_heads, 1))
 

@@ -236,10 +236,7 @@ class SlotLayer(KVLayer):
         return self.tokens_seen + query_length, 0
 
     def activate_past_recording(self) -> None:
-        raise ValueError(
-            f"{type(self._policy).__name__} cannot take tokens back, which speculative decoding asks for: merged and "
-            "overwritten rows are gone; generate without an assistant"
-        )
+        refuse_recording(self._policy)
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -268,9 +265,12 @@ class SlotLayer(KVLayer):
             self.all_begun = bool(self.store.has_begun.all())
 
 
-def layer_class(policy) -> type[KVLayer]:
-    """The layer that a policy goes with."""
-    return SlotLayer if isinstance(policy, Learned) else KVLayer
+def refuse_recording(policy: Learned) -> None:
+    """Raise ValueError: what a retrofitted model has decided cannot be undone."""
+    raise ValueError(
+        f"{type(policy).__name__} cannot take tokens back, which speculative decoding asks for: merged and "
+        "overwritten rows are gone; generate without an assistant"
+    )
 
 
 def layer_of(cache, attention: torch.nn.Module, settings: Settings) -> SlotLayer | None:

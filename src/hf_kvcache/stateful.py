@@ -10,6 +10,8 @@ from hf_kvcache.layer import KVLayer
 class StatefulLayer(LinearAttentionLayer, KVLayer):
     """A `KVLayer` with the convolution and recurrent states of the same layer (Falcon-H1, Zamba 2).
 
+    Offloading leaves the states where they are: models read them before they append rows.
+
     Args:
         n_states: states of each kind.
         other arguments: see `KVLayer`.
@@ -28,51 +30,61 @@ class StatefulLayer(LinearAttentionLayer, KVLayer):
         kind.lazy_initialization(self, *args, **kwargs)
 
     @property
+    def states(self) -> dict[str, dict]:
+        """What transformers keeps of the states, by attribute and by their number, to read and to write."""
+        return compat.linear_states(self)
+
+    @property
     def is_croppable(self) -> bool:
         return KVLayer.is_croppable.fget(self) and LinearAttentionLayer.is_croppable.fget(self)
 
     def check_crop(self, tokens_to_remove: int) -> None:
         KVLayer.check_crop(self, tokens_to_remove)
-        if not self.record_past:
-            raise ValueError(
-                f"layer {self.layer_idx}: states of linear attention cannot be taken back unless they were recorded; "
-                "call activate_past_recording() before"
-            )
+        if tokens_to_remove:
+            compat.check_states_crop(self, f"layer {self.layer_idx}")
 
     def crop(self, tokens_to_remove: int) -> None:
         self.check_crop(tokens_to_remove)
-        LinearAttentionLayer.crop(self, tokens_to_remove)
+        compat.crop_states(self, tokens_to_remove)
         KVLayer.crop(self, tokens_to_remove)
 
     def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
+        compat.drop_states(self)
         KVLayer.reset(self)
 
     def activate_past_recording(self) -> None:
         LinearAttentionLayer.activate_past_recording(self)
         KVLayer.activate_past_recording(self)
 
-    def batch_select_indices(self, indices) -> None:
-        KVLayer.batch_select_indices(self, indices)
-        LinearAttentionLayer.reorder_cache(self, indices)
-
     def reorder_cache(self, beam_idx) -> None:
         self.batch_select_indices(beam_idx)
 
     def offload(self) -> None:
-        LinearAttentionLayer.offload(self)
         KVLayer.offload(self)
 
     def prefetch(self) -> None:
-        LinearAttentionLayer.prefetch(self)
         KVLayer.prefetch(self)
+
+    def get_max_length(self) -> int:
+        return KVLayer.get_max_length(self)
+
+    def _map_batch(self, change) -> None:
+        KVLayer._map_batch(self, change)
+        for kind in (self.conv_states, self.recurrent_states):
+            kind.update({i: change(state) for i, state in kind.items() if state is not None})
+
+    @property
+    def _nbytes_of_states(self) -> int:
+        held = [state for kind in (self.conv_states, self.recurrent_states) for state in kind.values()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t is not None}
+        return sum(storages.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of the rows, see `KVLayer`, and of the states."""
-        return KVLayer.nbytes.fget(self) + compat.stock_nbytes(self)
+        return KVLayer.nbytes.fget(self) + self._nbytes_of_states
 
     @property
     def nbytes_dense(self) -> int:
         """Bytes of a dense cache of the tokens seen, and of the states, which have no other form."""
-        return KVLayer.nbytes_dense.fget(self) + compat.stock_nbytes(self)
+        return KVLayer.nbytes_dense.fget(self) + self._nbytes_of_states

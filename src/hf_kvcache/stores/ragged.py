@@ -58,6 +58,10 @@ class RaggedStore(UniformStore):
         if name not in self.packed.fields:
             self.packed.fields += (name,)
 
+    def untrack(self, name: str) -> None:
+        super().untrack(name)
+        self.packed.fields = tuple(field for field in self.packed.fields if field != name)
+
     def rotate_keys(self, rotate, by: torch.Tensor, source: str = "k") -> None:
         super().rotate_keys(rotate, by, source)
         n = self.packed.n_tokens

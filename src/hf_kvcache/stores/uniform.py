@@ -96,6 +96,11 @@ class UniformStore(Store):
         self.wide.add(name)
         self.dense.tokens_per_row[name] = 1
 
+    def untrack(self, name: str) -> None:
+        """Track something no longer that `track` began with; called while there are no rows."""
+        del self.tracked[name], self.dense.tokens_per_row[name]
+        self.wide.discard(name)
+
     def set_state(self, name: str, values: torch.Tensor) -> None:
         """Overwrite tracked per-row state, `[B, Hkv, N]` in view order."""
         n = self.n_packed
