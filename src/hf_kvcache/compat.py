@@ -88,11 +88,14 @@ def named_cache(arguments: dict) -> dict:
 
 
 def eager_attention(module: torch.nn.Module) -> Callable:
-    """The model's own eager attention function: the one beside the attention class or one of its bases."""
+    """The model's own eager attention function: the one that its class names, or that stands beside a base of it."""
     for cls in type(module).__mro__:
-        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if found is not None:
-            return found
+        beside = vars(sys.modules[cls.__module__]) if cls.__module__ in sys.modules else {}
+        code = getattr(unwrap(vars(cls)["forward"]), "__code__", None) if "forward" in vars(cls) else None
+        # a file with several kinds of attention has several such functions
+        for name in (*(() if code is None else code.co_names), "eager_attention_forward"):
+            if name.endswith("eager_attention_forward") and name in beside:
+                return beside[name]
     raise NotImplementedError(f"{type(module).__name__} has no eager attention; load the model with another one")
 
 

@@ -9,6 +9,7 @@ class TensorStandIn:
     """Behaves as the tensor that `_tensor` makes, wherever it is not recognised for what it is."""
 
     __slots__ = ()
+    __hash__ = object.__hash__  # comparing is for tensors, identity stays
 
     def _tensor(self) -> torch.Tensor:
         raise NotImplementedError
@@ -43,5 +44,5 @@ def _operator(name: str):
 
 
 # Python looks operators up in the class
-for _name in "add radd sub rsub mul rmul truediv matmul rmatmul neg and rand or ror invert".split():
+for _name in "add radd sub rsub mul rmul truediv matmul rmatmul neg and rand or ror invert eq ne lt le gt ge".split():
     setattr(TensorStandIn, f"__{_name}__", _operator(f"__{_name}__"))

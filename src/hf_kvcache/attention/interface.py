@@ -14,7 +14,16 @@ from hf_kvcache.attention import compacted
 from hf_kvcache.attention.blockwise import attend_dense
 from hf_kvcache.attention.fused import MAX_QUERIES, attend, reads_pages
 from hf_kvcache.attention.handed import handed_out
-from hf_kvcache.attention.mask import KVMask, as_additive, as_boolean, for_heads, is_only_causal, resolve, without_bias
+from hf_kvcache.attention.mask import (
+    KVMask,
+    as_additive,
+    as_boolean,
+    causal,
+    for_heads,
+    is_only_causal,
+    resolve,
+    without_bias,
+)
 from hf_kvcache.kernels.merge_states import with_sink
 from hf_kvcache.view import KVView, ValueView
 
@@ -40,9 +49,13 @@ def kv_attention(module, query, key, value, attention_mask, **kwargs):
     Returns:
         The output `[B, S, Hq, D]`, and the attention weights, which are None but for `output_attentions=True`.
     """
-    if isinstance(attention_mask, KVMask) and attention_mask.is_causal and kwargs.get("is_causal") is None:
-        # where the mask goes without saying, sdpa would ask the module, and some decoders say nothing
-        kwargs["is_causal"] = True
+    if kwargs.get("is_causal") is None:
+        # where a mask goes without saying, sdpa would ask the module, and some say nothing
+        if isinstance(attention_mask, KVMask):
+            kwargs |= {"is_causal": True} if attention_mask.is_causal else {}
+        elif attention_mask is None and isinstance(key, torch.Tensor):
+            # our mask function always makes one, so that none means none: the model's vision tower, for one
+            kwargs["is_causal"] = getattr(module, "is_causal", False)
     return _serve(_exact, module, query, key, value, attention_mask, **kwargs)
 
 
@@ -105,6 +118,12 @@ def _serve(stock, module, query, key, value, mask, fuses=True, **kwargs):
             return _attend_retrofitted(retrofit, module, query, key, value, mask, fuses, **kwargs)
         if retrofit.settings.clears_queries:
             query = compacted.without_channel(module, query, retrofit)
+    if isinstance(mask, KVMask) and isinstance(mask.n_columns, int) and mask.n_columns != key.shape[-2]:
+        raise ValueError(
+            f"{type(module).__name__} attends to {key.shape[-2]} rows under a mask of {mask.n_columns} tokens, which "
+            "it would have changed had it been a tensor; load the model with its own attn_implementation, such as "
+            '"eager"'
+        )
     return stock(module, query, key, value, _tensor(mask), **kwargs)
 
 
@@ -130,6 +149,13 @@ def _attend(stock, module, query, view, mask, fuses, **kwargs):
     if not is_owner:
         # the owner has seen to everything else
         return _attend_rows(stock, module, query, view, mask, fuses, **kwargs)
+    asked = set(not_served(query, kwargs)) - {"output_attentions", "is_causal"}
+    if asked and layer.policy is not None:
+        raise ValueError(
+            f"layer {module.layer_idx}: {type(layer.policy).__name__} evicts tokens, and this model calls attention "
+            f"with {' and '.join(sorted(asked))}, which is about all of them; use a cache that keeps every token "
+            "(KVCache(), QuantCache(4))"
+        )
     view.module = module
     layer.refuse_images(module, mask, n_new)
     layer.note_padding(mask, n_new)
@@ -292,17 +318,21 @@ def _exact(module, query, key, value, mask, **kwargs):
     is_trained = torch.is_grad_enabled() and query.requires_grad
     if asked - {"output_attentions", "s_aux"}:
         _check_eager(module, asked - {"output_attentions", "s_aux"})
-    if asked or kwargs.get("softcap") is not None or (kwargs.get("s_aux") is not None and is_trained):
-        return _eager(module, query, key, value, mask, **kwargs)
-    if (sinks := kwargs.get("s_aux")) is None:
-        return compat.sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-    mask = without_bias(mask)
-    if kwargs.get("dropout") or (mask is not None and (mask.dtype != torch.bool or mask.shape[1] > key.shape[1])):
-        return _eager(module, query, key, value, mask, **kwargs)
-    scaling, is_causal = kwargs.get("scaling"), kwargs.get("is_causal")
+    sinks, is_causal = kwargs.get("s_aux"), kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    hides = mask if sinks is None else without_bias(mask)
+    # with sinks, what is not in blocks of rows is the model's own
+    is_unusual = kwargs.get("dropout") or is_trained or kwargs.get("position_bias") is not None
+    is_unusual = is_unusual or (hides is not None and (hides.dtype != torch.bool or hides.shape[1] > key.shape[1]))
+    if asked or kwargs.get("softcap") is not None or (sinks is not None and is_unusual):
+        if mask is None and is_causal and query.shape[2] > 1:
+            mask = causal(key.shape[2], query.shape[2], query.device)
+        return _eager(module, query, key, value, mask, **kwargs)
+    if sinks is None:
+        return compat.sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, lse = attend_dense(query, key, value, scaling=scaling, mask=mask, is_causal=is_causal)
+    out, lse = attend_dense(query, key, value, scaling=scaling, mask=hides, is_causal=is_causal)
     return with_sink(out, lse, sinks)[0].transpose(1, 2).contiguous(), None
 
 
@@ -317,13 +347,8 @@ def _check_eager(module, names) -> None:
 
 
 def _eager(module, query, key, value, mask, **kwargs):
-    mask = as_additive(mask, key.shape[2], query.shape[2], query) if _is_ours(mask) else mask
-    return compat.eager_attention(module)(module, query, key, value, mask, **kwargs)
-
-
-def _is_ours(mask) -> bool:
-    # stock eager masks are additive tensors already; ours are boolean, or absent where sdpa would need none
-    return mask is None or mask.dtype == torch.bool
+    """The model's own eager attention, which adds its mask; without one, everybody sees everything."""
+    return compat.eager_attention(module)(module, query, key, value, as_additive(mask, query), **kwargs)
 
 
 def _tensor(mask):

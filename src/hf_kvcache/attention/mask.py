@@ -18,6 +18,7 @@ class KVMask(TensorStandIn):
 
     Attributes:
         padding: boolean `[B, T]`, True for real tokens, or None.
+        n_columns: tokens that it is about.
         is_causal: whether nothing but order and padding decides who sees whom.
     """
 
@@ -25,7 +26,7 @@ class KVMask(TensorStandIn):
     ndim = 4
 
     def __init__(self, batch_size, q_length, kv_length, q_offset=0, attention_mask=None, **kwargs):
-        self.padding = attention_mask
+        self.padding, self.n_columns = attention_mask, kv_length
         self.is_causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
         arguments = kwargs | {
             "batch_size": batch_size,
@@ -209,13 +210,9 @@ def without_bias(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask
 
 
-def as_additive(mask: torch.Tensor | None, n_rows: int, n_new: int, like: torch.Tensor) -> torch.Tensor | None:
-    """A boolean mask as the additive one that eager attention expects, causal where none is given."""
-    if mask is None:
-        if n_new == 1:
-            return None
-        mask = causal(n_rows, n_new, like.device)
-    if mask.dtype != torch.bool:
+def as_additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """A boolean mask as the additive one that eager attention expects, in the dtype of `like`; others as they are."""
+    if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(~mask, torch.finfo(like.dtype).min)
 
