@@ -15,14 +15,14 @@ FILE = Path(__file__).with_name("expected.json")
 WORDS = {
     "exact": "same tokens",
     "packs": "yes",
-    "evicts": "yes",
     "packs, post": '`rope="post"`',
-    "stock": "stays stock",
+    "evicts": "yes",
+    "stock": "as it is",
+    "stock, post": "as it is",
     "refused": "refused",
+    "refused, post": "refused",
 }
-GROUPS = {
-    ("exact", "packs", "packs", "packs", "evicts"): "everything",
-}
+CONFIG = "config"
 
 
 def expected() -> dict[str, dict[str, list[str]]]:
@@ -34,26 +34,23 @@ def markdown() -> str:
     """One row for all families with the same outcomes; two where attention makes a difference."""
     rows: dict[tuple, list[str]] = {}
     for family, by_attention in expected().items():
-        stock, ours = (tuple(by_attention[name]) for name in ("stock", "hf_kvcache"))
-        if stock == ours:
-            rows.setdefault((stock, ""), []).append(family)
-        else:
-            rows.setdefault((stock, " (default attention)"), []).append(family)
-            rows.setdefault((ours, ' (`"hf_kvcache"`)'), []).append(family)
+        same = by_attention["stock"] == by_attention["hf_kvcache"]
+        for attention, outcomes in by_attention.items():
+            if not same or attention == "stock":
+                rows.setdefault(("" if same else attention, tuple(outcomes)), []).append(family)
     lines = [
-        "| model types | lossless | 8 bits | sparse | low rank | evicting |",
+        "| `model_type` | lossless | 8 bits | sparse | low rank | evicting |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for (outcomes, note), families in sorted(rows.items(), key=lambda row: (-len(row[1]), row[0])):
-        cells = [", ".join(families) + note, *(_cell(outcome) for outcome in outcomes)]
-        lines.append(f"| {' | '.join(cells)} |")
+    for (attention, outcomes), families in sorted(rows.items(), key=lambda row: (-len(row[1]), row)):
+        words = [outcome.split(", ") for outcome in outcomes]
+        notes = [{"": "", "stock": "its own attention", "hf_kvcache": '`"hf_kvcache"`'}[attention]]
+        notes += ["`config=model.config`"] if any(CONFIG in parts for parts in words) else []
+        note = "; ".join(note for note in notes if note)
+        names = ", ".join(families) + (f" **({note})**" if note else "")
+        cells = [WORDS[", ".join(part for part in parts if part != CONFIG)] for parts in words]
+        lines.append(f"| {' | '.join([names, *cells])} |")
     return "\n".join(lines)
-
-
-def _cell(outcome: str) -> str:
-    word, *advice = outcome.split(", ")
-    named = ", ".join([word, *(name for name in advice if name != "config")])
-    return WORDS[named] + (", `config=`" if "config" in advice else "")
 
 
 def update() -> None:
