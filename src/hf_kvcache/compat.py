@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import _active_collector
 
 __all__ = [
     "CACHE_NAME",
@@ -97,6 +98,11 @@ def eager_attention(module: torch.nn.Module) -> Callable:
             if name.endswith("eager_attention_forward") and name in beside:
                 return beside[name]
     raise NotImplementedError(f"{type(module).__name__} has no eager attention; load the model with another one")
+
+
+def collects_attentions() -> bool:
+    """Whether the running forward pass was asked for attention weights, which it takes from modules by hooks."""
+    return any("attentions" in name for name in _active_collector.get() or ())
 
 
 def attention_functions() -> dict[str, Callable]:

@@ -8,12 +8,13 @@ import torch
 from families import FAMILIES, LEFT_OUT
 from outcomes import ATTENTIONS, CACHES, all_families, model_of, outcome, sensitivity, untouched
 from pixels import CONFIGS
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
 import hf_kvcache as kv
+from hf_kvcache.compat import cache_argument
 
 README = Path(__file__).parents[2] / "README.md"
 # older releases have fewer
@@ -54,6 +55,27 @@ def test_models_without_a_cache_of_ours_are_left_alone(family, attention):
             known = model(**inputs, use_cache=False).logits
         with torch.no_grad():
             assert torch.equal(model(**inputs, use_cache=False).logits, known)
+    finally:
+        model.set_attn_implementation(stock)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "persimmon", "stablelm"])
+def test_attention_weights_are_returned_where_they_are_asked_for(family):
+    """Some models keep `output_attentions` to themselves, and wait for what attention returns."""
+    model, inputs, stock = model_of(family)
+    model.set_attn_implementation("eager")
+    try:
+        for size in (60, 1):
+            cache, known = kv.KVCache(), DynamicCache()
+            ids = inputs["input_ids"]
+            with torch.no_grad():
+                model(ids[:, :60], **cache_argument(cache)), model(ids[:, :60], **cache_argument(known))
+                step = dict(input_ids=ids[:, 60 : 60 + size], output_attentions=True)
+                ours = model(**step, **cache_argument(cache)).attentions
+                theirs = model(**step, **cache_argument(known)).attentions
+            assert len(ours) == len(theirs) == 2
+            for weights, reference in zip(ours, theirs, strict=True):
+                assert torch.allclose(weights, reference, atol=1e-5)
     finally:
         model.set_attn_implementation(stock)
 

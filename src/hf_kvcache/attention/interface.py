@@ -80,14 +80,18 @@ def register_pass_throughs() -> None:
         for name, stock in functions.items():
             if name == NAME or KVView in getattr(stock, "_passes_views", ()):
                 continue
-            compat.register_attention(name, _pass_through(stock, fuses=name in ("sdpa", "eager")))
+            returns_weights = name == "eager"
+            compat.register_attention(name, _pass_through(stock, name in ("sdpa", "eager"), returns_weights))
 
 
-def _pass_through(stock, fuses):
+def _pass_through(stock, fuses, returns_weights=False):
     @functools.wraps(stock)
     def attention(module, query, key, value, attention_mask, **kwargs):
         # what another copy of this code has for a view is that one's business
         if isinstance(key, (KVView, ValueView, torch.Tensor)):
+            if returns_weights and compat.collects_attentions():
+                # not every model says so to its attention
+                kwargs["output_attentions"] = True
             return _serve(stock, module, query, key, value, attention_mask, fuses, **kwargs)
         return stock(module, query, key, value, attention_mask, **kwargs)
 
