@@ -392,7 +392,7 @@ class KVCache(Cache):
                 "tokens and asks nothing of the model, such as KVCache(), QuantCache(8) or SparseCache(0.5)"
             )
 
-    def serves(self, view: KVView) -> bool:
+    def holds(self, view: KVView) -> bool:
         """Whether the rows of `view` are in a layer that is ours, asked once the layer's own module has read it."""
         return self._stock_layer(view.layer.layer_idx) is None
 

@@ -52,9 +52,7 @@ def test_weights_are_the_models_own():
 def test_weights_over_evicted_rows(implementation):
     model, cache = tiny_model("llama", implementation), BY_ID["keydiff-budget24"].make()
     model(prompt(1, 60), **cache_argument(cache), output_attentions=True)
-    with pytest.raises(
-        ValueError, match="output_attentions can no longer be about all tokens; use a cache that keeps"
-    ):
+    with pytest.raises(ValueError, match="output_attentions can no longer be about all tokens; use a cache that keeps"):
         model(prompt(1, 1), **cache_argument(cache), output_attentions=True)
 
 

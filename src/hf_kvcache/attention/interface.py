@@ -136,7 +136,7 @@ def _attend(stock, module, query, view, mask, fuses, **kwargs):
     n_new = query.shape[2]
     # a layer without keys of its own reads those of an earlier one; a layer that is looped has several of the cache
     is_owner, view.is_read = not view.is_read, True
-    if view.cache is not None and not (view.cache.bind(module, view) if is_owner else view.cache.serves(view)):
+    if view.cache is not None and not (view.cache.bind(module, view) if is_owner else view.cache.holds(view)):
         # the layer turned out to be one that transformers' own class serves
         return stock(module, query, view.new_k, view.new_v, _tensor(mask), **kwargs)
     layer = view.layer
