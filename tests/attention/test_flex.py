@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from hf_kvcache.attention.compacted import attend_parallel
-from hf_kvcache.attention.flex import attend_flex, serves
+from hf_kvcache.attention.flex import attend_flex, can_attend
 from hf_kvcache.dmc import Settings
 
 
@@ -34,4 +34,4 @@ def test_equals_the_dense_bias(method, window, n_padding, softcap):
 
 
 def test_is_left_to_gpus():
-    assert not serves(torch.zeros(1, 1, 256, 16), 0.0)
+    assert not can_attend(torch.zeros(1, 1, 256, 16), 0.0)

@@ -10,6 +10,7 @@ import hf_kvcache as kv
 from hf_kvcache.calibration import fit_bases, logits_behind, observe
 from hf_kvcache.calibration.ranks import ALLOCATORS
 from hf_kvcache.calibration.weights import WeightGradients, projection_weight
+from hf_kvcache.compat import cache_argument
 
 TEXTS = [prompt(1, 120, seed=20 + i) for i in range(6)]
 LARGER = {"head_dim": 64, "num_hidden_layers": 4, "hidden_size": 64}
@@ -31,7 +32,7 @@ def test_bytes_are_those_of_the_budget(name, rope):
     positions = 4 * 4 if rope == "pre" else 0
     # a step of keys costs a sixteenth of a layer's budget here: what is left is less than one step of values
     assert 0.5 * dense - 32 < bases.nbytes_per_token(2) + positions <= 0.5 * dense
-    model(TEXTS[0], past_key_values=kv.LowRankCache(bases=bases, rope=rope, window=8))
+    model(TEXTS[0], **cache_argument(kv.LowRankCache(bases=bases, rope=rope, window=8)))
 
 
 @pytest.mark.parametrize("rope", ["pre", "post"])
@@ -69,7 +70,7 @@ def test_joint_values_beat_values_by_head():
 def test_other_architectures(config):
     model = new_model(config)
     bases = fit_bases(model, TEXTS[:2], refine=1, allocator="fisher")
-    model(TEXTS[0], past_key_values=kv.LowRankCache(bases=bases, window=8))
+    model(TEXTS[0], **cache_argument(kv.LowRankCache(bases=bases, window=8)))
 
 
 def test_refining_looks_behind_the_bases():

@@ -4,10 +4,11 @@ import pytest
 import torch
 from cases import SIZES, assert_close, new_model, prompt, tiny_model
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 
 from hf_kvcache.calibration import logits_behind, observe
 from hf_kvcache.calibration.text import token_batches
+from hf_kvcache.compat import cache_argument
 
 GROUPS = {"k": 1, "v": "all"}
 
@@ -50,10 +51,8 @@ def test_rows_and_gradients_are_those_of_the_projections(layer):
 def test_after_rope_keys_are_those_that_a_cache_gets():
     model = tiny_model("llama")
     ids = prompt(1, 50)
-    from transformers import DynamicCache
-
     cache = DynamicCache()
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     seen = observe(model, [ids], rope="post", group_sizes=GROUPS, n_skip=0)
     keys = cache.layers[1].keys[0].double()
     assert_close("second moments", seen[1].rows["k"].second, keys.transpose(1, 2) @ keys, 1e-3)

@@ -28,7 +28,7 @@ from hf_kvcache.kernels import use_backend
 from hf_kvcache.models import embedded_heads, embedded_model
 
 DTYPES = ("float32", "bfloat16")
-LIMIT = 260_000  # bytes of code
+LIMIT = 330_000  # bytes of code
 
 
 def plain(dtype="bfloat16"):
@@ -295,7 +295,7 @@ def test_beside_the_library(repositories, inputs, name):
     model = AutoModelForCausalLM.from_pretrained(repositories / name, trust_remote_code=True, dtype=torch.float32)
     with use_backend("reference"):
         ours = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
-    assert not isinstance(ours.past_key_values, kv.KVCache)
+    assert not isinstance(compat.given_cache(ours), kv.KVCache)
     assert ours.sequences.tolist() == before == expected(name, "float32", inputs)[0]
 
 

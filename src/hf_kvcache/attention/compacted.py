@@ -114,7 +114,7 @@ def attend_parallel(q, k, v, mask, call, scaling, softcap=None, dropout=0.0) -> 
         position = torch.arange(T, dtype=torch.int32, device=q.device)
         seen_until = expiry(call.alpha, call.is_real, 0, delay)
         return attend_until(q, k, v, position, seen_until, position, scaling=scaling, softcap=softcap)
-    if flex.serves(q, dropout):
+    if flex.can_attend(q, dropout):
         return flex.attend_flex(q, k, v, call.left, call.is_real, delay, scaling=scaling, softcap=softcap)
     bias = hiding_bias(call.left, delay)  # [B, Hkv, T, T]
     if mask is not None:

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 MIN_TOKENS = 128  # a block of FlexAttention; shorter texts are as well off without
 
 
-def serves(q: torch.Tensor, dropout: float) -> bool:
+def can_attend(q: torch.Tensor, dropout: float) -> bool:
     """Whether a call can go this way: FlexAttention has no backward pass on CPUs, and no dropout."""
     return q.is_cuda and q.shape[2] >= MIN_TOKENS and not dropout and q.dtype != torch.float64
 
