@@ -1,4 +1,4 @@
-"""Run as a script under HF_ENDPOINT: uploads a repository and adapters, and loads the adapters again."""
+"""Run as a script under HF_ENDPOINT, beside `peft_verbs`: uploads a repository and adapters, loads these again."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import peft
+import peft_verbs
 import torch
 import transformers
 from huggingface_hub import HfApi
@@ -13,6 +14,7 @@ from huggingface_hub import HfApi
 import hf_kvcache as kv
 from hf_kvcache.adapters import DMCConfig, LowRankKVConfig, RetainingHeadConfig, RetainingHeads, attached_basis
 from hf_kvcache.cli import main
+from hf_kvcache.compat import cache_argument
 from hf_kvcache.models import embedded_model
 
 torch.set_num_threads(1)
@@ -73,7 +75,7 @@ def logits(model, cache=None):
     if cache is None:
         return model(IDS, use_cache=False).logits
     options = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
-    return torch.cat(model.generate(IDS, past_key_values=cache, **options).logits)
+    return torch.cat(model.generate(IDS, **cache_argument(cache), **options).logits)
 
 
 def low_rank(**bases):
@@ -97,25 +99,25 @@ def mixed(order):
     def same(what, ours, theirs):
         facts[what] = torch.equal(ours, theirs)
 
-    model.set_adapter("bases")
+    peft_verbs.set_adapter(model, "bases")
     facts["rank of bases"] = rank()
     same("without LoRA it is the base", logits(model), logits(plain))
     bases, fewer = (low_rank(bases=kv.Bases.load(f"someone/{name}")) for name in ("bases", "fewer"))
     same("latents of the base", logits(model, low_rank()), logits(plain, bases))
-    model.set_adapter("fewer")
+    peft_verbs.set_adapter(model, "fewer")
     facts["rank of fewer"] = rank()
-    model.set_adapter("style")
+    peft_verbs.set_adapter(model, "style")
     same("LoRA", logits(model), logits(styled))
     facts["LoRA differs"] = not torch.equal(logits(model), logits(plain))
     facts["rank beside LoRA"] = rank()
     same("latents beside LoRA", logits(model, low_rank()), logits(styled, fewer))
     same("heads beside LoRA", logits(model, locret()), logits(model_with("style", "heads"), locret()))
-    model.disable_adapters()
+    peft_verbs.disable_adapters(model)
     same("disabled it is the base", logits(model), logits(plain))
     facts["rank of none"] = rank()
-    model.enable_adapters()
+    peft_verbs.enable_adapters(model)
     same("LoRA again", logits(model), logits(styled))
-    model.delete_adapter("fewer")
+    peft_verbs.delete_adapter(model, "fewer")
     facts["rank after deletion"] = rank()
     return facts
 
@@ -143,11 +145,11 @@ def deciding():
     both, plain, alone = logits(first, kv.DMSCache()), base(), logits(model_with("decisions"), kv.DMSCache())
     facts = {"either order": torch.equal(logits(second, kv.DMSCache()), both)}
     for model in (first, second):
-        model.set_adapter("decisions")
+        peft_verbs.set_adapter(model, "decisions")
         facts["without LoRA"] = torch.equal(logits(model, kv.DMSCache()), alone)
-        model.set_adapter("style")
+        peft_verbs.set_adapter(model, "style")
         facts["both again"] = torch.equal(logits(model, kv.DMSCache()), both)
-        model.disable_adapters()
+        peft_verbs.disable_adapters(model)
         facts["disabled it is the base"] = torch.equal(logits(model), logits(plain))
     facts["each matters"] = not any(torch.equal(a, b) for a, b in ((both, alone), (alone, logits(plain, kv.KVCache()))))
     return facts

@@ -33,6 +33,8 @@ def hub(exported, tmp_path_factory):
     with serve({}, root) as address:
         environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        beside = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(beside)
         command = [sys.executable, str(Path(__file__).with_name("pushing.py")), str(exported)]
         # not where the repositories are: folders go before names on the Hub
         elsewhere = tmp_path_factory.mktemp("elsewhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -126,10 +127,10 @@ def parse_specs(texts: list[str]):
 
 
 def check_writable(folder: Path, option: str, names: tuple[str, ...] = ()) -> None:
-    """Make a folder, and find out before anything is computed that files could not be written to it.
+    """Find out before anything is computed that files could not be written to a folder.
 
     Args:
-        folder: where something will be written.
+        folder: where something will be written. It is made for the test and taken away again, unless it was there.
         option: the argument that an error names.
         names: files that will be written, each of which may be there already.
 
@@ -137,9 +138,13 @@ def check_writable(folder: Path, option: str, names: tuple[str, ...] = ()) -> No
         UserError: the folder, or one of the files, cannot be written.
     """
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
+        with suppress(OSError):  # somebody else may be writing there
+            for path in missing:
+                path.rmdir()
         for path in (folder / name for name in names):
             if path.exists():
                 path.open("ab").close()

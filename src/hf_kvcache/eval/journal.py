@@ -18,6 +18,7 @@ class Journal:
 
     def __init__(self, path: Path, about: dict):
         self.path = path
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(about) + "\n", encoding="utf-8")
 
     def add(self, row: Row, is_final: bool) -> None:
