@@ -28,6 +28,12 @@ class TakesCache:
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # there is nothing to initialise but what is of transformers, which in other code does not let a module fill in
+        # the buffers of others
+        return False
+
 
 class CacheModel(TakesCache):
     """The same of an exported model, whose config says what its cache is: `kv_cache` and `kv_adapter`."""

@@ -294,7 +294,8 @@ def _save_weights(model, base: type, config: type, weights: dict[str, torch.Tens
     plain.__class__ = base
     plain.config = config(**{key: value for key, value in model.config.to_dict().items() if key not in _OWN})
     plain._hf_peft_config_loaded = False
-    plain.save_pretrained(directory, state_dict=weights)
+    # conversions of older names are for the classes of transformers alone
+    plain.save_pretrained(directory, state_dict=weights, save_original_format=False)
 
 
 def _bases(model) -> tuple[type, type, type]:

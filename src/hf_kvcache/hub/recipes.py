@@ -31,7 +31,7 @@ _LEFT_OUT = (
 
 MODEL_ROOTS = (
     f"{_P}hub.citizen:CacheModel",
-    f"{_P}hub.citizen:CacheModel.from_pretrained._prepare_cache_for_generation",
+    f"{_P}hub.citizen:CacheModel.from_pretrained.is_custom_code._prepare_cache_for_generation",
     f"{_P}hub.citizen:with_cache",
     f"{_P}hub.citizen:either_name",
 )
