@@ -1,5 +1,6 @@
 """Bytes are real: what a cache reports is what it allocates, fits the codec's promise, and the process shrinks."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,11 +8,12 @@ import textwrap
 
 import pytest
 import torch
-from cases import LOSSY, prompt, random_basis, replay, tiny_model
+from cases import CASES, LOSSY, prompt, random_basis, replay, tiny_model
 
 import hf_kvcache as kv
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.rope import Rope
+from hf_kvcache.view import KVView, ValueView
 
 
 def settle_rows(layer, n_tokens, n_decode=0, batch=1, heads=8, width=128, dtype=torch.bfloat16):
@@ -184,6 +186,20 @@ def test_a_longer_text_compresses_more(case):
     replay(tiny_model(), long, prompt(1, 400), [400])
     assert long.nbytes < long.nbytes_dense
     assert long.compression_ratio > short.compression_ratio
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_handles_go_with_their_call(case):
+    # they hold the rows of the call: waiting for the garbage collector would keep those of many layers
+    cache = case.make()
+    gc.collect()
+    gc.disable()
+    try:
+        replay(tiny_model(), cache, prompt(1, 40), [38, 1, 1])
+        left = [type(x).__name__ for x in gc.get_objects() if type(x) in (KVView, ValueView)]
+    finally:
+        gc.enable()
+    assert not left
 
 
 PROCESS = """

@@ -31,6 +31,7 @@ from hf_kvcache.attention.interface import kv_attention, kv_mask
 from hf_kvcache.calibration import observe
 from hf_kvcache.codecs.basis import Basis, Moments, by_group
 from hf_kvcache.rope import rotate
+from hf_kvcache.rope_of_model import rope_of
 from hf_kvcache.trainers.processes import refuse_fsdp
 
 IMPLEMENTATION = "hf_kvcache_projected"  # private: only the model that is being trained is loaded with it
@@ -136,12 +137,12 @@ class Site(nn.Module):
 
     def __init__(self, module: nn.Module, head_dim: int, rope: str):
         super().__init__()
-        self.rotary = compat.rotary_parameters(module, head_dim) if rope == "pre" else None
+        self.rotary = rope_of(module, head_dim) if rope == "pre" else None
 
     def forward(self, keys, values, positions):
         if self.rotary is None:
             return self.see(keys, values)
-        inv_freq, scaling = self.rotary
+        inv_freq, scaling = self.rotary.inv_freq, self.rotary.scaling
         angles = positions[:, None, :, None].float() * inv_freq.to(positions.device, torch.float32)
         cos, sin = angles.cos(), angles.sin()
         plain, values = self.see(rotate(keys.float(), cos / scaling, -sin / scaling), values)

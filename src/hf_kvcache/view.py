@@ -83,19 +83,22 @@ class KVView(_Rows):
         new_k, new_v: the rows of this call, dense, `[B, Hkv, S, D]`.
         is_prefill: whether the layer was empty before this call, so that `new_k` and `new_v` are everything.
         module: the attention module that reads this view, while it does.
-        values: the handle of the values.
         is_read: whether attention has been called with it: by the module whose rows these are, which comes first.
     """
 
-    __slots__ = ("layer", "cache", "new_k", "new_v", "is_prefill", "module", "values", "is_read", "_tensors")
+    __slots__ = ("layer", "cache", "new_k", "new_v", "is_prefill", "module", "is_read", "_tensors")
 
     def __init__(self, layer: KVLayer, new_k: torch.Tensor, new_v: torch.Tensor, is_prefill: bool):
         self.layer, self.new_k, self.new_v, self.is_prefill = layer, new_k, new_v, is_prefill
         self.cache: KVCache | None = None
         self.module: torch.nn.Module | None = None
-        self.values = ValueView(self)
         self.is_read = False
         self._tensors: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def values(self) -> ValueView:
+        """The handle of the values, made anew: the view does not hold it, so both go as soon as nobody reads them."""
+        return ValueView(self)
 
     @property
     def n_new(self) -> int:

@@ -28,12 +28,13 @@ def promised(layer, window, merges):
     packed = layer.store.packed
     B, H, D, size = layer.batch_size, layer.n_kv_heads, layer.head_dim, layer.dtype.itemsize
     pages = packed.n_pages * packed.page * 2 * D * size
-    index = 4 * (B * H * packed.table.shape[2] + B * H + packed.free.numel())
+    # lengths are on the device and where Python can look
+    index = 4 * (B * H * packed.table.shape[2] + B * H + packed.free.numel()) + 8 * B * H
     ring = 4 * B * H * (1 if merges else window + 1)
     # float32 where a mean is summed up for long
     member = max(size, 4) if not window else size
     taps = B * H * max(window, 1) * (2 * D * member + max(size, 4)) if merges else 0
-    # on the device for every head, and where Python can look
+    # so are the beginnings, on the device for every head
     first = 4 * B * H + 8 * B
     return pages + index + ring + taps + first
 

@@ -102,7 +102,7 @@ def _pass_through(stock, fuses, returns_weights=False):
 
 def _serve(stock, module, query, key, value, mask, fuses=True, **kwargs):
     """Attention over whatever a model hands over: views, tensors made of views, or tensors."""
-    if isinstance(key, KVView) and value is key.values:
+    if isinstance(key, KVView) and isinstance(value, ValueView) and value.view is key:
         return _attend(stock, module, query, key, mask, fuses, **kwargs)
     view = next(
         (x if isinstance(x, KVView) else x.view for x in (key, value) if isinstance(x, (KVView, ValueView))), None
