@@ -21,12 +21,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 from transformers.utils import TransformersKwargs
 
-try:
-    from transformers.utils.output_capturing import _active_collector
-except ImportError:
-    # theirs alone, and may go: weights are returned to models then that say to their attention that they want them
-    _active_collector = None
-
 __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
@@ -107,7 +101,9 @@ def eager_attention(module: torch.nn.Module) -> Callable:
 
 def collects_attentions() -> bool:
     """Whether the running forward pass was asked for attention weights, which it takes from modules by hooks."""
-    return _active_collector is not None and any("attentions" in name for name in _active_collector.get() or ())
+    # a private name: where it is gone, only models that say so to their attention get weights
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    return collector is not None and any("attentions" in name for name in collector.get() or ())
 
 
 def attention_functions() -> dict[str, Callable]:
