@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stand_in import serve
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 import hf_kvcache as kv
 from hf_kvcache import compat
 from hf_kvcache.adapters import AdapterError, Bases, attach
+from hf_kvcache.attention import interface
 from hf_kvcache.cli import main
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.dmc import Settings, load, retrofit, retrofits
@@ -297,6 +298,8 @@ def test_beside_the_library(repositories, inputs, name):
         ours = model.eval().generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
     assert not isinstance(compat.given_cache(ours), kv.KVCache)
     assert ours.sequences.tolist() == before == expected(name, "float32", inputs)[0]
+    # the name is the library's, whose retrofits would not be known to another one
+    assert AttentionInterface()["hf_kvcache"] is interface.kv_attention
 
 
 @pytest.mark.parametrize("name", ["palu", "locret", "dmc"])
