@@ -162,11 +162,13 @@ class KVView(_Rows):
         return self.layer.store.logical_rows()
 
     def in_view_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense K and V `[B, Hkv, N, D]`, in the order of `positions` and of resolved masks (allocates them)."""
+        """Dense K and V `[B, Hkv, N, D]` in the order of `positions`; allocates them where some rows are packed."""
         if self.is_prefill:
             return self.new_k, self.new_v
-        k, v = zip(*self.blocks())
-        return (k[0], v[0]) if len(k) == 1 else (torch.cat(k, 2), torch.cat(v, 2))
+        if not self.layer.store.n_packed:
+            # rows that are dense already are read where they are
+            return self.layer.store.dense["k"], self.layer.store.dense["v"]
+        return tuple(torch.cat(rows, 2) for rows in zip(*self.blocks()))
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense K and V `[B, Hkv, N, D]` for a model that computes with them before attention, made once per call.
