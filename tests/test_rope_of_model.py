@@ -9,7 +9,6 @@ from cases import KNOBS, SIZES, assert_close, generate, new_model, prompt, tiny_
 from transformers import CONFIG_MAPPING, DynamicCache, LlamaConfig
 
 import hf_kvcache as kv
-from hf_kvcache import cache as cache_module
 from hf_kvcache import rope_of_model
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.rope_of_model import rope_of
@@ -201,8 +200,7 @@ def longropes_said(model):
 
 
 @pytest.mark.parametrize("kind", ["phi3", "phimoe"])
-def test_models_that_drop_the_cache_are_warned_of_once(kind):
-    cache_module._warn_once.cache_clear()
+def test_models_that_drop_the_cache_are_warned_of_once(kind, unsaid):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
     rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "short_mscale": 1.0, "long_mscale": 1.0}
     sizes = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"hidden_size": 64}
@@ -215,6 +213,5 @@ def test_models_that_drop_the_cache_are_warned_of_once(kind):
 
 
 @pytest.mark.parametrize("arch", ["phi3", "llama"])
-def test_models_whose_text_stays_in_the_cache_are_not_warned_of(arch):
-    cache_module._warn_once.cache_clear()
+def test_models_whose_text_stays_in_the_cache_are_not_warned_of(arch, unsaid):
     assert not longropes_said(tiny_model(arch))

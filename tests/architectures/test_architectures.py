@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import table
 import torch
-from families import FAMILIES, LEFT_OUT
+import transformers
+from families import BROKEN_BEFORE, FAMILIES, LEFT_OUT
 from outcomes import ATTENTIONS, CACHES, all_families, model_of, outcome, sensitivity, untouched
+from packaging.version import Version
 from pixels import CONFIGS
 from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.models.auto.modeling_auto import (
@@ -17,8 +19,11 @@ import hf_kvcache as kv
 from hf_kvcache.compat import cache_argument
 
 README = Path(__file__).parents[2] / "README.md"
+IS_OLDER = Version(transformers.__version__) < Version(table.RELEASE)
 # older releases have fewer
-PRESENT = [family for family in all_families() if family in CONFIG_MAPPING]
+PRESENT = [
+    family for family in all_families() if family in CONFIG_MAPPING and not (IS_OLDER and family in BROKEN_BEFORE)
+]
 EXPECTED = table.expected()
 
 
@@ -40,7 +45,10 @@ def test_the_cache_matters(family):
 @pytest.mark.parametrize("family", PRESENT)
 def test_outcomes(family, attention):
     found = {name: outcome(family, attention, name) for name in CACHES}
-    assert found == dict(zip(CACHES, EXPECTED[family][attention], strict=True))
+    if not IS_OLDER:
+        assert found == dict(zip(CACHES, EXPECTED[family][attention], strict=True))
+    # an older release may have fewer models whose attention can be served, but none is served wrongly
+    assert not any("WRONG" in word for word in found.values()), found
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

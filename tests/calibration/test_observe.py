@@ -1,5 +1,7 @@
 """What calibration sees: the model's own rows, before or after RoPE, and what the loss thinks of them."""
 
+import gc
+
 import pytest
 import torch
 from cases import SIZES, assert_close, new_model, prompt, tiny_model
@@ -9,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig
 from hf_kvcache.calibration import logits_behind, observe
 from hf_kvcache.calibration.text import token_batches
 from hf_kvcache.compat import cache_argument
+from hf_kvcache.view import KVView
 
 GROUPS = {"k": 1, "v": "all"}
 
@@ -46,6 +49,18 @@ def test_rows_and_gradients_are_those_of_the_projections(layer):
             assert_close("sum", moments.total / scale, expected.sum(1) / scale, 1e-3)
             second = expected.transpose(1, 2) @ expected
             assert_close("second moments", moments.second / scale**2, second / scale**2, 1e-3)
+
+
+def views():
+    gc.collect()
+    return {id(x) for x in gc.get_objects() if type(x) is KVView}
+
+
+def test_nothing_is_held_when_all_is_seen():
+    # a hook on a gradient is out of the garbage collector's sight: rows that lead to it would stay for ever
+    before = views()
+    observe(new_model(LlamaConfig(**SIZES)), [prompt(1, 50)], group_sizes=GROUPS, with_gradients=True)
+    assert not views() - before
 
 
 def test_after_rope_keys_are_those_that_a_cache_gets():

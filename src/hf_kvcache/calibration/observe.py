@@ -90,6 +90,8 @@ class Passing(KVLayer):
 
     def settle(self, q, view, scaling=None, softcap=None):
         self.tokens_seen = 0
+        # a hook on the gradient of its rows may hold the layer, and no garbage collector sees that circle
+        del self._view
 
 
 class _Watcher(Passing):
