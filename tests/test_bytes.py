@@ -11,6 +11,7 @@ import torch
 from cases import CASES, LOSSY, prompt, random_basis, replay, tiny_model
 
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.rope import Rope
 from hf_kvcache.view import KVView, ValueView
@@ -23,7 +24,7 @@ def settle_rows(layer, n_tokens, n_decode=0, batch=1, heads=8, width=128, dtype=
         view = layer.append(x, x.clone())
         if layer.needs_model:
             layer.bind(AnyHost(heads, width, dtype))
-        layer.settle(x[:, :, -1:] if n == 1 else x[:, :, -2:], view)
+        layer.compress(AttentionCall(view, x[:, :, -1:] if n == 1 else x[:, :, -2:]))
     return layer
 
 
@@ -210,6 +211,7 @@ PROCESS = """
     import os, sys
     import torch
     import hf_kvcache as kv
+    from hf_kvcache.attention.call import AttentionCall
 
     torch.set_num_threads(1)
 
@@ -221,7 +223,7 @@ PROCESS = """
         for i in range(n_layers):
             x = torch.randn(1, 4, n_tokens, 128, dtype=torch.bfloat16)
             view, _ = cache.update(x, x.clone(), i)
-            view.layer.settle(x[:, :, -2:], view)
+            view.layer.compress(AttentionCall(view, x[:, :, -2:]))
         return cache
 
     make = {

@@ -191,7 +191,7 @@ METHODS = (
     ),
     Method(
         "dmc",
-        "hf_kvcache.policies.learned:DMC",
+        "hf_kvcache.dmc.policies:DMC",
         "tokens",
         "Tokens merged into the newest row of their head where a retrofitted model says so: ragged",
         "DMC, Nawrot et al. 2024",
@@ -199,7 +199,7 @@ METHODS = (
     ),
     Method(
         "dms",
-        "hf_kvcache.policies.learned:DMS",
+        "hf_kvcache.dmc.policies:DMS",
         "tokens",
         "Tokens dropped a window later where a retrofitted model says so: ragged",
         "DMS, Lancucki et al. 2025",

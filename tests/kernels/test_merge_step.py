@@ -23,7 +23,7 @@ def isa(request, monkeypatch):
 
 
 def operands(B, H, w, D, dtype, taps_dtype, n_zero=None):
-    """A token, weights of which `n_zero` are zero (half of them unless said), and taps as `SlotStore` keeps them."""
+    """A token, weights of which `n_zero` are zero (half of them unless said), and taps as `TrainedStore` keeps them."""
     torch.manual_seed(B + 10 * H + 100 * w + D)
     weights = torch.rand(B, H, 1, w) + 2**-7
     is_out = torch.rand(B, H, 1, w).argsort(-1) < (w // 2 if n_zero is None else n_zero)

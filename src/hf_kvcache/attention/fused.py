@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from hf_kvcache.attention.blockwise import attend_blocks
@@ -36,7 +38,7 @@ def attend(q, view, *, scaling, mask=None, softcap=None, sinks=None) -> torch.Te
     Returns:
         The output `[B, Hq, S, Dv]` in the dtype of `q`.
     """
-    out, lse = _attend(q, view, scaling, mask, softcap)
+    out, lse = _attend(q, view, view.layer.store, scaling, mask, softcap)
     return out if sinks is None else with_sink(out, lse, sinks)[0]
 
 
@@ -46,16 +48,15 @@ def reads_pages(view, n_new: int) -> bool:
     return bool(store.is_ragged and store.n_packed and n_new <= MAX_QUERIES)
 
 
-def _attend(q, view, scaling, mask, softcap):
+def _attend(q, view, store, scaling, mask, softcap):
     """Output and log-sum-exp."""
-    store = view.layer.store
-    if reads_pages(view, q.shape[2]) and not _hides_pages(view, mask):
-        return _attend_pages(q, view, scaling, mask, softcap)
-    if q.shape[2] > MAX_QUERIES or store.is_ragged and store.n_packed:
-        return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
-    if not store.n_packed:
-        dense = store.dense
+    is_few, dense = q.shape[2] <= MAX_QUERIES, store.dense
+    if is_few and not store.packed.n_tokens:
         return dense_attention(q, dense["k"], dense["v"], scaling=scaling, mask=mask, softcap=softcap)
+    if is_few and store.is_ragged and (mask is None or not _hides_pages(view, mask)):
+        return _attend_pages(q, view, scaling, mask, softcap)
+    if not is_few or store.is_ragged:
+        return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
     attend_op = op_of(store.keys.format, store.values.format)
     if attend_op is None:
         return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
@@ -64,13 +65,11 @@ def _attend(q, view, scaling, mask, softcap):
         return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if store.keys.projects or store.values.projects:
         return _attend_projected(attend_op, q, store, scaling, mask, softcap)
-    return attend_op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)
+    return attend_op(q, store, dense, scaling=scaling, mask=mask, softcap=softcap)
 
 
 def _hides_pages(view, mask) -> bool:
     """Whether a mask hides a row in a page, which the op over pages has no mask for."""
-    if mask is None:
-        return False
     n = view.layer.store.n_packed
     is_row = (view.positions[..., :n] >= 0).unsqueeze(2)
     return bool((is_row & ~mask[..., :n]).any())
@@ -107,6 +106,7 @@ def _attend_projected(op, q, store, scaling, mask, softcap):
     return merge_two((out, lse), tail)
 
 
+@cache
 def op_of(keys: str, values: str):
     """The function below that reads these formats, or None."""
     if keys in ("int/channel", "int") and values == "int":
@@ -172,10 +172,8 @@ def as_latents(codec: Codec, encoded: dict[str, torch.Tensor]) -> Latents:
 
 def sides_as_sparse_rows(store) -> tuple[SparseRows, SparseRows]:
     """Keys and values of a store as the op reads them; values may be of another head size."""
-    return tuple(
-        as_sparse_rows(codec, store.encoded(side), store.width(side))
-        for side, codec in (("k", store.keys), ("v", store.values))
-    )
+    keys = as_sparse_rows(store.keys, store.encoded("k"), store.width("k"))
+    return keys, as_sparse_rows(store.values, store.encoded("v"), store.width("v"))
 
 
 def as_sparse_rows(codec: Codec, encoded: dict[str, torch.Tensor], head_dim: int) -> SparseRows:

@@ -41,6 +41,7 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.compat import CACHE_NAME
+from hf_kvcache.dmc.policies import TrainedEviction
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.card import card_of
 from hf_kvcache.hub.flatten import flatten
@@ -49,7 +50,6 @@ from hf_kvcache.hub.library import defined
 from hf_kvcache.hub.recipes import classes_in, recipe_of
 from hf_kvcache.hub.spec import spec_of
 from hf_kvcache.hub.text import WIDTH
-from hf_kvcache.policies.learned import Learned
 from hf_kvcache.policies.locret import Locret
 from hf_kvcache.rope_of_model import rope_of
 
@@ -257,7 +257,7 @@ def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
     """
     from hf_kvcache import __version__
 
-    if isinstance(cache.policy, (Learned, Locret)):
+    if isinstance(cache.policy, (TrainedEviction, Locret)):
         raise ValueError(f"{type(cache.policy).__name__} goes by what a model carries: export that model")
     files = flatten(recipe_of(cache), __version__)
     files = join(files, {"compat", "hub_spec", "cache", "layer", *(module for module, _ in classes_in(cache))})
@@ -320,7 +320,7 @@ def _is_of_child(name: str) -> bool:
 def _adapter(model, cache: KVCache) -> tuple[dict | None, dict[str, torch.Tensor]]:
     """What the config says of what the model carries for this cache, and its tensors under the names of weights."""
     found = full_attentions(model)
-    if isinstance(cache.policy, Learned):
+    if isinstance(cache.policy, TrainedEviction):
         return _retrofit(found, cache.policy)
     firsts = {name: _firsts(getattr(cache, name)) for name in ("codec", "edge_codec")}
     lowrank = {side: codec for side, codec in zip("kv", firsts["codec"]) if isinstance(codec, LowRank)}
@@ -386,7 +386,7 @@ def _heads(found):
     return {"kind": "heads", "shapes": shapes} | knobs, tensors
 
 
-def _retrofit(found, policy: Learned):
+def _retrofit(found, policy: TrainedEviction):
     tensors, settings = {}, set()
     for i, attention in found.items():
         child = attached_retrofit(attention.module)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain, Codec
 from hf_kvcache.codecs.quantize import Quantize
+from hf_kvcache.dmc.policies import TrainedEviction
 from hf_kvcache.hub.flatten import Recipe, flat
 from hf_kvcache.policies.base import Policy
-from hf_kvcache.policies.learned import Learned
 
 _P = "hf_kvcache."
 _CACHE, _LAYER = f"{_P}cache:KVCache.", f"{_P}layer:KVLayer."
@@ -24,7 +24,7 @@ _LEFT_OUT = (
     "kernels.sparse_attention:gluon_kernel",
     "kernels:forced_backend",
     "attention.mask:KVMask",
-    "attention.flex:can_attend",
+    "dmc.flex:can_attend",
     # only a cache that was read from a file expects a certain model
     "cache:KVCache.check_model",
 )
@@ -87,8 +87,8 @@ def _path(cls: type) -> str:
 
 def _of_policy(cache: KVCache) -> Iterator[str]:
     """Classes that a cache with this policy, or without one, has no instances of."""
-    if not isinstance(cache.policy, Learned):
-        yield from ("policies.learned:Learned", "slots:SlotLayer", "adapters.modules:attached_retrofit")
+    if not isinstance(cache.policy, TrainedEviction):
+        yield from ("dmc.policies:TrainedEviction", "dmc.layer:TrainedLayer", "adapters.modules:attached_retrofit")
         if cache.policy is None or not cache.policy.is_ragged:
             yield "stores.ragged:RaggedStore"
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -26,6 +27,8 @@ BACKENDS = ("native", "triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 _forced: list[str] = []
+# modules of the fast backend that can run an op on a device
+_able: dict[tuple[str, torch.device], ModuleType] = {}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ def use_backend(name: str):
         _forced.pop()
 
 
+def forget() -> None:
+    """Ask again which backends can run an op (tests)."""
+    _able.clear()
+
+
 def choose(op: str, device: torch.device, operands: tuple = ()) -> Choice:
     """Pick the backend of `op` on `device`.
 
@@ -75,7 +83,7 @@ def choose(op: str, device: torch.device, operands: tuple = ()) -> Choice:
         if why_not:
             raise BackendUnavailable(f"{op}: backend {wanted!r} was asked for but {why_not}")
         return Choice(wanted, "asked for")
-    fast = _fast(device)
+    fast = "triton" if device.type == "cuda" else "native"
     why_not = _obstacle(op, fast, device, operands)
     return Choice("reference", why_not) if why_not else Choice(fast, f"{device.type} tensors")
 
@@ -87,18 +95,22 @@ def select(op: str, device: torch.device, operands: tuple = (), name: str | None
         op, device, operands: see `choose`.
         name: of the function, where an op has several.
     """
-    if forced_backend() is not None:
+    if _forced or os.environ.get("HF_KVCACHE_BACKEND"):
         return getattr(_module(op, choose(op, device, operands).backend), name or op)
-    fast = _fast(device)
-    why_not = _obstacle(op, fast, device, operands)
+    fast = "triton" if device.type == "cuda" else "native"
+    module = _able.get((op, device)) or _able_module(op, fast, device)
+    why_not = _obstacle(op, fast, device, operands) if module is None else _of_operands(module, operands)
     if why_not is None:
-        return getattr(_module(op, fast), name or op)
+        return getattr(module, name or op)
     warn_once(f"{op} runs on the PyTorch reference: {why_not}")
     return getattr(_module(op, "reference"), name or op)
 
 
-def _fast(device: torch.device) -> str:
-    return "triton" if device.type == "cuda" else "native"
+def _able_module(op: str, backend: str, device: torch.device):
+    """The module of a backend that can run `op` on `device`, asked once, or None."""
+    if _obstacle(op, backend, device, ()) is None:
+        return _able.setdefault((op, device), _module(op, backend))
+    return None
 
 
 @cache
@@ -114,9 +126,13 @@ def _obstacle(op: str, backend: str, device: torch.device, operands: tuple) -> s
         module = _module(op, backend)
     except ImportError as error:
         return f"{backend} is not installed ({error})"
-    why_not = module.unavailable(device)
-    if why_not or not operands:
-        return why_not
+    return module.unavailable(device) or _of_operands(module, operands)
+
+
+def _of_operands(module, operands: tuple) -> str | None:
+    """Why a backend that runs on this device cannot take a call, or None."""
+    if not operands:
+        return None
     x = operands[0]
     if x.requires_grad and torch.is_grad_enabled():
         return "gradients are needed"
