@@ -79,7 +79,7 @@ class KVLayer(LayerContract):
         self.judged_at = 0
         self._queries: torch.Tensor | None = None
         self._is_unsettled = self._is_decoding = self._is_due = False
-        self._is_bound, self.met = False, None
+        self.is_bound, self.met = False, None
         # codecs of a text that was loaded, with what had been found out about it
         self._held: tuple[Codec, Codec] | None = None
         self.policy = self.policy_at_reset
@@ -150,7 +150,7 @@ class KVLayer(LayerContract):
         """Whether a codec or the policy takes something from the model, which `bind` gives it."""
         parts = *self._codecs, self.policy_at_reset
         is_asked = self.compact or any(part is not None and "model" in part.needs for part in parts)
-        return is_asked and not self._is_bound
+        return is_asked and not self.is_bound
 
     @property
     def codecs(self) -> list[Codec]:
@@ -182,7 +182,7 @@ class KVLayer(LayerContract):
                 )
             setattr(self.store, side, codec)
         needs_rope = self.store.needs_positions or self.compact
-        self._is_bound, self.rope = True, host.rope() if needs_rope else None
+        self.is_bound, self.rope = True, host.rope() if needs_rope else None
         if self.compact and self.rope is None and not host.has_rotary_layers:
             raise ValueError(
                 f"{type(host.module).__name__}: compact=True rotates keys to neighbouring positions, and this model "

@@ -34,7 +34,8 @@ def note_positions(layer, call) -> None:
     """Note where in the text the new rows are, for codecs that undo RoPE.
 
     Raises:
-        ValueError: positions of another shape (such as those of images), or padding without positions.
+        ValueError: positions of another shape (such as those of images), or padding without positions where keys are
+            rotated by them.
     """
     n_new, position_ids = call.n_new, call.position_ids
     rows = layer.store.dense["rope"][:, :, -n_new:]
@@ -45,7 +46,9 @@ def note_positions(layer, call) -> None:
         # such models show them for prompts alone
         position_ids = call.real_before
     if position_ids is None:
-        is_real = call.is_real if layer.store.needs_positions else None
+        # a layer without RoPE has nothing to take off, wherever its tokens are
+        is_rotated = layer.store.needs_positions and not (layer.is_bound and layer.rope is None)
+        is_real = call.is_real if is_rotated else None
         if is_real is not None and not is_real.all():
             raise ValueError(
                 f"layer {layer.layer_idx}: the batch is padded, and the model does not say at which positions its "
