@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from rooms import telling
 
 from hf_kvcache.kernels import compilers
 
@@ -27,10 +28,11 @@ LSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}
 runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs inside test_in_the_interpreter")
 
 
-def run_in_the_interpreter(file):
-    """Run the tests of `file` in a process in which Triton interprets its kernels."""
+def run_in_the_interpreter(file, config):
+    """Run the tests of `file` that `config` selects in a process in which Triton interprets its kernels."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = compilers.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file], env=env)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", config.option.markexpr, file]
+    done = compilers.run(command, env=env)
     print(done.stdout[-3000:])
     if done.returncode and "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("the interpreter of this Triton does not work with this numpy")
@@ -38,8 +40,8 @@ def run_in_the_interpreter(file):
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter(__file__, pytestconfig)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes any device")
@@ -100,7 +102,7 @@ DENSE = {
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", telling(DENSE, "gqa7-s3-mask", "mask-softcap"))
 def test_dense_attention(case, dtype):
     from hf_kvcache.kernels import use_backend
     from hf_kvcache.kernels.dense_attention import dense_attention, reference
@@ -165,7 +167,7 @@ def reference_in_float64(operands, arguments):
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("case", QUANT)
+@pytest.mark.parametrize("case", telling(QUANT, "8bit-gqa7-s3-mask", "k4v2-80", "2bit-token-31"))
 def test_quant_attention(case, dtype):
     from hf_kvcache.kernels import use_backend
     from hf_kvcache.kernels.quant_attention import quant_attention
@@ -211,7 +213,7 @@ def test_float16_weights_with_large_key_bias():
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", telling(DTYPES, "fp16"))
 @pytest.mark.parametrize(
     ("axis", "group", "D", "bits"),
     [("channel", 32, 128, 4), ("channel", 32, 80, 2), ("channel", 32, 64, 8)]
