@@ -90,6 +90,7 @@ def test_which_channels_go_matters(model, windows, dense, sparsity):
     assert score("magnitude", "magnitude").perplexity < 1.02 * exact.perplexity
 
 
+@pytest.mark.slow
 def test_what_calibration_knows_shows(model, ids):
     """Palu's findings and ours, at half the bytes: data, gradients, joint values and measured ranks all pay."""
     texts, held_out = list(token_batches(ids[:7000], 512, 8)), list(token_batches(ids[7000:], 512, 3))

@@ -120,7 +120,7 @@ def test_native(form, isa, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON or ON_GPU or INTERPRETED, reason="the tests below run here directly")
 def test_in_the_interpreter(pytestconfig):
-    run_in_the_interpreter(__file__, pytestconfig)
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 @pytest.mark.slow

@@ -27,9 +27,10 @@ from hf_kvcache.rope import FINE, RotaryTables, rotate
 FLOOR = {torch.float32: 3e-6, torch.float16: 3e-4, torch.bfloat16: 3e-3}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
 def test_in_the_interpreter(pytestconfig):
-    run_in_the_interpreter(__file__, pytestconfig)
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 def tables(rotary, limit=1 << 17):

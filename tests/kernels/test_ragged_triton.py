@@ -24,9 +24,10 @@ from hf_kvcache.kernels.sparse_attention import SparseRows
 from hf_kvcache.kernels.sparse_pack.reference import sparse_pack
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
 def test_in_the_interpreter(pytestconfig):
-    run_in_the_interpreter(__file__, pytestconfig)
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 def rows_in_pages(x, keep=None, bits=None, groups=1, group_size=None, layout="bitmap"):
@@ -156,6 +157,7 @@ def test_a_pool_without_pages(layout, gluon):
     assert out.shape == q.shape and not out.any() and lse.isneginf().all()
 
 
+@pytest.mark.slow
 @runs_kernels
 def test_many_heads():
     assert_like_the_reference(MANY_HEADS, torch.float16)

@@ -29,9 +29,10 @@ from hf_kvcache.kernels.sparse_pack import reference as pack
 from hf_kvcache.kernels.sparse_pack import sparse_pack
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
 def test_in_the_interpreter(pytestconfig):
-    run_in_the_interpreter(__file__, pytestconfig)
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 def sparse_rows(x, keep=None, bits=None, groups=1, group_size=None, layout="bitmap"):
@@ -207,7 +208,7 @@ def test_sparse_pack_equals_the_reference_bit_by_bit(D, keep, group_size, layout
 
 
 @runs_kernels
-@pytest.mark.parametrize("n", [1, 31, 500])
+@pytest.mark.parametrize("n", telling([1, 31, 500], 31))
 def test_sparse_pack_of_odd_lengths(n):
     assert_packed_alike(torch.randn(1, 2, n, 128, device=DEVICE).half(), keep=40, layout="bitmap")
 

@@ -20,9 +20,10 @@ from hf_kvcache.kernels.merge_step import merge_step
 from hf_kvcache.kernels.slot_step import place_rows, reference, slot_step
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
 def test_in_the_interpreter(pytestconfig):
-    run_in_the_interpreter(__file__, pytestconfig)
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 @runs_kernels

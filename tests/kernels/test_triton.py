@@ -1,7 +1,8 @@
 """Triton kernels against the reference: on the GPU where there is one, else in Triton's interpreter.
 
 The interpreter is chosen when Triton is first imported, so without a GPU these tests run in a process of their own,
-started by `test_in_the_interpreter`. Its bfloat16 arithmetic is wrong: float32 and float16 there, all three on a GPU.
+started by `test_in_the_interpreter`, or by `test_interpreter.py` for those not slow. Its bfloat16 arithmetic is
+wrong: float32 and float16 there, all three on a GPU.
 """
 
 import os
@@ -28,20 +29,21 @@ LSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}
 runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs inside test_in_the_interpreter")
 
 
-def run_in_the_interpreter(file, config):
-    """Run the tests of `file` that `config` selects in a process in which Triton interprets its kernels."""
+def run_in_the_interpreter(*files, config):
+    """Run the tests of `files` that `config` selects in a process in which Triton interprets its kernels."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", config.option.markexpr, file]
-    done = compilers.run(command, env=env)
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", config.option.markexpr]
+    done = compilers.run([sys.executable, "-m", "pytest", *options, *map(str, files)], env=env)
     print(done.stdout[-3000:])
     if done.returncode and "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("the interpreter of this Triton does not work with this numpy")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
 def test_in_the_interpreter(pytestconfig):
-    run_in_the_interpreter(__file__, pytestconfig)
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes any device")
