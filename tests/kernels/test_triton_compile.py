@@ -55,10 +55,10 @@ GLUON = [
 ]
 # one of every kernel, for one target
 SHORT = [
-    "dense-d128-bf16",
-    "quant-d128-k4v4-channel-g64-bf16",
+    "dense-d128-fp16-mask",
+    "quant-d128-k2v2-channel-g32-bf16",
     "pack-d128-4bit-channel-bf16",
-    "merge-d128",
+    "merge-d128-bf16",
     "sparse-d128-bitmap40-bf16",
     "sparse-pack-d128-bitmap40",
     "lowrank-d128-k64-weights-m4-bf16",
