@@ -4,7 +4,8 @@ import ast
 import re
 
 import pytest
-from test_export import FAMILIES, plain, repositories  # noqa: F401
+from rooms import telling
+from test_export import FAMILIES, SHORT, families, plain, repositories  # noqa: F401
 
 from hf_kvcache import compat
 from hf_kvcache.hub.export import _adapter
@@ -51,7 +52,7 @@ def of_library(module):
     return functions(source)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=telling(FAMILIES, *SHORT))
 def shipped(request, repositories):  # noqa: F811
     """Texts of the files of a repository, and the names of what it does without."""
     prepare, make = FAMILIES[request.param]

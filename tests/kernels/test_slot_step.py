@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rooms import levels
 
 from hf_kvcache.dmc.store import TrainedStore
 from hf_kvcache.kernels import native, use_backend
@@ -14,7 +15,7 @@ needs_compiler = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BACKENDS = ["reference", pytest.param("native", marks=needs_compiler)]
 
 
-@pytest.fixture(params=native.supported())
+@pytest.fixture(params=levels())
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
     return request.param
