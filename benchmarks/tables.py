@@ -1,6 +1,6 @@
 """Write the tables of docs/benchmarks.md from the JSON in benchmarks/results/.
 
-    python benchmarks/tables.py     # fills what stands between <!-- NAME --> and <!-- /NAME -->
+python benchmarks/tables.py     # fills what stands between <!-- NAME --> and <!-- /NAME -->
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
+VERSIONS = ("torch", "transformers")
 # policies that act on the control run at the bytes of a retrofit, as columns
 BESIDE = ("H2O", "TOVA", "sliding window", "window, merging", "KeyDiff, merging")
-RETROFITS = ("dmc-2x", "dmc-4x", "dms-4x", "dms-8x", "gqa-2x", "gqa-2x-dmc-2x")
 
 
 def load(name: str) -> dict:
@@ -38,8 +38,9 @@ def pivot(title: str, rows: list[dict], line: str, column: str, cell: Callable[[
 
 
 def form_name(name: str) -> str:
-    """Text as a cell: no bars, retrofits by their names."""
-    return re.sub(r"^(dmc|dms|gqa)\b", lambda match: match[0].upper(), name.replace("|", "/"))
+    """Folders of retrofits by what is in them: "gqa-2x-dmc-2x" is "GQA 2x, DMC 2x"; other names as they are."""
+    parts = re.findall(r"(dmc|dms|gqa)-(\d+x)", name)
+    return ", ".join(f"{method.upper()} {ratio}" for method, ratio in parts) or name
 
 
 def small(value: float) -> str:
@@ -102,14 +103,15 @@ def long_prompt() -> str:
 
 
 def eviction() -> str:
-    rows = load("eviction-embedded")["rows"]
+    # what keeps everything needs no column of its own
+    rows = [row | {"kept": 0.25} if row["kept"] == 1 else row for row in load("eviction-embedded")["rows"]]
     return pivot(
         "policy",
         rows,
         "policy",
         "kept",
         lambda row: f"{percent(row['retrieval'])}, {percent(row['passkey'])}; {row['KL']:.3f}",
-        "{:.4g} kept".format,
+        lambda kept: f"1/{1 / kept:.0f} kept",
     )
 
 
@@ -130,7 +132,7 @@ def heads() -> str:
         name, _, split = row["cache"].rpartition(", ")
         if row["cache"] != "KVCache, dense":
             rows.append(row | {"name": name, "heads": split})
-    return pivot("rows", rows, "name", "heads", lambda row: f"{row['ms']:.3g}")
+    return pivot("rows", rows, "name", "heads", lambda row: f"{row['ms']:.2f}")
 
 
 def pruning(name: str) -> str:
@@ -242,34 +244,35 @@ def retrofit_prefill() -> str:
 
 # what stands in a block: the table, and the file and command that it comes from
 BLOCKS: dict[str, tuple[Callable[[], str], str, str]] = {
-    "attention": (attention, "attention", "run.py attention"),
-    "scaling": (scaling, "scaling", "run.py scaling"),
-    "generate": (generate, "generate", "run.py generate prefill"),
-    "equal-memory": (equal_memory, "equal-memory", "run.py equal-memory"),
-    "memory": (memory, "memory", "run.py memory"),
-    "long-prompt": (long_prompt, "long-prompt", "run.py long-prompt"),
-    "eviction": (eviction, "eviction-embedded", "run.py eviction"),
-    "kvpress": (kvpress, "kvpress-embedded", "run.py kvpress --kvpress-python …"),
-    "heads": (heads, "heads", "run.py heads"),
-    "pruning": (lambda: pruning("embedded"), "pruning-embedded", "run.py pruning"),
+    "compare": (compare, "compare-embedded", "hf-kvcache compare --all"),
+    "attention": (attention, "attention", "python benchmarks/run.py attention"),
+    "scaling": (scaling, "scaling", "python benchmarks/run.py scaling"),
+    "generate": (generate, "generate", "python benchmarks/run.py generate prefill"),
+    "equal-memory": (equal_memory, "equal-memory", "python benchmarks/run.py equal-memory"),
+    "memory": (memory, "memory", "python benchmarks/run.py memory"),
+    "long-prompt": (long_prompt, "long-prompt", "python benchmarks/run.py long-prompt"),
+    "eviction": (eviction, "eviction-embedded", "python benchmarks/run.py eviction"),
+    "kvpress": (kvpress, "kvpress-embedded", "python benchmarks/run.py kvpress --kvpress-python …"),
+    "heads": (heads, "heads", "python benchmarks/run.py heads"),
+    "pruning": (lambda: pruning("embedded"), "pruning-embedded", "python benchmarks/run.py pruning"),
     "pruning-babyllama": (
         lambda: pruning("BabyLlama-105char"),
         "pruning-BabyLlama-105char",
-        "run.py pruning --model … --text …",
+        "python benchmarks/run.py pruning --model … --text …",
     ),
     "pruning-stories": (
         lambda: pruning("stories260K"),
         "pruning-stories260K",
-        "run.py pruning --model … --text …",
+        "python benchmarks/run.py pruning --model … --text …",
     ),
-    "pruning-bytes": (pruning_bytes, "pruning-embedded", "run.py pruning"),
-    "projection": (projection, "projection-embedded", "run.py projection"),
-    "projection-bits": (projection_bits, "projection-embedded", "run.py projection"),
-    "retrofit": (retrofit, "retrofit-embedded", "run.py retrofit --retrofits FOLDER"),
-    "realised": (realised, "realised", "run.py realised --retrofits FOLDER"),
-    "recall": (recall, "recall", "run.py recall"),
-    "serving": (serving, "serving", "run.py serving"),
-    "retrofit-prefill": (retrofit_prefill, "retrofit-prefill", "run.py retrofit-prefill --rounds 3"),
+    "pruning-bytes": (pruning_bytes, "pruning-embedded", "python benchmarks/run.py pruning"),
+    "projection": (projection, "projection-embedded", "python benchmarks/run.py projection"),
+    "projection-bits": (projection_bits, "projection-embedded", "python benchmarks/run.py projection"),
+    "retrofit": (retrofit, "retrofit-embedded", "python benchmarks/run.py retrofit --retrofits FOLDER"),
+    "realised": (realised, "realised", "python benchmarks/run.py realised --retrofits FOLDER"),
+    "recall": (recall, "recall", "python benchmarks/run.py recall"),
+    "serving": (serving, "serving", "python benchmarks/run.py serving"),
+    "retrofit-prefill": (retrofit_prefill, "retrofit-prefill", "python benchmarks/run.py retrofit-prefill --rounds 3"),
 }
 
 
@@ -277,9 +280,10 @@ def block(name: str) -> str:
     """A table, and under it the command, machine, versions and commit."""
     make, file, command = BLOCKS[name]
     found = load(file)
-    versions = ", ".join(f"{library} {found['versions'][library]}" for library in ("torch", "transformers"))
-    source = f"`python benchmarks/{command}`, {found['device']}, {found['threads']} threads, {versions}"
-    return f"{make()}\n\n{source}, commit {found['commit']}."
+    where = [f"`{command}`", found["device"], f"threads: {found['threads']}"]
+    where += [f"{library} {version}" for library, version in found.get("versions", {}).items() if library in VERSIONS]
+    where += [f"commit {found['commit']}"] if "commit" in found else [f"{found['date']}; {found['note']}"]
+    return f"{make()}\n\n{', '.join(where)}"
 
 
 def filled(text: str) -> str:
