@@ -1,7 +1,7 @@
 """Every Python snippet of README.md and docs/ runs as it stands.
 
 The snippets of a page share their names, in order, so a page runs from its top. Where one needs the network, a GPU or
-several processes, `<!-- needs: ... -->` stands in front of it: it is compiled, and its names and arguments are looked up.
+several processes, `<!-- needs: ... -->` stands in front of it: it is compiled, its names and arguments are looked up.
 A `print(...)  # value` has to print that value.
 """
 
