@@ -2,7 +2,7 @@
 
 The snippets of a page share their names, in order, so a page runs from its top. Where one needs the network, a GPU or
 several processes, `<!-- needs: ... -->` stands in front of it: it is compiled, its names and arguments are looked up.
-A `print(...)  # value` has to print that value.
+A `print(...)  # value` has to print that value. Commands are parsed, up to what a trainer reads by itself.
 """
 
 import ast
@@ -10,12 +10,14 @@ import builtins
 import importlib
 import inspect
 import re
+import shlex
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+from hf_kvcache.cli import build_parser
 from hf_kvcache.compat import CACHE_NAME
 
 ROOT = Path(__file__).parents[1]
@@ -114,3 +116,12 @@ def test_what_cannot_run_is_looked_up(code, error):
     else:
         with pytest.raises(error):
             check(tree, {})
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_commands_are_understood(path):
+    for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("hf-kvcache"):
+                # a wrong option ends the process
+                build_parser().parse_args(shlex.split(line, comments=True)[1:])
