@@ -51,8 +51,8 @@ def test_readme_is_short():
 def test_benchmarks_are_those_of_the_results(tables):
     text = tables.PAGE.read_text(encoding="utf-8")
     assert tables.filled(text) == text, "run `python benchmarks/tables.py`"
-    # the one of the time to the first token stands in the table of decoding
-    shown = {file for _, file, _ in tables.BLOCKS.values()} | {"prefill"}
+    # one stands in the table of decoding, one is the picture in the README
+    shown = {file for _, file, _ in tables.BLOCKS.values()} | {"prefill", "demo-embedded"}
     assert {path.name.removesuffix("-cpu.json") for path in tables.RESULTS.glob("*.json")} == shown
 
 
@@ -68,6 +68,18 @@ def test_compared_is_what_the_command_compares(tables, monkeypatch):
     rows = [row["cache"] for row in tables.load("compare-embedded")["rows"]]
     ten = [spec.text for spec in specs.default_specs()]
     assert rows == [*ten, *(spec.text for spec in specs.all_specs() if spec.text not in ten)]
+
+
+def test_the_picture_is_drawn_from_what_the_demo_compares(tmp_path, monkeypatch, tables):
+    pytest.importorskip("matplotlib")
+    import picture
+
+    monkeypatch.setattr(picture, "PICTURE", tmp_path / "compare.png")
+    picture.main()
+    sys.modules.pop("picture")
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(specs, "is_installed", lambda name: True)
+    assert [row["cache"] for row in tables.load("demo-embedded")["rows"]] == [s.text for s in specs.default_specs()]
 
 
 def anchors(path):
