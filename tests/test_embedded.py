@@ -1,4 +1,4 @@
-"""What the embedded model can do, and what caches cost it: the claims of its card and of the README."""
+"""What the embedded model can do, and what caches cost it: the claims of its card and of the docs."""
 
 import copy
 
