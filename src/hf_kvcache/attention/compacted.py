@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_kvcache.attention import flex
-from hf_kvcache.attention.fused import sides_as_sparse_rows
+from hf_kvcache.attention.sparse_rows import sides_as_sparse_rows
 from hf_kvcache.dmc.masks import expiry, hiding_bias
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.ragged_attention import ragged_attention
