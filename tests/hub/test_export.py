@@ -22,7 +22,7 @@ from hf_kvcache.attention import interface
 from hf_kvcache.cli import main
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.dmc import Settings, load, retrofit, retrofits
-from hf_kvcache.hub.citizen import CacheModel
+from hf_kvcache.hub.modeling_mixin import CacheModel
 from hf_kvcache.hub.export import export, export_generate
 from hf_kvcache.hub.spec import cache_of, spec_of
 from hf_kvcache.kernels import use_backend

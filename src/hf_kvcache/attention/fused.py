@@ -86,10 +86,11 @@ def op_of(keys: str, values: str):
         from hf_kvcache.attention.integers import attend_integers
 
         return attend_integers
-    if "lowrank" in keys + values and keys.removesuffix(">int") in (*_LATENTS, "lowrank/rope"):
+    is_latent = keys.removesuffix(">int") in (*_LATENTS, "lowrank/rope") and values.removesuffix(">int") in _LATENTS
+    if "lowrank" in keys + values and is_latent:
         from hf_kvcache.attention.latents import attend_lowrank
 
-        return attend_lowrank if values.removesuffix(">int") in _LATENTS else None
+        return attend_lowrank
     if keys in ROWS and values in ROWS and (keys, values) != ("dense", "dense"):
         from hf_kvcache.attention.sparse_rows import attend_sparse_rows
 

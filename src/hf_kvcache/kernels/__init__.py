@@ -25,6 +25,11 @@ from hf_kvcache.warn import warn_once
 BACKENDS = ("native", "triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
+# what stands between the parts of a module's name; in a repository that brings its code this is a file beside others,
+# `kernels_quant_pack_reference.py` one of them, and there is no C++
+_IS_PACKAGE = "__path__" in globals()
+_DOT = "." if _IS_PACKAGE else "_"
+
 _forced: list[str] = []
 
 
@@ -98,12 +103,12 @@ def select(op: str, device: torch.device, operands: tuple = (), name: str | None
 
 
 def _fast(device: torch.device) -> str:
-    return "triton" if device.type == "cuda" else "native"
+    return "triton" if device.type == "cuda" else "native" if _IS_PACKAGE else "reference"
 
 
 @cache
 def _module(op: str, backend: str):
-    return import_module(f"hf_kvcache.kernels.{op}.{'triton_kernel' if backend == 'triton' else backend}")
+    return import_module(_DOT.join([__name__, op, "triton_kernel" if backend == "triton" else backend]))
 
 
 def _obstacle(op: str, backend: str, device: torch.device, operands: tuple) -> str | None:
