@@ -1,4 +1,4 @@
-"""A cache that travels: `pickle`, `torch.save`, `multiprocessing` and `copy.deepcopy`."""
+"""A cache that travels: `pickle`, `torch.save` and `multiprocessing`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from hf_kvcache import persist, restoring
 from hf_kvcache.codecs.base import Chain, Codec
 from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.copying import twin as twin
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.manifest import read_entry
 
@@ -75,18 +76,6 @@ def rebuilt(kind: type, state: dict):
     restoring.join_groups(cache.layers, state["groups"])
     cache.expect(state["model"])
     return cache
-
-
-def twin(cache, memo: dict):
-    """A copy within the process: of everything but the model and its constants, which both go on with."""
-    other = type(cache).__new__(type(cache))
-    memo[id(cache)] = other
-    for name, value in vars(cache).items():
-        # a stream is a place to work, not something held
-        vars(other)[name] = value if name == "prefetch_stream" else copy.deepcopy(value, memo)
-    # attention will be called with what the other cache has handed out
-    other.handed = None
-    return other
 
 
 def _alone(codec: Codec) -> Codec:

@@ -34,6 +34,7 @@ OPTIONAL = {
     f"{OPS}.sparse_attention.gluon_kernel",
     # files of caches, and methods by name: what the library is for
     f"{PACKAGE}.persist",
+    f"{PACKAGE}.pickling",
     f"{PACKAGE}.registry",
 }
 # of an op, found by their names; C++ stays in the library
@@ -102,21 +103,26 @@ def closure(roots: Iterable[str]) -> set[str]:
 def _asks_for(module: str) -> tuple[str, ...]:
     """The modules that a module cannot do without."""
     found = []
-    for statement, is_lazy in _imports(ast.parse(source_of(module))):
-        targets = [home for home, _ in _names(statement)]
-        found += [target for target in targets if not (is_lazy and target in OPTIONAL)]
-    if module.startswith(f"{OPS}.") and where(module).name == "__init__.py":
+    for statement, when in _imports(_parsed(source_of(module))):
+        targets = [] if when == "never" else [home for home, _ in _names(statement)]
+        found += [target for target in targets if when == "loaded" or target not in OPTIONAL]
+    if where(f"{module}.reference"):
         found += [f"{module}.{backend}" for backend in _BACKENDS if where(f"{module}.{backend}")]
     return tuple(found)
 
 
-def _imports(node: ast.AST, is_lazy: bool = False) -> Iterator[tuple[ast.ImportFrom, bool]]:
-    """Imports of modules of ours that are carried out, and whether a function does it."""
+_parsed = cache(ast.parse)
+
+
+def _imports(node: ast.AST, when: str = "loaded") -> Iterator[tuple[ast.ImportFrom, str]]:
+    """Imports of modules of ours, and when they are done: "loaded", "called" in a function, or "never", for types."""
     for child in ast.iter_child_nodes(node):
         if _is_ours(child):
-            yield child, is_lazy
-        elif not (isinstance(child, ast.If) and getattr(child.test, "id", None) == "TYPE_CHECKING"):
-            yield from _imports(child, is_lazy or isinstance(child, ast.FunctionDef))
+            yield child, when
+        elif isinstance(child, ast.If) and getattr(child.test, "id", None) == "TYPE_CHECKING":
+            yield from _imports(child, "never")
+        elif isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
+            yield from _imports(child, "called" if isinstance(child, ast.FunctionDef) else when)
 
 
 def _is_ours(node: ast.AST) -> bool:
@@ -137,8 +143,8 @@ def rewritten(source: str, shipped: Collection[str]) -> str:
         source: of a module of ours.
         shipped: the modules that are in the folder.
     """
-    tree, lines = ast.parse(source), source.splitlines(keepends=True)
-    edits = [(s.lineno, s.end_lineno, _relative(s, lines, shipped)) for s in ast.walk(tree) if _is_ours(s)]
+    tree, lines = _parsed(source), source.splitlines(keepends=True)
+    edits = [(s.lineno, s.end_lineno, _relative(s, lines, shipped)) for s, _ in _imports(tree)]
     for is_triton, group in itertools.groupby(tree.body, lambda statement: _top(statement) == "triton"):
         if is_triton:
             imports = [*group]
