@@ -157,6 +157,7 @@ def test_tokens_and_bytes_are_those_of_the_library(answers, inputs, name, dtype)
     tokens, cache = expected(name, dtype, inputs)
     assert answer["tokens"] == tokens
     assert (answer["nbytes"], answer["nbytes_dense"]) == (cache.nbytes, cache.nbytes_dense)
+    assert answer["copied"] == answer["nbytes"]
     assert answer["cache"] == "KVCache" and answer["nbytes"] < 0.9 * answer["nbytes_dense"]
     assert answer["warnings"] == []
 
