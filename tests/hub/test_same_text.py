@@ -30,7 +30,8 @@ def of_an_op(op):
 
 def module_of(text):
     """The module that the first lines name."""
-    return re.match(r"# SPDX-License-Identifier: Apache-2.0\n# (hf_kvcache[\w.]*) [\d.]+\n", text).group(1)
+    head = r"# SPDX-License-Identifier: Apache-2.0\n# (hf_kvcache[\w.]*), as in hf_kvcache [\d.]+ but for its imports\n"
+    return re.match(head, text).group(1)
 
 
 def without_imports(text):

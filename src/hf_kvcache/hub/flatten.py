@@ -15,7 +15,7 @@ from pathlib import Path
 
 PACKAGE = "hf_kvcache"
 OPS = f"{PACKAGE}.kernels"
-HEADER = "# SPDX-License-Identifier: Apache-2.0\n# {module} {version}\n"
+HEADER = "# SPDX-License-Identifier: Apache-2.0\n# {module}, as in hf_kvcache {version} but for its imports\n"
 NOT_SHIPPED = f"{PACKAGE}.hub.not_shipped"
 
 # what functions import for some caches only, or for what a repository is not there for: it comes along where it is
