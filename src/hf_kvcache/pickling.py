@@ -1,4 +1,4 @@
-"""A cache that travels: `pickle`, `torch.save`, `multiprocessing` and `copy.deepcopy`."""
+"""A cache that travels: `pickle`, `torch.save` and `multiprocessing`."""
 
 from __future__ import annotations
 
@@ -75,18 +75,6 @@ def rebuilt(kind: type, state: dict):
     restoring.join_groups(cache.layers, state["groups"])
     cache.expect(state["model"])
     return cache
-
-
-def twin(cache, memo: dict):
-    """A copy within the process: of everything but the model and its constants, which both go on with."""
-    other = type(cache).__new__(type(cache))
-    memo[id(cache)] = other
-    for name, value in vars(cache).items():
-        # a stream is a place to work, not something held
-        vars(other)[name] = value if name == "prefetch_stream" else copy.deepcopy(value, memo)
-    # attention will be called with what the other cache has handed out
-    other.handed = None
-    return other
 
 
 def _alone(codec: Codec) -> Codec:

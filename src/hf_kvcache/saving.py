@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hf_kvcache.copying import twin
+
 
 class Saving:
     """Mixed into a cache. What writes and reads is imported when it is asked for: most caches never are."""
@@ -56,6 +58,4 @@ class Saving:
         return pickling.reduced(self)
 
     def __deepcopy__(self, memo: dict):
-        from hf_kvcache import pickling
-
-        return pickling.twin(self, memo)
+        return twin(self, memo)

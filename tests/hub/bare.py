@@ -3,6 +3,7 @@
 python bare.py JOBS.json: `{"work": folder, "repositories": {name: {"where", "dtype", "inputs", ...}}}` -> JSON lines
 """
 
+import copy
 import json
 import sys
 import warnings
@@ -62,6 +63,7 @@ def run(job, work: Path) -> dict:
         "tokens": found,
         "nbytes": cache.nbytes,
         "nbytes_dense": cache.nbytes_dense,
+        "copied": copy.deepcopy(cache).nbytes,
         "cache": type(cache).__name__,
         "class": type(model).__name__,
         "warnings": [str(w.message) for w in said if "kvcache" in str(w.message) or "kernel" in str(w.message)],

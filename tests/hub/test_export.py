@@ -23,14 +23,14 @@ from hf_kvcache.attention import interface
 from hf_kvcache.cli import main
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.dmc import Settings, load, retrofit, retrofits
-from hf_kvcache.hub.citizen import CacheModel
 from hf_kvcache.hub.export import export, export_generate
+from hf_kvcache.hub.modeling_mixin import CacheModel
 from hf_kvcache.hub.spec import cache_of, spec_of
 from hf_kvcache.kernels import use_backend
 from hf_kvcache.models import embedded_heads, embedded_model
 
 DTYPES = ("float32", "bfloat16")
-LIMIT = 330_000  # bytes of code
+LIMIT = 620_000  # bytes of code
 
 
 def plain(dtype="bfloat16"):
@@ -167,6 +167,7 @@ def test_tokens_and_bytes_are_those_of_the_library(answers, inputs, name, dtype)
     tokens, cache = expected(name, dtype, inputs)
     assert answer["tokens"] == tokens
     assert (answer["nbytes"], answer["nbytes_dense"]) == (cache.nbytes, cache.nbytes_dense)
+    assert answer["copied"] == answer["nbytes"]
     assert answer["cache"] == "KVCache" and answer["nbytes"] < 0.9 * answer["nbytes_dense"]
     assert answer["warnings"] == []
 
@@ -288,11 +289,12 @@ def test_files_are_clean_and_need_nothing_else(repositories, name):
     if name == "palu":
         files += sorted(export_generate(kv.LowRankCache(0.5), repositories / "generate").rglob("*.py"))
     ruff = [sys.executable, "-m", "ruff", "check", "--config", str(Path(__file__).parents[2] / "pyproject.toml")]
-    # values for what a cache does without are left where they are found
-    ruff += ["--extend-ignore", "F841"]
+    # imports stand where they stand in the library, under other names
+    ruff += ["--extend-ignore", "I001"]
     done = subprocess.run([*ruff, *map(str, files)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    allowed = {*sys.stdlib_module_names, "torch", "transformers", "triton"}
+    # transformers does not go without safetensors
+    allowed = {*sys.stdlib_module_names, "safetensors", "torch", "transformers", "triton"}
     for file in files:
         source = file.read_text()
         assert source.startswith("# SPDX-License-Identifier: Apache-2.0\n"), file.name

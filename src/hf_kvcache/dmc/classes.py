@@ -20,7 +20,7 @@ from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD
 from hf_kvcache.dmc.retrofitting import retrofit
 from hf_kvcache.dmc.settings import DEFAULTS, Settings
-from hf_kvcache.hub.citizen import TakesCache, either_name, with_cache
+from hf_kvcache.hub.modeling_mixin import TakesCache, either_name, with_cache
 from hf_kvcache.hub.spec import cache_of
 
 MODULE = "modeling_kv_dmc"  # of the file that a folder brings along

@@ -39,8 +39,9 @@ print(tokenizer.decode(out[0]), cache.nbytes)  # bytes allocated
 Releases of transformers before 5.24 call the argument `past_key_values`; this model takes a cache under either name.
 
 The code in this repository needs torch and transformers, nothing else; kernels run where Triton and a GPU are (compute
-capability 8.0 or newer), plain PyTorch elsewhere. It was made by hf_kvcache {version}, which has faster kernels for
-CPUs; its documentation holds for these files, too.
+capability 8.0 or newer), plain PyTorch elsewhere. It is that of hf_kvcache {version}, whole modules, only with imports
+for one folder: `stores_uniform.py` is the library's `stores/uniform.py`. The library has faster kernels for CPUs, and
+its documentation holds for these files, too.
 
 ## The cache
 

@@ -2,7 +2,7 @@
 
     config.json                 the base model's, `model_type` and `auto_map` of its own, `kv_cache` and `kv_adapter`
     modeling_<family>_<base>.py classes that take the cache unasked
-    *.py                        what they need of this library, flat, with the Triton kernels
+    *.py                        the modules of this library that they need, whole, with the Triton kernels
     model.safetensors           all weights, those of an adapter among them
     README.md                   the model card
 
@@ -11,7 +11,6 @@ The code needs torch and transformers; Triton where there is a GPU, else it runs
 
 from __future__ import annotations
 
-import ast
 import copy
 import functools
 import inspect
@@ -44,12 +43,9 @@ from hf_kvcache.compat import CACHE_NAME
 from hf_kvcache.dmc.policies import TrainedEviction
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.card import card_of
-from hf_kvcache.hub.flatten import flatten
-from hf_kvcache.hub.join import join
-from hf_kvcache.hub.library import defined
-from hf_kvcache.hub.recipes import classes_in, recipe_of
+from hf_kvcache.hub.flatten import files_of
+from hf_kvcache.hub.recipes import classes_in, roots_of
 from hf_kvcache.hub.spec import spec_of
-from hf_kvcache.hub.text import WIDTH
 from hf_kvcache.policies.locret import Locret
 from hf_kvcache.rope_of_model import rope_of
 
@@ -189,8 +185,7 @@ def export(
     spec = spec_of(cache)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    files = flatten(recipe_of(cache, adapter, model.config), __version__)
-    files = join(files, {"hub_citizen", "cache", "layer", *(module for module, _ in classes_in(cache))})
+    files = files_of(roots_of(cache, adapter), __version__)
     prefix = family.upper() if len(family) == 3 else family.capitalize()
     names = {
         "base": base.__name__,
@@ -259,15 +254,14 @@ def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
 
     if isinstance(cache.policy, (TrainedEviction, Locret)):
         raise ValueError(f"{type(cache.policy).__name__} goes by what a model carries: export that model")
-    files = flatten(recipe_of(cache), __version__)
-    files = join(files, {"compat", "hub_spec", "cache", "layer", *(module for module, _ in classes_in(cache))})
+    files = files_of(roots_of(cache, is_model=False), __version__)
     used = {"compat": ["cache_argument", "given_cache", "named_cache"], "hub_spec": ["cache_of"]}
     imports, mentions, parts = _found(files, cache, used)
     values = {
         "version": __version__,
         "imports": imports,
         "mentions": mentions,
-        "spec": pformat(spec_of(cache), width=WIDTH),
+        "spec": pformat(spec_of(cache), width=120),
     }
     files["generate.py"] = _GENERATE.format(
         **values, all=", ".join(f'"{name}"' for name in sorted([*parts, "generate"]))
@@ -403,7 +397,7 @@ def _retrofit(found, policy: TrainedEviction):
 
 def _modeling(files: dict[str, str], cache: KVCache, names: dict[str, str]) -> str:
     """The file that `auto_map` names."""
-    imports, mentions, parts = _found(files, cache, {"hub_citizen": ["CacheModel", "either_name", "with_cache"]})
+    imports, mentions, parts = _found(files, cache, {"hub_modeling_mixin": ["CacheModel", "either_name", "with_cache"]})
     own = [names["causal_lm"], *(names["family"] + names[name] for name in ("config", "model"))]
     values = names | {
         "theirs": ", ".join(sorted(names[name] for name in ("config", "model", "base"))),
@@ -422,7 +416,7 @@ def _found(files: dict[str, str], cache: KVCache, imports: dict[str, list[str]])
     lines = [f"from .{module} import {', '.join(sorted(imports[module]))}" for module in sorted(imports)]
     reached = _reached(files, imports)
     hidden = [stem for stem in _stems(files) if stem not in reached]
-    mentions = [f"    from .{stem} import {_some(files[f'{stem}.py'])} as {stem}" for stem in hidden]
+    mentions = [f"    from .{stem} import __name__ as {stem}" for stem in hidden]
     return "\n".join(lines), "\n".join(mentions), [name for _, name in parts]
 
 
@@ -439,9 +433,3 @@ def _reached(files: dict[str, str], start) -> set[str]:
             found.add(stem)
             todo += re.findall(r"^\s*from\s+\.(\S+)\s+import", files[f"{stem}.py"], re.MULTILINE)
     return found
-
-
-def _some(source: str) -> str:
-    """A name that a file defines."""
-    bound = [name for statement in ast.parse(source).body for name in defined(statement)]
-    return min(bound, key=lambda name: name.startswith("_"))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
-from hf_kvcache.hub.library import defined, where
-from hf_kvcache.hub.shake import OPS
+from hf_kvcache.hub.flatten import OPS, source_of, where
 
 # what the Triton kernels take; the rest goes to the reference, as their `obstacle` says
 _16_BIT = "float16 and bfloat16 (float32 on a GPU goes to PyTorch)"
@@ -67,9 +65,9 @@ Offered: {names}.
 
 ## Files
 
-Built by `hf-kvcache kernel {op}` from hf_kvcache {made}; unchanged but for imports, and for what this op never
-reaches: `kernels_<op>_triton_kernel.py` is the library's `kernels/<op>/triton_kernel.py`, and so on. `metadata.json`
-holds a SHA-256 digest of each. Licence: Apache 2.0.
+Built by `hf-kvcache kernel {op}` from hf_kvcache {made}: the library's modules, whole, unchanged but for imports.
+`kernels_<op>_triton_kernel.py` is the library's `kernels/<op>/triton_kernel.py`, and so on. `metadata.json` holds a
+SHA-256 digest of each. Licence: Apache 2.0.
 {readmes}"""
 
 _RUNS = """\
@@ -111,8 +109,8 @@ def card_of(op: str, others: tuple[str, ...], exports: dict[str, str], version: 
 
 def signature_of(op: str) -> str:
     """The public function of an op as it is written, without its body."""
-    source = where(f"{OPS}.{op}").read_text(encoding="utf-8")
-    function = next(statement for statement in ast.parse(source).body if op in defined(statement))
+    source = source_of(f"{OPS}.{op}")
+    function = next(statement for statement in ast.parse(source).body if getattr(statement, "name", None) == op)
     return "\n".join(source.splitlines()[function.lineno - 1 : function.body[0].end_lineno])
 
 
@@ -123,7 +121,7 @@ def _summary(signature: str) -> str:
 
 def _readme(op: str) -> str:
     """What an op's README says of formats and kernels, a level deeper; empty if nothing of that."""
-    path = Path(where(f"{OPS}.{op}")).with_name("README.md")
+    path = where(f"{OPS}.{op}").with_name("README.md")
     if not path.exists():
         return ""
     title, *sections = re.split(r"\n## ", path.read_text(encoding="utf-8").strip())

@@ -2,7 +2,7 @@
 
     README.md                              the card
     build/torch-universal/__init__.py      the op, what it is used with, `__all__`
-    build/torch-universal/*.py             what they need of this library, flat: checks, reference, Triton kernels
+    build/torch-universal/*.py             the modules of this library that it needs: checks, reference, Triton kernels
     build/torch-universal/metadata.json    name, identifier, digest of the files
 
 The code needs torch; Triton where there is a GPU, else it runs in plain PyTorch. Native code stays in the library.
@@ -10,7 +10,6 @@ The code needs torch; Triton where there is a GPU, else it runs in plain PyTorch
 
 from __future__ import annotations
 
-import ast
 import base64
 import hashlib
 import json
@@ -18,9 +17,8 @@ import os
 from importlib import import_module
 from pathlib import Path
 
-from hf_kvcache.hub.flatten import HEADER, WIDTH, Recipe, flat, flatten
+from hf_kvcache.hub.flatten import HEADER, OPS, files_of, flat
 from hf_kvcache.hub.kernel_card import card_of
-from hf_kvcache.hub.shake import OPS
 
 VERSION = 1  # of the signatures: a change that callers notice asks for the next one
 VARIANT = Path("build", "torch-universal")
@@ -39,17 +37,11 @@ WITH = {
     "sparse_attention": ("merge_states", *_PACKS),
     "sparse_pack": (),
 }
-# classes of operands that are defined elsewhere, and their methods that only callers use
+# classes of operands that are defined elsewhere: names, and their modules
 _OPERANDS = {
-    "lowrank_attention": ("hf_kvcache.rope:Rope.cover.tables.scale_query", "hf_kvcache.rope:RotaryTables"),
-    "ragged_attention": (f"{OPS}.sparse_attention:SparseRows",),
+    "lowrank_attention": {"Rope": "hf_kvcache.rope", "RotaryTables": "hf_kvcache.rope"},
+    "ragged_attention": {"SparseRows": f"{OPS}.sparse_attention"},
 }
-# types that only annotations name, which callers read
-_TYPES = {"quant_attention": ("Packed",)}
-# the dispatcher loads it by itself
-_GLUON = tuple(f"{OPS}.sparse_attention.gluon_kernel:{name}" for name in ("attend", "obstacle"))
-
-_DISPATCHER = '"""Which backend runs an op: Triton on CUDA tensors, plain PyTorch elsewhere."""'
 
 
 def build_kernel(op: str, directory: str | os.PathLike) -> Path:
@@ -84,17 +76,11 @@ def build_kernel(op: str, directory: str | os.PathLike) -> Path:
 def sources(op: str, version: str) -> dict[str, str]:
     """The Python files of an op's repository by name."""
     found = exports(op)
-    roots = tuple(f"{module}:{name}" for name, module in found.items()) + _OPERANDS.get(op, ())
-    roots += tuple(f"{OPS}.{op}:{name}" for name in _TYPES.get(op, ()))
-    if op in ("sparse_attention", "ragged_attention"):
-        roots += _GLUON
-    recipe = Recipe(roots, absent=(f"{OPS}:forced_backend",), is_documented=True)
-    files = flatten(recipe, version)
-    dispatcher = f"{flat(OPS)}.py"
-    if dispatcher in files:
-        told = ast.get_docstring(ast.parse(files[dispatcher]), clean=False)
-        files[dispatcher] = files[dispatcher].replace(f'"""{told}"""', _DISPATCHER, 1)
-    files["__init__.py"] = HEADER.format(module=f"{OPS}.{op}", version=version, command="kernel") + _init(op, found)
+    roots = set(found.values())
+    if f"{OPS}.sparse_attention" in roots:
+        roots.add(f"{OPS}.sparse_attention.gluon_kernel")
+    files = files_of(roots, version)
+    files["__init__.py"] = HEADER.format(module=f"{OPS}.{op}", version=version) + _init(op, found)
     return dict(sorted(files.items()))
 
 
@@ -107,9 +93,7 @@ def exports(op: str) -> dict[str, str]:
     if op not in WITH:
         raise ValueError(f"no op is called {op!r}; there are {', '.join(WITH)}")
     found = {name: f"{OPS}.{each}" for each in (op, *WITH[op]) for name in import_module(f"{OPS}.{each}").__all__}
-    for path in _OPERANDS.get(op, ()):
-        module, _, name = path.partition(":")
-        found[name.partition(".")[0]] = module
+    found |= _OPERANDS.get(op, {})
     return dict(sorted(found.items()))
 
 
@@ -159,7 +143,7 @@ def _init(op: str, found: dict[str, str]) -> str:
         of.setdefault(flat(module), []).append(name)
     imports = "\n".join(f"from .{module} import {_listed(of[module])}" for module in sorted(of))
     line = f"__all__ = [{', '.join(map(json.dumps, sorted(found)))}]"
-    if len(line) > WIDTH:
+    if len(line) > 120:
         line = "__all__ = [\n" + "".join(f"    {json.dumps(name)},\n" for name in sorted(found)) + "]"
     return f'"""{import_module(f"{OPS}.{op}").__doc__.strip()}"""\n\n{imports}\n\n{line}\n'
 

@@ -26,6 +26,11 @@ from hf_kvcache.warn import warn_once
 BACKENDS = ("native", "triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
+# what stands between the parts of a module's name; in a repository that brings its code this is a file beside others,
+# `kernels_quant_pack_reference.py` one of them, and there is no C++
+_IS_PACKAGE = "__path__" in globals()
+_DOT = "." if _IS_PACKAGE else "_"
+
 _forced: list[str] = []
 # modules of the fast backend that can run an op on a device
 _able: dict[tuple[str, torch.device], ModuleType] = {}
@@ -83,7 +88,7 @@ def choose(op: str, device: torch.device, operands: tuple = ()) -> Choice:
         if why_not:
             raise BackendUnavailable(f"{op}: backend {wanted!r} was asked for but {why_not}")
         return Choice(wanted, "asked for")
-    fast = "triton" if device.type == "cuda" else "native"
+    fast = _fast(device)
     why_not = _obstacle(op, fast, device, operands)
     return Choice("reference", why_not) if why_not else Choice(fast, f"{device.type} tensors")
 
@@ -97,25 +102,29 @@ def select(op: str, device: torch.device, operands: tuple = (), name: str | None
     """
     if _forced or os.environ.get("HF_KVCACHE_BACKEND"):
         return getattr(_module(op, choose(op, device, operands).backend), name or op)
-    fast = "triton" if device.type == "cuda" else "native"
-    module = _able.get((op, device)) or _able_module(op, fast, device)
-    why_not = _obstacle(op, fast, device, operands) if module is None else _of_operands(module, operands)
+    module = _able.get((op, device))
+    why_not = _of_operands(module, operands) if module is not None else _obstacle(op, _fast(device), device, operands)
     if why_not is None:
-        return getattr(module, name or op)
+        return getattr(module or _note_able(op, device), name or op)
     warn_once(f"{op} runs on the PyTorch reference: {why_not}")
     return getattr(_module(op, "reference"), name or op)
 
 
-def _able_module(op: str, backend: str, device: torch.device):
-    """The module of a backend that can run `op` on `device`, asked once, or None."""
-    if _obstacle(op, backend, device, ()) is None:
-        return _able.setdefault((op, device), _module(op, backend))
-    return None
+def _fast(device: torch.device) -> str:
+    return "triton" if device.type == "cuda" else "native" if _IS_PACKAGE else "reference"
+
+
+def _note_able(op: str, device: torch.device) -> ModuleType:
+    """The module of the fast backend, which can run `op` on `device`: from now on only operands are looked at."""
+    backend = _fast(device)
+    module = _module(op, backend)
+    # the reference takes whatever comes
+    return module if backend == "reference" else _able.setdefault((op, device), module)
 
 
 @cache
 def _module(op: str, backend: str):
-    return import_module(f"hf_kvcache.kernels.{op}.{'triton_kernel' if backend == 'triton' else backend}")
+    return import_module(_DOT.join([__name__, op, "triton_kernel" if backend == "triton" else backend]))
 
 
 def _obstacle(op: str, backend: str, device: torch.device, operands: tuple) -> str | None:

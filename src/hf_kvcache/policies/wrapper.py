@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hf_kvcache import registry
 from hf_kvcache.policies.base import Policy
 
 
@@ -31,6 +30,9 @@ class Wrapper(Policy):
         super().__post_init__()
 
     def _named(self, name: str) -> Policy:
+        # a repository that brings its code describes the scorer, and has no registry
+        from hf_kvcache import registry
+
         kind = registry.load(registry.method(name).factory)
         if not (isinstance(kind, type) and issubclass(kind, Policy)):
             raise ValueError(f"{type(self).__name__}: {name!r} is not an eviction method")

@@ -8,7 +8,7 @@ import inspect
 import torch
 
 from hf_kvcache.compat import CACHE_NAME, cache_argument, given_cache, named_cache
-from hf_kvcache.hub.children import add_children
+from hf_kvcache.hub.adapter_modules import add_modules
 from hf_kvcache.hub.spec import cache_of
 
 
@@ -48,7 +48,7 @@ class CacheModel(TakesCache):
         super().__init__(config, *args, **kwargs)
         # damaged ones are found now
         self.new_cache()
-        add_children(self, config.kv_adapter)
+        add_modules(self, config.kv_adapter)
 
     @classmethod
     def from_pretrained(cls, source, *args, output_loading_info: bool = False, **kwargs):

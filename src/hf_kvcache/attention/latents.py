@@ -1,0 +1,31 @@
+"""Attention over a store with low-rank latents on one side at least."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_kvcache.codecs.base import Chain, Codec
+from hf_kvcache.codecs.quantize import Quantize
+from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
+
+
+def attend_lowrank(q, store, dense, *, scaling, mask, softcap):
+    """`lowrank_attention` over a store with latents on one side at least; `dense` is merged by the caller."""
+    keys, values = (as_latents(codec, store.encoded(side)) for side, codec in (("k", store.keys), ("v", store.values)))
+    first = store.keys.first if isinstance(store.keys, Chain) else store.keys
+    expansion = None
+    if first.format == "lowrank/rope":
+        basis, rope = first.basis, first.rotary
+        tables = rope.tables(q.device)
+        expansion = KeyExpansion(basis.up_by_head, basis.mean_by_head, store.packed["rope"], tables)
+        q = rope.scale_query(q)
+    return lowrank_attention(q, keys, values, expansion, scaling=scaling, mask=mask, softcap=softcap)
+
+
+def as_latents(codec: Codec, encoded: dict[str, torch.Tensor]) -> Latents:
+    """One side of a store as the op reads it; dense and quantised rows are latents of one head and full rank."""
+    prefix, integers = ("second.", codec.second) if isinstance(codec, Chain) else ("", codec)
+    if not isinstance(integers, Quantize):
+        return Latents(encoded["latents" if codec.format.startswith("lowrank") else "rows"])
+    codes, scale, zero = (encoded[prefix + name] for name in ("codes", "scale", "zero"))
+    return Latents(codes, scale, zero, integers.bits)

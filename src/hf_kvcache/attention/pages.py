@@ -1,0 +1,31 @@
+"""Attention over pages, in which heads keep different numbers of rows."""
+
+from __future__ import annotations
+
+from hf_kvcache.attention.mask import visible
+from hf_kvcache.attention.sparse_rows import sides_as_sparse_rows
+from hf_kvcache.kernels.dense_attention import dense_attention
+from hf_kvcache.kernels.merge_states import merge_two
+from hf_kvcache.kernels.ragged_attention import ragged_attention
+
+
+def hides_pages(view, mask) -> bool:
+    """Whether a mask hides a row in a page, which the op over pages has no mask for."""
+    n = view.layer.store.n_packed
+    is_row = (view.positions[..., :n] >= 0).unsqueeze(2)
+    return bool((is_row & ~mask[..., :n]).any())
+
+
+def attend_pages(q, view, scaling, mask, softcap):
+    """Pages hold real tokens that all queries see; the dense window, where padding and order matter, has a mask."""
+    store, n_new = view.layer.store, q.shape[2]
+    keys, values = sides_as_sparse_rows(store)
+    in_basis = store.keys.project_query(q)
+    pages = store.packed.table, store.packed.lengths
+    out, lse = ragged_attention(in_basis, keys, values, *pages, scaling=scaling, softcap=softcap)
+    if mask is not None:
+        mask = mask[..., store.n_packed :]
+    elif n_new > 1 or view.layer.has_padding:
+        mask = visible(store.dense["position"], view.tokens_seen, n_new)
+    tail = dense_attention(q, store.dense["k"], store.dense["v"], scaling=scaling, mask=mask, softcap=softcap)
+    return merge_two((store.values.project_output(out).to(q.dtype), lse), tail)

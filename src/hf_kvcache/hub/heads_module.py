@@ -1,0 +1,59 @@
+"""Retaining heads as weights of a repository's model (Locret, Huang et al. 2024, arXiv 2410.01805)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hf_kvcache.adapters.capture import Capture, sources
+from hf_kvcache.adapters.modules import RETAIN_CHILD, attentions
+from hf_kvcache.adapters.scoring import score
+
+_BLOCK = 4096  # tokens scored at a time
+
+
+class HeadsModule(nn.Module):
+    """Retaining heads of one attention module, as policies ask for them.
+
+    Args:
+        shapes: of `fc1` `[d_r, F]` and `fc2` `[Hkv, d_r]`.
+        attention: the module; hooks on its projections keep their outputs while it runs.
+        activation, feature_point: see `RetainingHeads`.
+    """
+
+    is_active = True
+
+    def __init__(self, shapes: dict[str, list[int]], attention: nn.Module, activation: str, feature_point: str):
+        super().__init__()
+        self.activation, self._sources, self._capture = activation, sources(attention, feature_point), Capture()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+        attention.register_forward_pre_hook(self._before)
+        attention.register_forward_hook(self._after, always_call=True)
+
+    def scores(self) -> torch.Tensor:
+        """How much later tokens will look at every token of the current call, float32 `[B, Hkv, S]`."""
+        parts, shard = self._capture.parts_of_all_heads(self.fc1.shape[1])
+        fc1, fc2 = self()
+        fc1, fc2 = fc1.to(parts[0]), shard.own(fc2, 0)
+        blocks = zip(*(part.split(_BLOCK, 1) for part in parts))
+        return torch.cat([score(torch.cat(block, -1), fc1, fc2, self.activation) for block in blocks], -1)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both weights: a call, so that weights that are kept elsewhere (`device_map`) are brought for it."""
+        return self.fc1, self.fc2
+
+    def _before(self, attention: nn.Module, args) -> None:
+        self._capture.arm(attention)
+        self._capture.watch(attention, self._sources)
+
+    def _after(self, attention: nn.Module, args, output) -> None:
+        self._capture.drop()
+
+
+def add_heads(model: nn.Module, spec: dict) -> None:
+    """Hang a `HeadsModule` on the attention modules that `spec["shapes"]` names by layer."""
+    for i, attention in attentions(model).items():
+        if (shapes := spec["shapes"].get(str(i))) is not None:
+            knobs = spec["activation"], spec["feature_point"]
+            setattr(attention.module, RETAIN_CHILD, HeadsModule(shapes, attention.module, *knobs))
