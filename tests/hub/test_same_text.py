@@ -5,7 +5,7 @@ import re
 
 import pytest
 from rooms import telling
-from test_export import FAMILIES, SHORT, families, plain, repositories  # noqa: F401
+from test_export import FAMILIES, SHORT, plain, repositories  # noqa: F401
 
 from hf_kvcache import compat
 from hf_kvcache.hub.export import _adapter
