@@ -24,6 +24,7 @@ from cases import (
     stock_implementation,
     tiny_model,
 )
+from rooms import telling
 from transformers import AttentionInterface, DynamicCache, TextStreamer
 
 import hf_kvcache as kv
@@ -148,7 +149,7 @@ def test_prefill_in_chunks(case):
         assert_close("logits", torch.stack(out.logits, 1), logits, 1e-4)
 
 
-@pytest.mark.parametrize("implementation", [NAMED, "sdpa"])
+@pytest.mark.parametrize("implementation", telling([NAMED, "sdpa"], NAMED))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_several_turns(case, implementation):
     model, cache = tiny_model("llama", implementation), case.make()
@@ -247,7 +248,9 @@ def wrong_assistant():
 REPETITIVE = torch.cat([prompt(1, 15, seed=2)] * 4, 1)  # so that prompt lookup finds drafts
 
 
-@pytest.mark.parametrize("kind", ["bad-assistant", "perfect-assistant", "prompt-lookup"])
+@pytest.mark.parametrize(
+    "kind", telling(["bad-assistant", "perfect-assistant", "prompt-lookup"], "bad-assistant", "prompt-lookup")
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_speculation(case, kind):
     model, cache = tiny_model(), case.make()
@@ -309,7 +312,7 @@ def test_streaming_output(capsys):
     assert printed == Words().decode(sequences[0])
 
 
-@pytest.mark.parametrize("implementation", [NAMED, "sdpa"])
+@pytest.mark.parametrize("implementation", telling([NAMED, "sdpa"], "sdpa"))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_reset_and_use_again(case, implementation):
     model, cache = tiny_model("llama", implementation), case.make()

@@ -10,6 +10,7 @@ import pickletools
 import pytest
 import torch
 from cases import AnyBases, assert_same_state, prompt, tiny_model
+from rooms import telling
 from test_persist import CACHES, fill, go_on, make_model
 from test_persist import prompt as text
 
@@ -78,7 +79,7 @@ def test_another_process_goes_on(model, child, make):
     assert theirs == continued(by_pickle(cache)) == continued(kept, model)
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("way", telling(WAYS.values(), by_pickle, copy.deepcopy), ids=WAYS)
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_copies_go_on_alike(model, make, way):
     cache = fill(model, make(), text(120))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from kinds import CONFIG, KINDS
+from rooms import telling
 from tiny_bases import model_of
 
 import hf_kvcache as kv
@@ -36,7 +37,9 @@ def run(*command):
     return done.stdout
 
 
-@pytest.mark.parametrize("imports", ["import hf_kvcache, peft", "import peft, hf_kvcache"])
+@pytest.mark.parametrize(
+    "imports", telling(["import hf_kvcache, peft", "import peft, hf_kvcache"], "import hf_kvcache, peft")
+)
 def test_importing_the_library_is_enough(folders, imports):
     code = (
         f"{imports}, sys\nfrom transformers import AutoModelForCausalLM\n"

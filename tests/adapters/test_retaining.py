@@ -147,6 +147,7 @@ def test_files_have_the_names_that_the_model_has(arch, tmp_path):
         assert path in names and part in ("fc1", "fc2")
 
 
+@pytest.mark.slow
 def test_neither_import_nor_files_need_peft(saved):
     code = (
         "import sys; sys.modules['peft'] = None\n"

@@ -49,6 +49,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 def test_vision_towers_before_and_after_a_cache_was_made():
     """In a process of its own, where the first results come before anything of ours is known."""
     done = subprocess.run(

@@ -19,6 +19,7 @@ def importable(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_decode_step_rows():
     import attention
 

@@ -104,34 +104,33 @@ def inputs():
     return dict(tokenizer(texts, return_tensors="pt", padding=True))
 
 
-@pytest.fixture(scope="module")
-def families(pytestconfig):
-    """Names of those that are exported in this run."""
-    return tuple(FAMILIES) if is_whole(pytestconfig) else SHORT
+def families(config):
+    """Names of those that a run exports."""
+    return tuple(FAMILIES) if is_whole(config) else SHORT
 
 
 @pytest.fixture(scope="module")
-def repositories(families, tmp_path_factory):
+def repositories(tmp_path_factory, pytestconfig):
     root = tmp_path_factory.mktemp("exported")
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    for name in families:
+    for name in families(pytestconfig):
         prepare, make = FAMILIES[name]
         export(prepare(plain()), make(), root / name, tokenizer=tokenizer)
     return root
 
 
 @pytest.fixture(scope="module")
-def answers(families, repositories, inputs, tmp_path_factory):
+def answers(repositories, inputs, tmp_path_factory, pytestconfig):
     """What a process that does not have the library finds."""
     work = tmp_path_factory.mktemp("bare")
     given = {name: t.tolist() for name, t in inputs.items()}
     jobs = {
         f"{name} {dtype}": {"where": str(repositories / name), "dtype": dtype, "inputs": given}
-        for name in families
+        for name in families(pytestconfig)
         for dtype in DTYPES
     }
     jobs["quant float32"] |= {"thoroughly": True}
-    for name in {"dmc", "dms"} & {*families}:
+    for name in {"dmc", "dms"} & {*families(pytestconfig)}:
         jobs[f"{name} float32"] |= {"scores": True}
     hub = {"someone/quant": repositories / "quant", "someone/palu": repositories / "palu"}
     for name in list(hub):

@@ -220,6 +220,7 @@ def test_an_old_hub_library_is_named(built, monkeypatch, capsys):
     assert "huggingface_hub 2.3 or newer; this is 2.2.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Version(huggingface_hub.__version__) < Version(TAKES_KERNELS), reason="its uploads take no kernels")
 def test_pushed_kernels_load_by_version(built, tmp_path):
     """The second upload takes the place of the first, on the branch of the version."""

@@ -133,6 +133,14 @@ def test_an_interrupt_ends_the_compiler_with_its_children(fresh, stuck):
     assert not list(fresh.glob(f"{OP}*"))
 
 
+def test_what_a_command_has_started_ends_with_it(stuck):
+    code = "import os; from hf_kvcache.kernels import compilers; compilers.run([os.environ['CXX']])"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, process_group=0)
+    assert select.select([stuck], [], [], 120)[0] and os.read(stuck, 100).strip().isdigit()
+    compilers.end(process)
+    assert until_closed(stuck) == b""
+
+
 def test_an_unknown_level_is_refused_by_name(fresh, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", "neon9")
     assert "HF_KVCACHE_ISA='neon9'" in native.unavailable(OP, CPU)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+
+INTERRUPT_SECONDS = 5
 
 
 def run(command: list[str], timeout: float | None = None, **options) -> subprocess.CompletedProcess:
@@ -32,8 +35,14 @@ def run(command: list[str], timeout: float | None = None, **options) -> subproce
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a process that leads a group of its own (`process_group=0`), with its children, and wait for it."""
+    """Interrupt a process that leads a group of its own (`process_group=0`); kill what is left of the group, and wait.
+
+    One that has started compilers by `run` ends their groups when it is interrupted, and could not when it is killed.
+    """
     try:
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(INTERRUPT_SECONDS)
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         # all of them had ended
