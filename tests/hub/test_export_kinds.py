@@ -25,6 +25,7 @@ KINDS = {
     "the model's RoPE, by the policy": ("llama", BY_ID["expected-budget24"].make),
     "the model's RoPE, to close gaps": ("llama", BY_ID["streaming-compact"].make),
     "places among the layers, pages": ("llama", BY_ID["duo"].make),
+    "another policy's scores, heads of different lengths": ("llama", BY_ID["adakv-budget42"].make),
     "a side of which only some channels stay": ("llama", BY_ID["sparsek-densev-window8"].make),
     "codecs in a chain": ("qwen3", BY_ID["keydiff-sparse-quant8"].make),
     "layers with a window, softcaps": ("gemma2", BY_ID["quant8k4v-window8"].make),

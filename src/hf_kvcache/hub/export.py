@@ -198,7 +198,8 @@ def export(
     }
     module = f"modeling_{names['model_type']}"
     files[f"{module}.py"] = _modeling(files, cache, names)
-    weights = {name: t for name, t in model.state_dict().items() if not _is_of_child(name)} | tensors
+    of_children = tuple(f".{child}." for child in CHILDREN)
+    weights = {name: t for name, t in model.state_dict().items() if not any(c in name for c in of_children)} | tensors
     _save_weights(model, base, config, weights, directory)
     values = {key: value for key, value in model.config.to_dict().items() if key not in _OWN}
     values |= {
@@ -307,10 +308,6 @@ def _bases(model) -> tuple[type, type, type]:
     return base, plain, config
 
 
-def _is_of_child(name: str) -> bool:
-    return any(f".{child}." in name for child in CHILDREN)
-
-
 def _adapter(model, cache: KVCache) -> tuple[dict | None, dict[str, torch.Tensor]]:
     """What the config says of what the model carries for this cache, and its tensors under the names of weights."""
     found = full_attentions(model)
@@ -415,13 +412,9 @@ def _found(files: dict[str, str], cache: KVCache, imports: dict[str, list[str]])
         imports.setdefault(module, []).append(name)
     lines = [f"from .{module} import {', '.join(sorted(imports[module]))}" for module in sorted(imports)]
     reached = _reached(files, imports)
-    hidden = [stem for stem in _stems(files) if stem not in reached]
+    hidden = sorted({name.removesuffix(".py") for name in files} - reached)
     mentions = [f"    from .{stem} import __name__ as {stem}" for stem in hidden]
     return "\n".join(lines), "\n".join(mentions), [name for _, name in parts]
-
-
-def _stems(files) -> list[str]:
-    return sorted(name.removesuffix(".py") for name in files)
 
 
 def _reached(files: dict[str, str], start) -> set[str]:

@@ -141,13 +141,8 @@ def _init(op: str, found: dict[str, str]) -> str:
     of: dict[str, list[str]] = {}
     for name, module in found.items():
         of.setdefault(flat(module), []).append(name)
-    imports = "\n".join(f"from .{module} import {_listed(of[module])}" for module in sorted(of))
+    imports = "\n".join(f"from .{module} import {', '.join(sorted(of[module]))}" for module in sorted(of))
     line = f"__all__ = [{', '.join(map(json.dumps, sorted(found)))}]"
     if len(line) > 120:
         line = "__all__ = [\n" + "".join(f"    {json.dumps(name)},\n" for name in sorted(found)) + "]"
     return f'"""{import_module(f"{OPS}.{op}").__doc__.strip()}"""\n\n{imports}\n\n{line}\n'
-
-
-def _listed(names: list[str]) -> str:
-    """Names as linters order them: constants, classes, functions."""
-    return ", ".join(sorted(names, key=lambda name: (not name.isupper(), not name[0].isupper(), name)))
