@@ -1,14 +1,17 @@
-# `make demo` and `make test` set up everything they need in .venv
+# `make demo`, `make test` and `make test-all` set up everything they need in .venv
 PYTHON ?= python3
 VENV ?= .venv
 # installed first, so that nothing else pulls another build of torch
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-# tests run on one thread each; files stay whole, as some train a model once for all of their tests
+# tests run on one thread each; files stay whole, as some train a model once for all of their tests, and in the order
+# that tests/conftest.py gives them, heavy ones first
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# the tests that setup.cfg leaves out, too
+EVERYTHING := -m ""
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-oldest lint bench bench-gpu clean
+.PHONY: setup demo test test-all test-oldest test-oldest-all lint bench bench-gpu clean
 
 setup: $(READY)
 
@@ -21,12 +24,19 @@ $(READY): setup.cfg pyproject.toml
 demo: setup
 	$(BIN)/hf-kvcache compare --out out
 
+# a few minutes: all but the tests marked slow
 test: setup
 	$(BIN)/python -m pytest $(PARALLEL)
+
+test-all: setup
+	$(BIN)/python -m pytest $(PARALLEL) $(EVERYTHING)
 
 # the same tests on the oldest supported transformers, in an environment of its own
 test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pytest $(PARALLEL)
+
+test-oldest-all: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest $(PARALLEL) $(EVERYTHING)
 
 .venv-oldest/.ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-oldest

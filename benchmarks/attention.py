@@ -5,6 +5,7 @@ from __future__ import annotations
 import peers
 import torch
 
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.bench.timing import interleaved
 
 BASELINE, UNFUSED = "DynamicCache + sdpa", "DynamicCache, unfused"
@@ -100,9 +101,10 @@ def _fill(contestant, module, k, v, q) -> None:
     cache = contestant.cache
     keys, _ = cache.update(k, v, 0)
     if hasattr(keys, "layer"):
-        keys.cache.bind(module, keys)
-        keys.layer.note_positions(None, None, k.shape[2])
-        keys.layer.settle(q.expand(-1, -1, 2, -1), keys)
+        call = AttentionCall(keys, q.expand(-1, -1, 2, -1), module=module)
+        keys.cache.meet(call)
+        keys.layer.prepare(call)
+        keys.layer.compress(call)
 
 
 def _exact(q, new_k, new_v, k, v, scaling):

@@ -29,6 +29,7 @@ import gc, json, sys
 import torch
 from transformers import DynamicCache
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 shape = json.loads(sys.argv[1])
 on_gpu = sys.argv[3] == "cuda"
 rows = (shape["batch"], shape["kv_heads"], shape["tokens"], shape["head_dim"])
@@ -45,7 +46,7 @@ def fill(cache, layers):
         k, v = (torch.randn(rows, dtype=torch.bfloat16, device=sys.argv[3]) for _ in range(2))
         keys, _ = cache.update(k, v, layer)
         if isinstance(keys, kv.KVView):
-            keys.layer.settle(k[:, :, -2:], keys)
+            keys.layer.compress(AttentionCall(keys, k[:, :, -2:]))
     return cache
 
 with torch.no_grad():

@@ -1,19 +1,23 @@
 """Shared by all tests. The table of methods and the tiny models are in `cases.py`."""
 
+import contextlib
+import importlib
 import logging
-import os
 import re
 import signal
-import subprocess
-import sys
 import warnings
 
 import pytest
+import rooms
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from hf_kvcache import warn
+from hf_kvcache.kernels import native
+
+# seconds to compile: 18, 16, 12, 8 and 4; all others take less
+SLOW_TO_BUILD = ("ragged_attention", "quant_attention", "sparse_attention", "lowrank_attention", "dense_attention")
 
 # the models are tiny: a second thread costs ten times what it gains
 torch.set_num_threads(1)
@@ -30,6 +34,11 @@ class Deprecations(logging.Handler):
     def emit(self, record):
         if self.pattern.search(record.getMessage()) and not self.their_own.search(record.getMessage()):
             raise AssertionError(f"transformers: {record.getMessage()}")
+
+
+def pytest_configure():
+    # what ends a run ends as by Ctrl-C, and the compilers and processes that it has started with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -70,30 +79,22 @@ def auto_classes():
         mapping._extra_content.update(content)
 
 
-COMPILE_ALL = """
-from hf_kvcache.kernels import native
-for op in native.OPS:
-    __import__(f"hf_kvcache.kernels.{op}")
-    for isa in native.supported():
-        native.build(op, isa)
-"""
+def pytest_collection_modifyitems(items):
+    """Heavy files first, the tests of a file in their order."""
+    items.sort(key=lambda item: rooms.by_weight(item.path))
 
 
 def pytest_collection_finish(session):
-    """Compile native code for all instruction sets beside the first tests, which leave a core to spare."""
-    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
-    has_kernels = any("kernels" in item.path.parts for item in session.items)
-    if not (is_first and has_kernels) or session.config.option.collectonly:
+    """Compile native code before the first test asks for it: each worker its share, or they would build the same."""
+    if session.config.option.collectonly or not any("kernels" in item.path.parts for item in session.items):
         return
-    # in a process of its own: tests change the environment. A failure is found again by the test that needs the library
-    session.compiling = subprocess.Popen(
-        [sys.executable, "-c", COMPILE_ALL], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
-    )
-
-
-def pytest_sessionfinish(session):
-    compiling = getattr(session, "compiling", None)
-    if compiling is not None:
-        # as by Ctrl-C: it ends its compilers and removes what is half compiled
-        compiling.send_signal(signal.SIGINT)
-        compiling.wait(30)
+    worker = getattr(session.config, "workerinput", {"workerid": "gw0", "workercount": 1})
+    levels = native.supported() if rooms.is_whole(session.config) else native.supported()[:1]
+    # dealt out in this order, shares take about as long
+    ops = sorted(native.OPS, key=lambda op: (*SLOW_TO_BUILD, op).index(op))
+    jobs = [(op, isa) for isa in levels for op in ops]
+    for op, isa in jobs[int(worker["workerid"][2:]) :: worker["workercount"]]:
+        importlib.import_module(f"hf_kvcache.kernels.{op}")
+        # found again by the test that needs the library
+        with contextlib.suppress(native.BuildError):
+            native.build(op, isa)

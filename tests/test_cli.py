@@ -223,6 +223,14 @@ def test_methods_lists_the_registry(capsys):
     assert "quanto" in run(capsys, "methods")[1]
 
 
+def test_methods_of_one_page(capsys):
+    code, out, _ = run(capsys, "methods", "--markdown", "--page", "retrofits")
+    assert code in (0, None) and [line.split("`")[1] for line in out.splitlines()[2:]] == ["dmc", "dms"]
+    for wrong in (["--markdown", "--page", "nowhere"], ["--page", "retrofits"]):
+        code, _, err = run(capsys, "methods", *wrong)
+        assert code == 2 and "eviction, retrofits" in err
+
+
 def test_doctor_names_a_backend_for_every_op(capsys):
     code, out, _ = run(capsys, "doctor", "--json")
     assert code == 0

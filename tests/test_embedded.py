@@ -1,10 +1,11 @@
-"""What the embedded model can do, and what caches cost it: the claims of its card and of the README."""
+"""What the embedded model can do, and what caches cost it: the claims of its card and of the docs."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
+from rooms import telling
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -74,7 +75,7 @@ def test_four_bits_leave_retrieval_unharmed_and_eviction_does_not(model, prompts
     assert exact_match(model, asked, lambda: kv.EvictionCache("streaming", ratio=0.25)) < 0.6 * dense
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+@pytest.mark.parametrize("sparsity", telling([0.5, 0.7], 0.7))
 def test_which_channels_go_matters(model, windows, dense, sparsity):
     """The findings of Mustafar: channels chosen per token beat whole channels, and keys are the more fragile."""
 
@@ -90,6 +91,7 @@ def test_which_channels_go_matters(model, windows, dense, sparsity):
     assert score("magnitude", "magnitude").perplexity < 1.02 * exact.perplexity
 
 
+@pytest.mark.slow
 def test_what_calibration_knows_shows(model, ids):
     """Palu's findings and ours, at half the bytes: data, gradients, joint values and measured ranks all pay."""
     texts, held_out = list(token_batches(ids[:7000], 512, 8)), list(token_batches(ids[7000:], 512, 3))
@@ -112,7 +114,7 @@ def test_what_calibration_knows_shows(model, ids):
     assert uniform < 0.5 * loss(allocator="condition")
 
 
-@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("bits", telling([3, 2], 2))
 def test_folded_rotation_pays_at_few_bits(model, ids, windows, dense, bits):
     bases = fit_bases(model, token_batches(ids[:7000], 512, 8), allocator="greedy")
 

@@ -8,6 +8,7 @@ from cases import CASES, KNOBS, SIZES, generate, new_model, prompt, replay, tiny
 from transformers import DynamicCache, LlamaConfig
 
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.compat import cache_argument
 
 
@@ -88,7 +89,7 @@ def test_arguments(name):
 def test_rows_that_do_not_fit(case):
     cache = case.make()
     view, _ = cache.update(rows(), rows(), 0)
-    view.layer.settle(rows(heads=4), view)
+    view.layer.compress(AttentionCall(view, rows(heads=4)))
     wrong = {
         "the input is empty": rows(0),
         "batch size of the new tokens is 2, of the cache 1": rows(batch=2),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3N
 
 import hf_kvcache as kv
 from hf_kvcache import persist
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.dmc.hooks import Call
 from hf_kvcache.dmc.settings import Settings
@@ -297,7 +298,7 @@ class TestNothingIsLost:
             k, v = torch.randn(2, 2, 2, 1, 16)
             view = layer.append(k, v)
             layer.place(view)
-            layer.settle(torch.randn(2, 4, 1, 16), view)
+            layer.compress(AttentionCall(view, torch.randn(2, 4, 1, 16)))
         for other in (self.both(None, cache, tmp_path), pickle.loads(pickle.dumps(cache))):
             assert_same_state(other, cache)
             with pytest.raises(ValueError, match="made with window=4"):

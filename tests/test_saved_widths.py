@@ -11,8 +11,8 @@ from transformers import DeepseekV3Config, DynamicCache
 
 import hf_kvcache as kv
 from hf_kvcache import persist
-from hf_kvcache.layer import ORIGINAL
 from hf_kvcache.manifest import read_manifest
+from hf_kvcache.rerotation import ORIGINAL
 from hf_kvcache.typed import Misfit
 
 N = 90

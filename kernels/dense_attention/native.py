@@ -18,16 +18,19 @@ def unavailable(device) -> str | None:
 
 
 def dense_attention(q, k, v, *, scaling, mask=None, softcap=None):
-    k, v = rows_contiguous(k), rows_contiguous(v)
+    if k.stride(3) != 1 or v.stride(3) != 1:
+        k, v = rows_contiguous(k), rows_contiguous(v)
     q, mask, out, lse, fields = queries(q, k.shape[1], v.shape[3], mask, scaling, softcap)
-    native.function("dense_attention")(_CALL.pack(*fields, *rows(k), *rows(v), k.shape[2]))
+    where = k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3], k.shape[2]
+    native.function("dense_attention")(_CALL.pack(*fields, *where))
     return out, lse
 
 
 def queries(q, n_kv_heads, width, mask, scaling, softcap):
     """Outputs of a call and the fields of `struct Queries`; q and mask come back because they must stay alive."""
     B, Hq, S, D = q.shape
-    q = rows_contiguous(q)
+    if q.stride(3) != 1:
+        q = rows_contiguous(q)
     out = torch.empty(B, Hq, S, width, dtype=q.dtype)
     lse = torch.empty(B, Hq, S, dtype=torch.float32)
     mask_fields = 0, 0, 0, 0
@@ -37,7 +40,7 @@ def queries(q, n_kv_heads, width, mask, scaling, softcap):
         # a size of 1 is shared by every batch row or head
         mask_fields = mask.data_ptr(), batch * (mask.shape[0] > 1), head * (mask.shape[1] > 1), query
     fields = (
-        *rows(q), out.data_ptr(), lse.data_ptr(), *mask_fields,
+        q.data_ptr(), *q.stride()[:3], out.data_ptr(), lse.data_ptr(), *mask_fields,
         native.DTYPES[q.dtype], B, n_kv_heads, Hq // n_kv_heads, S, D, width, torch.get_num_threads(),
         scaling, softcap or 0.0,
     )  # fmt: skip

@@ -79,5 +79,7 @@ def with_sink(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tupl
 
 def _precision(*states) -> torch.dtype:
     """float64 where any of the states' tensors is, else float32."""
-    is_double = any(x.dtype == torch.float64 for state in states for x in state)
-    return torch.float64 if is_double else torch.float32
+    for out, lse in states:
+        if torch.float64 in (out.dtype, lse.dtype):
+            return torch.float64
+    return torch.float32

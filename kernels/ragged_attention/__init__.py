@@ -58,9 +58,10 @@ def check_pages(q, keys, values, table, lengths):
             f"keys {list(keys.values.shape)} and values {list(values.values.shape)} must both be [P, 1, page, ...]"
         )
     for name, rows in (("keys", keys), ("values", values)):
-        D = rows.row_width(q.shape[-1])
-        if rows.keep > D or (name == "keys" and D != q.shape[-1]):
-            raise ValueError(f"{name}: rows of {rows.keep} channels do not fit a head size of {q.shape[-1]}")
+        keep = rows.keep
+        D = keep if rows.places is None else rows.row_width(q.shape[-1])
+        if keep > D or (name == "keys" and D != q.shape[-1]):
+            raise ValueError(f"{name}: rows of {keep} channels do not fit a head size of {q.shape[-1]}")
         if rows.places is not None and rows.layout != "index" and rows.places.shape[-1] != -(-D // 8):
             raise ValueError(f"{name}: bitmaps of {rows.places.shape[-1]} bytes do not fit a head size of {D}")
         if rows.bits is None and rows.values.dtype != q.dtype:

@@ -27,7 +27,8 @@ def obstacle(q, keys, values) -> str | None:
 
 def ragged_attention(q, keys, values, table, lengths, *, scaling, softcap=None):
     n_pages, _, page, _ = keys.values.shape
-    q, _, out, lse, fields = queries(q, lengths.shape[1], values.row_width(q.shape[3]), None, scaling, softcap)
+    width = values.keep if values.places is None else values.row_width(q.shape[3])
+    q, _, out, lse, fields = queries(q, lengths.shape[1], width, None, scaling, softcap)
     k_fields, k_alive = side_fields(keys)
     v_fields, v_alive = side_fields(values)
     pages = (

@@ -24,8 +24,10 @@ def unavailable(device) -> str | None:
 def obstacle(q, keys, values) -> str | None:
     """Why these operands need the reference, or None."""
     for side in (keys, values):
+        if side.bits is None and side.places is None:
+            continue
         D = side.row_width(q.shape[-1])
-        if D > 256 and (side.places is not None or side.bits is not None):
+        if D > 256:
             return f"the head size {D} is larger than 256"
         if side.bits is None:
             continue
@@ -53,12 +55,14 @@ def side_fields(side):
     """The fields of `struct Side` and the tensors they point to."""
     values, places, scale, zero = side.values, side.places, side.scale, side.zero
     n, grid, where = values.shape[2], _NO_GRID, _NO_PLACES
-    values = rows_contiguous(values)
+    if values.stride(3) != 1:
+        values = rows_contiguous(values)
     if side.bits is not None:
         scale, zero = rows_contiguous(scale), rows_contiguous(zero)
-        (scale_at, *scale_strides), (zero_at, *zero_strides) = rows(scale), rows(zero)
-        grid = scale_at, zero_at, *scale_strides, *zero_strides, n, scale.shape[3], side.bits, False
+        strides = *scale.stride()[:3], *zero.stride()[:3]
+        grid = scale.data_ptr(), zero.data_ptr(), *strides, n, scale.shape[3], side.bits, False
     if places is not None:
         places = rows_contiguous(places)
-        where = *rows(places), LAYOUTS[side.layout]
-    return (*rows(values), *grid, *where, side.keep), (values, places, scale, zero)
+        where = places.data_ptr(), *places.stride()[:3], LAYOUTS[side.layout]
+    fields = values.data_ptr(), *values.stride()[:3], *grid, *where, side.keep
+    return fields, (values, places, scale, zero)

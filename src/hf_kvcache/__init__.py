@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from hf_kvcache.adapters.bases import Bases
     from hf_kvcache.cache import KVCache
     from hf_kvcache.codecs import Chain, Codec, Dense, LowRank, Quantize, Sparse
+    from hf_kvcache.identity import CacheFileError
     from hf_kvcache.kernels import BackendUnavailable, use_backend
     from hf_kvcache.layer import KVLayer
     from hf_kvcache.long_prompts import prefill, query_first
     from hf_kvcache.models import embedded_heads, embedded_model
-    from hf_kvcache.persist import CacheFileError
     from hf_kvcache.policies import (
         DMC,
         DMS,
@@ -115,7 +115,7 @@ _HOME = {
     "AdaKV": "policies",
     "BackendUnavailable": "kernels",
     "Bases": "adapters.bases",
-    "CacheFileError": "persist",
+    "CacheFileError": "identity",
     "Chain": "codecs",
     "Codec": "codecs",
     "DMC": "policies",

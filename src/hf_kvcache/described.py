@@ -52,7 +52,7 @@ def described_policy(spec, where: str) -> Policy | None:
     if spec is None:
         return None
     kind = kind_of(spec, "policy", Policy, where)
-    if kind.score is Policy.score and not kind.decides:
+    if kind.score is Policy.score and not kind.is_trained:
         raise Misfit(f"{where}.policy: a {kind.__name__} is no policy by itself")
     knobs = {
         name: described_policy(value, f"{where}.{name}") if isinstance(value, dict) and "policy" in value else value

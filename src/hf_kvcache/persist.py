@@ -17,24 +17,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Cache
 
 from hf_kvcache import restoring
-from hf_kvcache.adapters.base_weights import weights_digest
 from hf_kvcache.described import describe_pair, described_pair, described_policy
+from hf_kvcache.identity import CacheFileError
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.manifest import FORMAT_VERSION, LayerEntry, Manifest, dense_bytes, read_manifest
-from hf_kvcache.shards import WHOLE, shard_of_heads
-from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.typed import Misfit, class_named, shown
 
 MANIFEST = "manifest.json"
 MOST_BYTES = 2**26  # of a manifest
 OPTIONS = ("window", "n_sink", "min_length", "exact_prefill", "compact", "max_length", "edge_layers", "offloading")
-
-
-class CacheFileError(ValueError):
-    """Raised when saved files are truncated, altered, of another format, or of another model."""
 
 
 def save(cache, directory: str | os.PathLike) -> Path:
@@ -114,6 +107,7 @@ def model_of(cache) -> dict | None:
 
 def load(cls, directory: str | os.PathLike, model=None, device: torch.device | str | None = None):
     """Read a cache back; see `KVCache.load`."""
+    cls = _plain(cls)
     directory = Path(directory)
     raw = _read_json(directory / MANIFEST)
     try:
@@ -212,30 +206,10 @@ def attach(cache, model, what: str) -> None:
             cache.attach(_attention(model, i, what), layer, model)
 
 
-def fingerprint(module: torch.nn.Module) -> dict:
-    """What tells one model from another, read off one attention layer: shapes, and a sample of the weights.
-
-    Weights are sampled in bfloat16, so that the same model loaded in another dtype has the same fingerprint.
-    """
-    config = module.config
-    return {
-        "attention": type(module).__name__,
-        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
-        "hidden_size": getattr(config, "hidden_size", None),
-        "weights": weights_digest(module),
-    }
-
-
-def whose(layer: KVLayer, module: torch.nn.Module) -> dict:
-    """Which of the model's heads a layer has rows of, where several processes share them; empty elsewhere."""
-    shard = shard_of_heads(module, layer.n_kv_heads) if layer.is_initialized else WHOLE
-    return {} if shard.count == 1 else {"shard": f"{shard.rank} of {shard.count}"}
-
-
 def groups_of(cache) -> list[list[int]]:
     """Layers that share their packed rows, the one that holds them first."""
     stores = [layer.store if isinstance(layer, KVLayer) else None for layer in cache.layers]
-    leaders = [store for store in stores if isinstance(store, SharedStore) and store.group[:1] == [store]]
+    leaders = [s for s in stores if s is not None and s.shares_layers and s.group[:1] == [s]]
     return [[stores.index(store) for store in leader.group] for leader in leaders]
 
 
@@ -246,8 +220,8 @@ def own_attributes(cache) -> dict:
 
 
 def _plain(kind: type) -> type:
-    """`KVCache` itself: the class that is transformers' cache and ours."""
-    return next(base for base in kind.__mro__ if Cache in base.__bases__)
+    """`KVCache` itself, of this copy of the code."""
+    return next(base for base in kind.__mro__ if base.__qualname__ == "KVCache")
 
 
 def _attention(model, layer_idx: int, what: str) -> torch.nn.Module:

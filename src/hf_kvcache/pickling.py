@@ -10,7 +10,6 @@ import torch
 from hf_kvcache import persist, restoring
 from hf_kvcache.codecs.base import Chain, Codec
 from hf_kvcache.codecs.lowrank import LowRank
-from hf_kvcache.copying import twin as twin
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.manifest import read_entry
 

@@ -6,8 +6,8 @@ from hf_kvcache import registry
 from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import Dense, LowRank, Quantize, Sparse
+from hf_kvcache.dmc.policies import DMC, DMS
 from hf_kvcache.policies.base import Policy
-from hf_kvcache.policies.learned import DMC, DMS
 from hf_kvcache.policies.locret import Locret
 from hf_kvcache.policies.merge import Merge
 

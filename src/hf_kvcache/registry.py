@@ -8,7 +8,7 @@ from importlib import import_module
 
 @dataclass(frozen=True)
 class Method:
-    """A named cache: feeds the command line, the README table and the tests.
+    """A named cache: feeds the command line, the tables of README and docs, the cards and the tests.
 
     Attributes:
         name: what the command line calls it.
@@ -17,6 +17,8 @@ class Method:
         summary: one line.
         paper: source.
         arguments: the defaults shown beside it.
+        page: its page in docs/, without the ending.
+        arxiv: number of the paper there, or "".
     """
 
     name: str
@@ -25,10 +27,23 @@ class Method:
     summary: str
     paper: str = ""
     arguments: str = ""
+    page: str = ""
+    arxiv: str = ""
+
+    @property
+    def source(self) -> str:
+        """Paper and arXiv number as running text."""
+        return f"{self.paper}, arXiv {self.arxiv}" if self.arxiv else self.paper
 
 
 METHODS = (
-    Method("dense", "hf_kvcache.presets:DenseCache", "none", "Lossless: preallocated, query heads folded"),
+    Method(
+        "dense",
+        "hf_kvcache.presets:DenseCache",
+        "none",
+        "Lossless: preallocated, the query heads of a KV head read together",
+        page="walk",
+    ),
     Method(
         "quant",
         "hf_kvcache.presets:QuantCache",
@@ -36,6 +51,8 @@ METHODS = (
         "8, 4, 3 or 2 bits: keys per channel, values per token, recent window dense",
         "KIVI, Liu et al. 2024",
         "bits=4, window=64, rotate=False, edge_layers=0",
+        page="quantisation",
+        arxiv="2402.02750",
     ),
     Method(
         "sparse",
@@ -44,6 +61,8 @@ METHODS = (
         "The largest channels of every token, optionally quantised; recent window dense",
         "Mustafar, Joo et al. 2025",
         "sparsity=0.7, bits=None, layout='bitmap', window=32, n_sink=4",
+        page="sparse",
+        arxiv="2505.22913",
     ),
     Method(
         "lowrank",
@@ -52,6 +71,8 @@ METHODS = (
         "Low-rank latents, keys rebuilt and rotated inside attention, optionally quantised; recent window dense",
         "Palu, Chang et al. 2025",
         "rank=None, bits=None, rope=None, adapter=None, window=64, n_sink=4",
+        page="low-rank",
+        arxiv="2407.21118",
     ),
     Method(
         "streaming",
@@ -60,6 +81,8 @@ METHODS = (
         "Attention sinks and the recent window",
         "StreamingLLM, Xiao et al. 2023",
         "budget or ratio, n_sink=4",
+        page="eviction",
+        arxiv="2309.17453",
     ),
     Method(
         "h2o",
@@ -68,6 +91,8 @@ METHODS = (
         "Tokens that have got the most attention from all queries so far",
         "H2O, Zhang et al. 2023",
         "budget or ratio, recent_share=0.5",
+        page="eviction",
+        arxiv="2306.14048",
     ),
     Method(
         "tova",
@@ -76,6 +101,8 @@ METHODS = (
         "Tokens that the newest query attends to, the same for all heads",
         "TOVA, Oren et al. 2024",
         "budget or ratio",
+        page="eviction",
+        arxiv="2401.06104",
     ),
     Method(
         "snapkv",
@@ -84,6 +111,8 @@ METHODS = (
         "Tokens that the newest queries attend to, and their neighbours",
         "SnapKV, Li et al. 2024",
         "budget or ratio, n_queries=32, kernel=7",
+        page="eviction",
+        arxiv="2404.14469",
     ),
     Method(
         "pyramidkv",
@@ -92,6 +121,8 @@ METHODS = (
         "SnapKV with larger budgets for lower layers",
         "PyramidKV, Cai et al. 2024",
         "budget or ratio, beta=20",
+        page="eviction",
+        arxiv="2406.02069",
     ),
     Method(
         "adakv",
@@ -100,6 +131,8 @@ METHODS = (
         "Any scorer's best tokens of a layer, whosever head they are: ragged",
         "Ada-KV, Feng et al. 2024",
         "budget or ratio, scorer='snapkv', floor=0.2",
+        page="eviction",
+        arxiv="2407.11550",
     ),
     Method(
         "keydiff",
@@ -108,6 +141,8 @@ METHODS = (
         "Keys that differ most from the mean key",
         "KeyDiff, Park et al. 2025",
         "budget or ratio, n_sink=4, n_recent=32",
+        page="eviction",
+        arxiv="2504.15364",
     ),
     Method(
         "l2norm",
@@ -116,6 +151,8 @@ METHODS = (
         "Keys of small norm",
         "Devoto et al. 2024",
         "budget or ratio",
+        page="eviction",
+        arxiv="2406.11430",
     ),
     Method(
         "expected_attention",
@@ -124,6 +161,8 @@ METHODS = (
         "Tokens that future queries are expected to attend to, by the moments of past ones",
         "Expected Attention, Devoto et al. 2025",
         "budget or ratio, n_future=512",
+        page="eviction",
+        arxiv="2510.00636",
     ),
     Method(
         "lagkv",
@@ -132,6 +171,8 @@ METHODS = (
         "Tokens that stand out against the partition after theirs; no queries needed",
         "LagKV, Liang et al. 2025",
         "budget or ratio, lag=128",
+        page="eviction",
+        arxiv="2504.04704",
     ),
     Method(
         "rkv",
@@ -140,6 +181,8 @@ METHODS = (
         "Tokens that are attended to and not redundant",
         "R-KV, Cai et al. 2025",
         "budget or ratio, n_queries=8, mix=0.1",
+        page="eviction",
+        arxiv="2505.24133",
     ),
     Method(
         "nacl",
@@ -148,6 +191,8 @@ METHODS = (
         "Tokens that the newest queries attend to, and a random share",
         "NACL, Chen et al. 2024",
         "budget or ratio, random_share=2/3",
+        page="eviction",
+        arxiv="2408.03675",
     ),
     Method(
         "random",
@@ -156,6 +201,7 @@ METHODS = (
         "Tokens at random: the baseline",
         "",
         "budget or ratio, seed=0",
+        page="eviction",
     ),
     Method(
         "duo",
@@ -164,6 +210,8 @@ METHODS = (
         "Retrieval heads keep all tokens, the others sinks and recent ones: ragged",
         "DuoAttention, Xiao et al. 2024",
         "gates, threshold=0.5, n_recent=256",
+        page="eviction",
+        arxiv="2410.10819",
     ),
     Method(
         "fastgen",
@@ -172,6 +220,8 @@ METHODS = (
         "Each head keeps the cheapest set that recovers its attention: ragged",
         "FastGen, Ge et al. 2023",
         "recovery=0.95, local=0.3, heavy=0.3",
+        page="eviction",
+        arxiv="2310.01801",
     ),
     Method(
         "threshold",
@@ -180,6 +230,8 @@ METHODS = (
         "Any scorer's tokens above a score, or holding a share of the scores: ragged",
         "KVzap",
         "threshold or share, scorer='snapkv'",
+        page="eviction",
+        arxiv="2601.07891",
     ),
     Method(
         "locret",
@@ -188,22 +240,28 @@ METHODS = (
         "Tokens that trained retaining heads score highest; prompts in chunks",
         "Locret, Huang et al. 2024",
         "budget or ratio, stabilizers=None, n_recent=100",
+        page="eviction",
+        arxiv="2410.01805",
     ),
     Method(
         "dmc",
-        "hf_kvcache.policies.learned:DMC",
+        "hf_kvcache.dmc.policies:DMC",
         "tokens",
         "Tokens merged into the newest row of their head where a retrofitted model says so: ragged",
         "DMC, Nawrot et al. 2024",
         "codec=None; a model from trainers/train_dmc.py",
+        page="retrofits",
+        arxiv="2403.09636",
     ),
     Method(
         "dms",
-        "hf_kvcache.policies.learned:DMS",
+        "hf_kvcache.dmc.policies:DMS",
         "tokens",
         "Tokens dropped a window later where a retrofitted model says so: ragged",
         "DMS, Lancucki et al. 2025",
         "codec=None; a model from trainers/train_dmc.py",
+        page="retrofits",
+        arxiv="2506.05345",
     ),
 )
 

@@ -7,16 +7,16 @@ from functools import lru_cache
 
 import torch
 
+from hf_kvcache.cache_options import check_pair
 from hf_kvcache.codecs.base import ROWS, Chain, Codec
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.described import SIDES, describe_pair, described_codec, described_pair
-from hf_kvcache.layer import ORIGINAL, KVLayer
+from hf_kvcache.layer import KVLayer
 from hf_kvcache.manifest import MOST_CHANNELS, MOST_TOKENS, LayerEntry, StockEntry
-from hf_kvcache.slots import SlotLayer
+from hf_kvcache.rerotation import LACKS_ORIGINALS, ORIGINAL
 from hf_kvcache.stateful import StatefulLayer
 from hf_kvcache.stores.buffer import RowBuffer
 from hf_kvcache.stores.paged import PagedBuffer
-from hf_kvcache.stores.shared import SharedStore
 from hf_kvcache.typed import Misfit, shown
 
 PENDING = "pending.queries"  # queries of a call whose rows wait for a `crop` or for more of the prompt
@@ -32,11 +32,7 @@ def describe(layer: KVLayer) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises:
         ValueError: a forward pass is under way.
     """
-    if isinstance(layer, SlotLayer) and layer.call is not None:
-        raise ValueError(
-            f"layer {layer.layer_idx} is in the middle of a forward pass, or one has failed: its newest rows have no "
-            "place yet; save the cache when the pass is over"
-        )
+    layer.check_idle()
     store = layer.store
     entry = {"class": "KVLayer"} | {name: getattr(layer, name) for name in _ATTRIBUTES}
     entry |= {name: getattr(layer, f"_{name}") for name in _FLAGS}
@@ -46,8 +42,7 @@ def describe(layer: KVLayer) -> tuple[dict, dict[str, torch.Tensor]]:
         "codecs": describe_pair(layer._codecs),
         "n_tokens": {name: buffer.n_tokens for name, buffer in store.buffers().items()},
     }
-    if isinstance(layer, SlotLayer):
-        entry["window"] = layer.window
+    entry |= layer.described
     if layer.is_initialized:
         entry |= {name: getattr(layer, name) for name in _SHAPE} | {"dtype": str(layer.dtype).removeprefix("torch.")}
     tensors = {f"{of}.{name}": t for of, buffer in store.buffers().items() for name, t in buffer.views().items()}
@@ -126,9 +121,7 @@ def fill(layer: KVLayer, entry: LayerEntry, tensors: dict[str, torch.Tensor]) ->
     if isinstance(layer, StatefulLayer):
         for name, value in (entry.states | _of(STATES, tensors)).items():
             _put(layer.states, name, value)
-    if isinstance(layer, SlotLayer):
-        layer.window = entry.window
-    layer.restored()
+    layer.restored(entry)
 
 
 def join_groups(layers: list, groups: list[list[int]]) -> None:
@@ -139,13 +132,13 @@ def join_groups(layers: list, groups: list[list[int]]) -> None:
     """
     for at, group in enumerate(groups):
         stores = [layers[i].store for i in group]
-        if not all(isinstance(store, SharedStore) and len(group) <= store.keys.share_layers for store in stores):
+        if not all(store.shares_layers and len(group) <= store.keys.share_layers for store in stores):
             raise Misfit(f"groups[{at}]: the codecs of {shown(group)} share no rows among {len(group)} layers")
         for store in stores:
             store.join(stores[0], len(group))
     for i, layer in enumerate(layers):
         store = getattr(layer, "store", None)
-        if isinstance(store, SharedStore) and not store.group and store.n_packed:
+        if store is not None and store.shares_layers and not store.group and store.n_packed:
             raise Misfit(f"groups: layer {i} has shared rows, and is in none")
         if store is None or layer.policy is not None or not layer.is_initialized or store.n_kept == layer.tokens_seen:
             continue
@@ -172,7 +165,7 @@ def _check_codecs(held, at_reset, cache, where: str) -> None:
         raise Misfit(f"{where}.values: {held[1]} shares rows among other layers than {held[0]}")
     if held[0] is not None:
         try:
-            cache._check_pair(held)
+            check_pair(cache, held)
         except ValueError as error:
             raise Misfit(f"{where}.keys: {str(error)[:300]}") from None
 
@@ -226,7 +219,7 @@ def _of(prefix: str, tensors: dict) -> dict[str, torch.Tensor]:
 def _check_tensors(layer: KVLayer, entry: LayerEntry, tensors: dict, is_follower: bool, where: str) -> None:
     """Refuse tensors that are not those of the entry: names, dtypes, shapes."""
     store, buffers = layer.store, layer.store.buffers()
-    known = {*buffers, "constants"} | ({"pending"} if layer._policy is not None else set())
+    known = {*buffers, "constants"} | ({"pending"} if layer.policy_at_reset is not None else set())
     known |= {STATES} if isinstance(layer, StatefulLayer) else set()
     for name in tensors:
         if name.split(".", 1)[0] not in known:
@@ -241,7 +234,7 @@ def _check_tensors(layer: KVLayer, entry: LayerEntry, tensors: dict, is_follower
     dtype = getattr(torch, entry.dtype)
     lead, widths = (entry.batch_size, entry.n_kv_heads), (entry.head_dim, entry.v_head_dim)
     if ORIGINAL in store.tracked and "dense.k" in tensors and f"dense.{ORIGINAL}" not in tensors:
-        raise Misfit(f"{where}: {layer.lacks_originals}")
+        raise Misfit(f"{where}: {LACKS_ORIGINALS}")
     tracked = {name: (of, (entry.head_dim,) if name in store.wide else ()) for name, of in store.tracked.items()}
     rows = {side: (dtype, (width,)) for side, width in zip("kv", widths, strict=True)}
     rows = tracked | (rows if buffers["dense"].tokens_per_row else {})

@@ -18,6 +18,7 @@ class StatefulLayer(LinearAttentionLayer, KVLayer):
     """
 
     is_compileable = False
+    has_states = True
 
     def __init__(self, *args, n_states: int = 1, **options):
         # first, because it forgets device and dtype

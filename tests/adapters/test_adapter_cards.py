@@ -1,11 +1,14 @@
 """The README of adapters: there for every kind, first how to load, and nobody's own is overwritten."""
 
+import re
+
 import pytest
 from huggingface_hub import ModelCard
 from kinds import KINDS, by_peft
 from tiny_bases import model_of, random_bases
 
 import hf_kvcache as kv
+from hf_kvcache import registry
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -16,6 +19,15 @@ def first_code(text):
     shell, python = text.split("```")[1], text.split("```")[3]
     assert shell.startswith("bash\npip install hf_kvcache") and python.startswith("python\nimport hf_kvcache as kv")
     return python.removeprefix("python\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "methods"), [("bases", ["lowrank"]), ("heads", ["locret"]), ("decisions", ["dmc", "dms"])]
+)
+def test_papers_are_those_of_the_registry(kind, methods, tmp_path):
+    KINDS[kind][0](tmp_path)
+    numbers = re.findall(r"arXiv (\d+\.\d+)", ModelCard.load(tmp_path / "README.md").text)
+    assert numbers == [registry.method(name).arxiv for name in methods]
 
 
 @pytest.mark.parametrize("kind", KINDS)

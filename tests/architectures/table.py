@@ -1,6 +1,6 @@
-"""The table of architectures: `expected.json` as the README shows it.
+"""The table of architectures: `expected.json` as docs/architectures.md shows it.
 
-python tests/architectures/table.py --markdown     # for the README, between its markers
+python tests/architectures/table.py --markdown     # for docs/architectures.md, between its markers
 python tests/architectures/table.py --update       # run everything and write down what happened, to be reviewed
 """
 
@@ -71,7 +71,7 @@ def update() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    parser.add_argument("--markdown", action="store_true", help="print the table")
     parser.add_argument("--update", action="store_true", help="run all families and write expected.json")
     arguments = parser.parse_args()
     if arguments.update:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 import hf_kvcache as kv
 from hf_kvcache.compat import cache_argument
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 IS_OLDER = Version(transformers.__version__) < Version(table.RELEASE)
 # older releases have fewer
 PRESENT = [
@@ -94,6 +94,6 @@ def test_nothing_wrong_is_expected():
             assert not any("WRONG" in word for word in outcomes), (family, attention, outcomes)
 
 
-def test_readme_has_the_table():
-    block = README.read_text(encoding="utf-8").split("<!-- architectures -->")[1].split("<!-- /architectures -->")[0]
+def test_the_page_has_the_table():
+    block = PAGE.read_text(encoding="utf-8").split("<!-- architectures -->")[1].split("<!-- /architectures -->")[0]
     assert block.strip() == table.markdown(), "paste the output of `python tests/architectures/table.py --markdown`"

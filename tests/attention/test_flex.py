@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from hf_kvcache.attention.compacted import attend_parallel
-from hf_kvcache.attention.flex import attend_flex, can_attend
 from hf_kvcache.dmc import Settings
+from hf_kvcache.dmc.attention import attend_parallel
+from hf_kvcache.dmc.flex import attend_flex, can_attend
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

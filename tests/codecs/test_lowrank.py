@@ -19,11 +19,12 @@ from cases import (
     splits,
     tiny_model,
 )
-from transformers import CohereConfig, DynamicCache, LlamaConfig, Phi3Config, SmolLM3Config
+from transformers import BartConfig, CohereConfig, DynamicCache, LlamaConfig, Phi3Config, SmolLM3Config
 
 import hf_kvcache as kv
 from hf_kvcache.adapters import Bases
 from hf_kvcache.adapters.decompose import decompose
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.calibration import fit_bases
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.compat import cache_argument
@@ -365,24 +366,40 @@ def test_a_rope_of_another_layout_is_refused():
 
 def test_positions_of_images_are_refused(bases):
     layer = kv.LowRankCache(bases=bases)._new_layer(0)
-    layer.append(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16))
+    view = layer.append(torch.zeros(1, 2, 5, 16), torch.zeros(1, 2, 5, 16))
     with pytest.raises(ValueError, match=r"positions \[3, 1, 5\] are not"):
-        layer.note_positions(torch.zeros(3, 1, 5, dtype=torch.long), None, 5)
+        layer.prepare(AttentionCall(view, None, position_ids=torch.zeros(3, 1, 5, dtype=torch.long)))
 
 
 def test_padding_without_positions_is_refused(bases):
     layer = kv.LowRankCache(bases=bases)._new_layer(0)
-    layer.append(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16))
-    layer.note_positions(None, None, 5)
+    view = layer.append(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16))
+    layer.prepare(AttentionCall(view, None))
     assert layer.store.dense["rope"][1, 0].tolist() == [0, 1, 2, 3, 4]
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     with pytest.raises(ValueError, match="the batch is padded, and the model does not say"):
-        layer.note_positions(None, mask, 5)
+        layer.prepare(AttentionCall(view, None, mask))
     # after RoPE positions do not matter, whatever they look like
     layer = kv.LowRankCache(rope="post")._new_layer(0)
-    layer.append(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16))
-    layer.note_positions(torch.zeros(3, 2, 5, dtype=torch.long), mask, 5)
+    view = layer.append(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16))
+    layer.prepare(AttentionCall(view, None, mask, position_ids=torch.zeros(3, 2, 5, dtype=torch.long)))
     assert layer.store.dense["rope"][0, 0].tolist() == [-1, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("implementation", [NAMED, "sdpa"])
+def test_a_padded_batch_of_a_model_without_rope_needs_no_positions(implementation):
+    sizes = dict(
+        d_model=32, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=64, vocab_size=SIZES["vocab_size"]
+    )
+    model = new_model(BartConfig(**sizes, is_decoder=True, is_encoder_decoder=False), implementation)
+    ids, mask, _ = padded([60, 47])
+    expected = generate(model, ids, attention_mask=mask)
+    cache = kv.LowRankCache(1.0, window=8)
+    got = generate(model, ids, cache, attention_mask=mask)
+    assert all(layer.store.n_packed and layer.rope is None for layer in cache.layers)
+    assert got.sequences.tolist() == expected.sequences.tolist()
+    # latents of all channels give the rows back to within rounding
+    assert_close("logits", torch.stack(got.logits), torch.stack(expected.logits), 1e-3)
 
 
 # -- what does not go together --------------------------------------------------------------------------------------

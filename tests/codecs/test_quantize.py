@@ -8,6 +8,7 @@ from transformers import DynamicCache, Qwen2Config
 import hf_kvcache as kv
 from hf_kvcache.attention import fused
 from hf_kvcache.attention.blockwise import attend_blocks
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.codecs.rotation import hadamard, rotate
 
 
@@ -159,7 +160,7 @@ def test_attention_on_the_bytes_equals_attention_on_decoded_rows(name, bits, n_s
     codec = (kv.Quantize(bits, **FORMATS[name]), kv.Quantize(bits, axis="token", rotate="rotate" in name))
     layer = kv.KVLayer(0, *codec, window=16, n_sink=n_sink)
     x = rows(150)
-    layer.settle(x, layer.append(x, rows(150, seed=1)))
+    layer.compress(AttentionCall(layer.append(x, rows(150, seed=1)), x))
     q, new = torch.randn(2, 6, 3, 64, generator=torch.Generator().manual_seed(2)), rows(3, seed=3)
     view = layer.append(new, new)
     assert layer.store.n_packed == 128

@@ -7,6 +7,7 @@ from cases import assert_close, padded, prompt, replay, tiny_model
 import hf_kvcache as kv
 from hf_kvcache.attention import fused
 from hf_kvcache.attention.blockwise import attend_blocks
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.codecs.saliency import RULES
 from hf_kvcache.stores.uniform import QUERIES, UniformStore
 
@@ -213,7 +214,7 @@ def test_attention_is_prune_then_dense(pair, width, groups, n_new):
     layer, generator = cache._new_layer(0), torch.Generator().manual_seed(width)
     k, v = (torch.randn(2, 2, 150 + n_new, width, generator=generator) for _ in range(2))
     q = torch.randn(2, 2 * groups, 150 + n_new, width, generator=generator)
-    layer.settle(q[:, :, :150], layer.append(k[:, :, :150], v[:, :, :150]))
+    layer.compress(AttentionCall(layer.append(k[:, :, :150], v[:, :, :150]), q[:, :, :150]))
     view = layer.append(k[:, :, 150:], v[:, :, 150:])
     assert layer.store.n_packed == 128
     kept_k, kept_v = (x.double() for x in layer.store.logical_rows())
@@ -231,7 +232,7 @@ def test_pruned_rows_are_the_pruned_originals():
     cache = kv.SparseCache(0.5, window=8, n_sink=4)
     layer = cache._new_layer(0)
     x = rows(100)
-    layer.settle(x, layer.append(x, x.clone()))
+    layer.compress(AttentionCall(layer.append(x, x.clone()), x))
     (k, v), codec = layer.store.logical_rows(), kv.Sparse(0.5)
     packed = slice(4, 4 + layer.store.n_packed)
     assert layer.store.n_packed == 64

@@ -15,8 +15,8 @@ from hf_kvcache.dmc import Settings, retrofit, retrofits
 from hf_kvcache.hub.export import export
 
 
-def save_models(folder: Path) -> Path:
-    """All models and adapters that jobs name, in a folder."""
+def save_models(folder: Path, exported: bool = False) -> Path:
+    """All models and adapters that jobs name, in a folder; exported ones, which take longest, if asked for."""
     for arch in ("llama", "qwen3", "gemma2", "phi3"):
         new_model(ARCHITECTURES[arch](), "sdpa" if arch != "gemma2" else "eager").save_pretrained(folder / arch)
     four = LlamaConfig(**SIZES | dict(num_attention_heads=8, num_key_value_heads=4))
@@ -27,7 +27,8 @@ def save_models(folder: Path) -> Path:
     for name, knobs in RETROFITS.items():
         model = retrofitted(new_model(LlamaConfig(**SIZES), "sdpa"), Settings(offset=0.5, scale=5.0, **knobs))
         dmc.save(model, folder / name)
-    export_some(folder)
+    if exported:
+        export_some(folder)
     return folder
 
 

@@ -8,31 +8,38 @@ import pytest
 import torch
 from cases import SIZES, new_model
 from parallel_models import save_models
+from rooms import is_whole, telling
 from sharded import JOBS, answers
 from transformers import LlamaConfig
 
 from hf_kvcache.shards import shard_of
 
-ONE_BY_ONE = [name for name in JOBS if name not in ("saved", "spanning", "whole weights")]
+OTHERS = "saved", "spanning", "whole weights"
+ONE_BY_ONE = [name for name in JOBS if name not in OTHERS]
+# one of every kind of rows, of deciding which of them stay, and of model
+SHORT = ["dense", "quant4-window8", "sparse0.5-window8", "lowrank0.5-window8", "snapkv-budget24", "duo", "adakv-quant8"]
+SHORT += ["tova", "qwen3 adakv-budget42", "phi3 quant4-window8", "fitted online", "beams", "bases", "heads", "dms"]
+SHORT += ["dmc-linear"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
+def models(tmp_path_factory, pytestconfig):
+    return save_models(tmp_path_factory.mktemp("models"), exported=is_whole(pytestconfig))
 
 
 @pytest.fixture(scope="module")
-def both(models, tmp_path_factory):
+def both(models, tmp_path_factory, pytestconfig):
     """Answers of two processes."""
+    jobs = JOBS if is_whole(pytestconfig) else [*SHORT, *OTHERS]
     out = tmp_path_factory.mktemp("answers")
     script = Path(__file__).with_name("sharded.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, script, models, out], capture_output=True, text=True)
+    done = subprocess.run([*command, script, models, out, *jobs], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [torch.load(out / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("name", ONE_BY_ONE)
+@pytest.mark.parametrize("name", telling(ONE_BY_ONE, *SHORT))
 def test_two_processes_say_what_one_says(models, both, name):
     [one], two = answers(models, [name]).values(), [answer[name] for answer in both]
     is_gathered = name.startswith("phi3")

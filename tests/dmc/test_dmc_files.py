@@ -221,6 +221,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_nobody_takes_it_for_the_base_model(folder):
     """In a fresh process that has imported nothing, and that nobody can answer."""
     command = [sys.executable, "-c", STRANGER, str(folder)]

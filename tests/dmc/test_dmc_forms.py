@@ -136,9 +136,9 @@ def test_longer_than_a_block(method, window):
 @torch.no_grad()
 @pytest.mark.parametrize("method, window", [("dmc", 3), ("dms", 5)])
 def test_without_waiting_for_lengths(method, window, monkeypatch):
-    from hf_kvcache.stores.slots import SlotStore
+    from hf_kvcache.dmc.store import TrainedStore
 
-    monkeypatch.setattr(SlotStore, "is_at_hand", property(lambda self: False))
+    monkeypatch.setattr(TrainedStore, "is_at_hand", property(lambda self: False))
     model = retrofitted(method, window=window, lean=[0.5, 0.2])
     inputs = batch([120, 90])
     cache, is_real = CACHES[method](), inputs[1].bool()

@@ -7,9 +7,9 @@ import torch
 from cases import recompute
 from tiny_retrofits import CACHES, batch, retrofitted, settings, whole
 
-from hf_kvcache.attention.compacted import attend_parallel
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.dmc import Settings, decide, draw_noise, merge, retrofits
+from hf_kvcache.dmc.attention import attend_parallel
 from hf_kvcache.dmc.decisions import harden, logistic_noise, opens, relax
 from hf_kvcache.dmc.hooks import Call
 from hf_kvcache.dmc.masks import FOREVER, expiry, hiding_bias

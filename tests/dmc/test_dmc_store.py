@@ -239,7 +239,7 @@ def test_pairs_that_cannot_work(cache, name, codec, what):
 )
 def test_nothing_to_set_beside_the_decisions(knobs):
     with pytest.raises(ValueError, match="DMC.*" + next(iter(knobs)) + "|" + next(iter(knobs)) + ".*"):
-        kv.KVCache(kv.policies.learned.DMC(), **knobs)
+        kv.KVCache(kv.DMC(), **knobs)
 
 
 # -- dtypes --------------------------------------------------------------------------------------------------------

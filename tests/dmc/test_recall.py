@@ -68,17 +68,20 @@ def pooled(base, texts):
     return measured(recall.train_pooling(base, PLAN, SEED), kv.DMCCache(), texts)
 
 
+@pytest.mark.slow
 def test_the_base_recalls_everything(base, texts):
     found = measured(base, kv.KVCache(), texts)
     assert found.accuracy > 0.96
     assert found.ratio == 1
 
 
+@pytest.mark.slow
 def test_dmc_recalls_from_merged_rows(dmc):
     assert dmc.ratio >= 3.5
     assert dmc.accuracy >= 0.95
 
 
+@pytest.mark.slow
 def test_dmc_is_worth_more_than_fixed_pooling(dmc, pooled):
     assert pooled.ratio == 4
     assert dmc.accuracy >= pooled.accuracy + 0.05
@@ -86,11 +89,13 @@ def test_dmc_is_worth_more_than_fixed_pooling(dmc, pooled):
     assert pooled.accuracy > 0.6
 
 
+@pytest.mark.slow
 def test_dmc_gives_rows_to_pairs(dmc):
     assert (dmc.verdict.pairs.mean() > dmc.verdict.fillers.mean() + 0.03).item()
     assert dmc.verdict.ratio == pytest.approx(dmc.ratio, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_dms_recalls_from_what_it_has_not_dropped(dms):
     assert dms.ratio >= 3.5
     assert dms.accuracy >= 0.93
@@ -98,15 +103,18 @@ def test_dms_recalls_from_what_it_has_not_dropped(dms):
     assert dms.verdict.ratio > dms.ratio * 1.03
 
 
+@pytest.mark.slow
 def test_the_same_decisions_about_other_tokens_are_worth_less(dmc, dms):
     assert dmc.dealt_out < dmc.accuracy - 0.03
     assert dms.dealt_out < dms.accuracy - 0.05
 
 
+@pytest.mark.slow
 def test_served_token_by_token_as_read_at_once(dmc, dms, pooled):
     assert max(dmc.gap, dms.gap, pooled.gap) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["h2o", "tova", "streaming"])
 def test_policies_without_training_recall_less(policy, base, texts, dmc):
     n_sink = 4 if policy == "streaming" else 0

@@ -39,3 +39,10 @@ def test_a_card_without_measurement_says_so():
     card = ModelCard(card_of("org/base", NAMES, "quant", "{}"))
     assert card.data.base_model == "org/base" and card.data.eval_results is None
     assert "--no-measure" in card.text and "None" not in card.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stored_card_says_what_one_made_now_says(family):
+    """Paper and number come from the registry, and the cards were made before these were there."""
+    opening = ModelCard(card_of(None, NAMES, family, "{}")).text.split("whose KV cache holds ")[1].partition("\n")[0]
+    assert opening in ModelCard.load(CARDS / f"{family}.md").text and "arXiv" in opening

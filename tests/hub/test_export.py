@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rooms import is_whole, telling
 from safetensors.torch import load_file, save_file
 from stand_in import serve
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
@@ -82,6 +83,8 @@ FAMILIES = {
     "dms": (retrofitted("dms"), kv.DMSCache),
     "kv": (lambda model: model, lambda: kv.QuantCache(8, policy=kv.KeyDiff(budget=160), window=32)),
 }
+# those that every run exports
+SHORT = ("quant", "palu")
 
 
 @pytest.fixture(autouse=True)
@@ -102,26 +105,33 @@ def inputs():
 
 
 @pytest.fixture(scope="module")
-def repositories(tmp_path_factory):
+def families(pytestconfig):
+    """Names of those that are exported in this run."""
+    return tuple(FAMILIES) if is_whole(pytestconfig) else SHORT
+
+
+@pytest.fixture(scope="module")
+def repositories(families, tmp_path_factory):
     root = tmp_path_factory.mktemp("exported")
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    for name, (prepare, make) in FAMILIES.items():
+    for name in families:
+        prepare, make = FAMILIES[name]
         export(prepare(plain()), make(), root / name, tokenizer=tokenizer)
     return root
 
 
 @pytest.fixture(scope="module")
-def answers(repositories, inputs, tmp_path_factory):
+def answers(families, repositories, inputs, tmp_path_factory):
     """What a process that does not have the library finds."""
     work = tmp_path_factory.mktemp("bare")
     given = {name: t.tolist() for name, t in inputs.items()}
     jobs = {
         f"{name} {dtype}": {"where": str(repositories / name), "dtype": dtype, "inputs": given}
-        for name in FAMILIES
+        for name in families
         for dtype in DTYPES
     }
     jobs["quant float32"] |= {"thoroughly": True}
-    for name in ("dmc", "dms"):
+    for name in {"dmc", "dms"} & {*families}:
         jobs[f"{name} float32"] |= {"scores": True}
     hub = {"someone/quant": repositories / "quant", "someone/palu": repositories / "palu"}
     for name in list(hub):
@@ -151,7 +161,7 @@ def expected(name, dtype, inputs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", telling(FAMILIES, *SHORT))
 def test_tokens_and_bytes_are_those_of_the_library(answers, inputs, name, dtype):
     answer = answers[f"{name} {dtype}"]
     tokens, cache = expected(name, dtype, inputs)
@@ -163,7 +173,7 @@ def test_tokens_and_bytes_are_those_of_the_library(answers, inputs, name, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", telling(FAMILIES, *SHORT))
 def test_a_cache_that_is_given_is_used_under_either_name(answers, name, dtype):
     ways = answers[f"{name} {dtype}"]["ways"]
     assert ways.pop("forward") == ["KVCache", None]
@@ -181,6 +191,7 @@ def test_everything_that_transformers_does_with_a_model(answers):
     assert answer["saved again"] == answer["tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dmc", "dms"])
 def test_retrofits_read_whole_texts_and_can_be_trained_on(answers, inputs, name):
     with torch.no_grad():
@@ -214,6 +225,7 @@ def test_custom_generate_needs_a_method_of_the_cache_alone(tmp_path, make):
         export_generate(make(), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["export", "--method", "quant:bits=4", "--out", out, "--license", "mit"]) == 0
@@ -237,12 +249,13 @@ def test_the_command(tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", telling(FAMILIES, *SHORT))
 def test_without_trust_nothing_is_loaded(answers, name):
     # transformers' own message
     assert "trust_remote_code=True" in answers[f"{name} float32"]["without trust"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dmc", "dms"])
 def test_the_library_loads_retrofits_without_their_code(repositories, inputs, name):
     model = load(repositories / name, dtype=torch.float32).eval()
@@ -263,17 +276,18 @@ def test_what_a_base_model_keeps_in_float32_stays_so():
     assert Base._keep_in_fp32_modules_strict == {"router"}
 
 
+@pytest.mark.slow
 def test_the_library_takes_the_cache_that_was_exported(tmp_path):
     cache = kv.DMSCache(kv.Quantize(8, axis="token"))
     export(retrofitted("dms")(plain()), cache, tmp_path)
     assert spec_of(load(tmp_path).new_cache()) == spec_of(cache) != spec_of(kv.DMSCache())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", telling(FAMILIES, *SHORT))
 def test_files_are_clean_and_need_nothing_else(repositories, name):
     files = sorted((repositories / name).glob("*.py"))
-    export_generate(kv.LowRankCache(0.5), repositories / "generate")
-    files += sorted((repositories / "generate").rglob("*.py")) if name == "palu" else []
+    if name == "palu":
+        files += sorted(export_generate(kv.LowRankCache(0.5), repositories / "generate").rglob("*.py"))
     ruff = [sys.executable, "-m", "ruff", "check", "--config", str(Path(__file__).parents[2] / "pyproject.toml")]
     # imports stand where they stand in the library, under other names
     ruff += ["--extend-ignore", "I001"]
@@ -304,7 +318,7 @@ def test_beside_the_library(repositories, inputs, name):
     assert AttentionInterface()["hf_kvcache"] is interface.kv_attention
 
 
-@pytest.mark.parametrize("name", ["palu", "locret", "dmc"])
+@pytest.mark.parametrize("name", telling(["palu", "locret", "dmc"], "palu"))
 def test_layers_on_disk(repositories, inputs, tmp_path, name):
     # accelerate brings weights for the call of the module that has them
     where = {"model.layers.3": "disk"} | dict.fromkeys(

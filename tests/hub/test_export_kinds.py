@@ -38,6 +38,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_repository_has_what_its_cache_asks_for(kind, tmp_path):
     arch, make, *prepare = KINDS[kind]

@@ -84,6 +84,7 @@ def test_results_without_the_library(plain, op):
     assert plain[op]["said"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_triton_kernels_as_they_are_shipped(interpreted, op):
     for i, (ours, theirs) in enumerate(zip(interpreted[op]["results"], reference(op), strict=True)):

@@ -44,6 +44,7 @@ def hub(exported, tmp_path_factory):
     return root / "someone", json.loads(line.removeprefix("ANSWER "))
 
 
+@pytest.mark.slow
 def test_a_repository_arrives_whole(hub, exported):
     root, answer = hub
     assert answer["push"] == 0
@@ -52,6 +53,7 @@ def test_a_repository_arrives_whole(hub, exported):
     assert sent == arrived
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, n_tensors", [("bases", 16), ("heads", 8), ("decisions", 4)])
 def test_adapters_there_and_back(hub, name, n_tensors):
     root, answer = hub
@@ -60,6 +62,7 @@ def test_adapters_there_and_back(hub, name, n_tensors):
     assert "pip install hf_kvcache" in json.loads((root / name / "adapter_config.json").read_text())["peft_type"]
 
 
+@pytest.mark.slow
 def test_a_folder_arrives_with_its_card(hub):
     root, answer = hub
     assert answer["carded"] == answer["heads"]
@@ -72,12 +75,14 @@ def test_a_folder_arrives_with_its_card(hub):
     assert first.startswith("bash\npip install hf_kvcache")
 
 
+@pytest.mark.slow
 def test_a_pickle_on_the_hub_is_not_fetched(hub):
     said = hub[1]["pickled"]
     assert len(said) == 2 and all("no adapter on the Hub" in message and "safetensors" in message for message in said)
     assert not list(hub[0].parent.glob("home/**/adapter_model.bin"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [0, 1], ids=["bases-first", "lora-first"])
 def test_kinds_and_a_lora_on_one_model(hub, order):
     """Bases twice, heads and a LoRA, loaded in one order and in the other, switched and disabled."""
@@ -93,10 +98,12 @@ def test_kinds_and_a_lora_on_one_model(hub, order):
     assert len(facts) == 8 and all(facts.values()), facts
 
 
+@pytest.mark.slow
 def test_kinds_and_a_lora_by_peft(hub):
     assert hub[1]["nested"] == {"LoRA beneath": True, "fewer": 8, "bases": 16, "disabled": True}
 
 
+@pytest.mark.slow
 def test_decisions_and_a_lora_on_one_model(hub):
     facts = hub[1]["deciding"]
     assert len(facts) == 5 and all(facts.values()), facts

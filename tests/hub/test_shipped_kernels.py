@@ -58,6 +58,7 @@ def answers(tmp_path_factory):
     return {Path(folder).name: answer for each in found for folder, answer in each.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_that_runs_on_the_kernels_it_ships(answers, name):
     answer, ops = answers[name], FAMILIES[name][2]

@@ -9,6 +9,7 @@ import importlib.util
 import pytest
 import torch
 from attention_formats import FORMATS, HKV, B
+from rooms import levels
 
 from hf_kvcache.kernels import BackendUnavailable, native, use_backend
 from hf_kvcache.kernels.merge_states import with_sink
@@ -108,7 +109,7 @@ def test_float64_goes_to_the_reference_unasked(form):
 
 @pytest.mark.skipif(INTERPRETED or native.why_no_compiler() is not None, reason="there is no compiler")
 @formats
-@pytest.mark.parametrize("isa", native.supported())
+@pytest.mark.parametrize("isa", levels())
 def test_native(form, isa, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", isa)
     with use_backend("native"):
@@ -116,11 +117,13 @@ def test_native(form, isa, monkeypatch):
             ask_each(form, size, {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON or ON_GPU or INTERPRETED, reason="the tests below run here directly")
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_the_interpreter")
 @formats
 @pytest.mark.parametrize("size", [(16, 16), (24, 16), (48, 32), (32, 48)], ids=lambda s: f"k{s[0]}-v{s[1]}")

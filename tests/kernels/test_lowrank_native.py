@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from rooms import levels
 from test_native import CPU, DTYPES, REASON, assert_close, both, queries, some_mask
 
-from hf_kvcache.kernels import choose, native, use_backend
+from hf_kvcache.kernels import choose, use_backend
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
 from hf_kvcache.kernels.lowrank_attention.reference import _unpacked
 from hf_kvcache.kernels.quant_pack import quant_pack
@@ -15,11 +16,9 @@ from hf_kvcache.rope import FINE, RotaryTables, rotate
 # without a compiler there is nothing to test; a source that does not compile must fail
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
+
 # for this op the levels between are avx512
-LEVELS = [name for name in native.supported() if name not in ("avx512_vbmi2", "avx512_vnni")]
-
-
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=levels("avx512_vbmi2", "avx512_vnni"))
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
     return request.param

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rooms import levels
 
 from hf_kvcache.dmc.merging import merge
 from hf_kvcache.kernels import BackendUnavailable, choose, native, use_backend
@@ -16,14 +17,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@pytest.fixture(params=native.supported())
+@pytest.fixture(params=levels())
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
     return request.param
 
 
 def operands(B, H, w, D, dtype, taps_dtype, n_zero=None):
-    """A token, weights of which `n_zero` are zero (half of them unless said), and taps as `SlotStore` keeps them."""
+    """A token, weights of which `n_zero` are zero (half of them unless said), and taps as `TrainedStore` keeps them."""
     torch.manual_seed(B + 10 * H + 100 * w + D)
     weights = torch.rand(B, H, 1, w) + 2**-7
     is_out = torch.rand(B, H, 1, w).argsort(-1) < (w // 2 if n_zero is None else n_zero)

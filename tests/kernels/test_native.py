@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from rooms import levels
 
 from hf_kvcache.kernels import native, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
@@ -18,11 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-# for these ops the two levels above avx512_vnni are avx512_vnni; the best of all runs in every other test
-LEVELS = [name for name in native.supported() if name not in ("avx512_bf16", "avx512_vbmi2")]
-
-
-@pytest.fixture(params=LEVELS)
+# for these ops the two levels above avx512_vnni are avx512_vnni
+@pytest.fixture(params=levels("avx512_vbmi2"))
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
     return request.param

@@ -22,6 +22,7 @@ def runtime():
     return path if os.path.isabs(path) and Path(path).exists() else None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.why_no_compiler() is not None, reason="no C++ compiler")
 @pytest.mark.skipif(runtime() is None, reason="the compiler has no AddressSanitizer")
 @pytest.mark.parametrize("isa", LEVELS)

@@ -14,11 +14,12 @@ import torch
 import hf_kvcache.kernels.dense_attention  # noqa: F401
 import hf_kvcache.kernels.quant_attention  # noqa: F401
 import hf_kvcache.kernels.quant_pack  # noqa: F401
+import hf_kvcache.kernels.slot_step  # noqa: F401
 from hf_kvcache.kernels import BackendUnavailable, choose, compilers, native, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
 
 CPU = torch.device("cpu")
-OP = "dense_attention"  # the quickest to compile
+OP = "slot_step"  # the quickest to compile
 needs_compiler = pytest.mark.skipif(native.why_no_compiler() is not None, reason="no C++ compiler")
 
 
@@ -51,6 +52,7 @@ def test_levels_and_compilers_do_not_share_a_library(fresh, monkeypatch):
     assert len(names) == len(native.supported()[-2:])
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_two_processes_at_once(fresh):
     code = f"import hf_kvcache.kernels.{OP}; from hf_kvcache.kernels import native; print(native.build({OP!r}))"
@@ -148,6 +150,7 @@ def test_other_devices_are_not_native():
     assert "meta" in native.unavailable(OP, torch.device("meta"))
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("op", native.OPS)
 def test_no_warnings(op, tmp_path):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from rooms import levels
 from test_native import CPU, DTYPES, REASON, assert_close, both, queries
 
-from hf_kvcache.kernels import choose, native, use_backend
+from hf_kvcache.kernels import choose, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.ragged_attention import ragged_attention
@@ -15,7 +16,7 @@ from hf_kvcache.kernels.sparse_pack import sparse_pack
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-@pytest.fixture(params=native.supported())
+@pytest.fixture(params=levels())
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
     return request.param

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rooms import telling
 from test_sparse_triton import gluon_kernel_in_the_interpreter, two_of_four
 from test_triton import (
     DEVICE,
@@ -23,9 +24,10 @@ from hf_kvcache.kernels.sparse_attention import SparseRows
 from hf_kvcache.kernels.sparse_pack.reference import sparse_pack
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 def rows_in_pages(x, keep=None, bits=None, groups=1, group_size=None, layout="bitmap"):
@@ -134,8 +136,8 @@ BY_PAGE = {
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize("dtype", telling(LOW, "fp16"))
+@pytest.mark.parametrize("case", telling(FUSED, "dense-gqa7-s3-batch-softcap", "8bit-keys-2bit-values", "4bit-bitmap"))
 def test_ragged_attention(case, dtype, monkeypatch):
     from hf_kvcache.kernels.ragged_attention import triton_kernel
 
@@ -155,6 +157,7 @@ def test_a_pool_without_pages(layout, gluon):
     assert out.shape == q.shape and not out.any() and lse.isneginf().all()
 
 
+@pytest.mark.slow
 @runs_kernels
 def test_many_heads():
     assert_like_the_reference(MANY_HEADS, torch.float16)
@@ -174,7 +177,7 @@ def gluon(monkeypatch):
 
 
 @runs_kernels
-@pytest.mark.parametrize("case", BY_PAGE)
+@pytest.mark.parametrize("case", telling(BY_PAGE, "index-keys-bitmap-values-s3-softcap"))
 def test_ragged_attention_by_page(case, gluon, monkeypatch):
     from hf_kvcache.kernels.ragged_attention import by_page
 
@@ -183,7 +186,7 @@ def test_ragged_attention_by_page(case, gluon, monkeypatch):
 
 
 @runs_kernels
-@pytest.mark.parametrize("case", ["dense-256", "8bit-keys-2bit-values", "4bit-bitmap", "index"])
+@pytest.mark.parametrize("case", telling(["dense-256", "8bit-keys-2bit-values", "4bit-bitmap", "index"], "dense-256"))
 def test_the_host_does_not_wait_for_the_device(case, request, monkeypatch):
     if case in BY_PAGE:
         request.getfixturevalue("gluon")

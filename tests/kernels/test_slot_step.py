@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from rooms import levels
 
+from hf_kvcache.dmc.store import TrainedStore
 from hf_kvcache.kernels import native, use_backend
 from hf_kvcache.kernels.slot_step import place_rows, reference, slot_step
 from hf_kvcache.stores.paged import PagedBuffer
-from hf_kvcache.stores.slots import SlotStore
 
 REASON = native.why_no_compiler()
 # without a compiler there is nothing to test; a source that does not compile must fail
@@ -14,7 +15,7 @@ needs_compiler = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BACKENDS = ["reference", pytest.param("native", marks=needs_compiler)]
 
 
-@pytest.fixture(params=native.supported())
+@pytest.fixture(params=levels())
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
     return request.param
@@ -151,10 +152,10 @@ def test_a_store_that_does_not_wait_holds_the_same(monkeypatch, delay):
     B, H, S = 2, 2, 150
     torch.manual_seed(0)
     alpha, is_real = text(B, H, S, 0.6, (0, 9))
-    stores = SlotStore(page=16), SlotStore(page=16)
+    stores = TrainedStore(page=16), TrainedStore(page=16)
     k, v = rows(S, B, H, 8), -rows(S, B, H, 8)
     for is_at_hand, store in zip((True, False), stores, strict=True):
-        monkeypatch.setattr(SlotStore, "is_at_hand", is_at_hand)
+        monkeypatch.setattr(TrainedStore, "is_at_hand", is_at_hand)
         store.begin(B, H, delay, alpha.device, torch.float32)
         store.head_dim = 8
         for t in range(S):

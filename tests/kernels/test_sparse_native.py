@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from rooms import levels
 from test_native import CPU, DTYPES, REASON, assert_close, both, queries, some_mask
 
-from hf_kvcache.kernels import choose, native, use_backend
+from hf_kvcache.kernels import choose, use_backend
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.kernels.sparse_pack import sparse_pack
@@ -12,11 +13,9 @@ from hf_kvcache.kernels.sparse_pack import sparse_pack
 # without a compiler there is nothing to test; a source that does not compile must fail
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
+
 # for these ops avx512_vnni is avx512
-LEVELS = [name for name in native.supported() if name != "avx512_vnni"]
-
-
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=levels("avx512_vnni"))
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
     return request.param

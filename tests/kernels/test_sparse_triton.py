@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from rooms import telling
 from test_triton import (
     DEVICE,
     DTYPES,
@@ -28,9 +29,10 @@ from hf_kvcache.kernels.sparse_pack import reference as pack
 from hf_kvcache.kernels.sparse_pack import sparse_pack
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 def sparse_rows(x, keep=None, bits=None, groups=1, group_size=None, layout="bitmap"):
@@ -120,8 +122,8 @@ def assert_like_the_reference(got, operands, arguments):
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("case", SPARSE)
+@pytest.mark.parametrize("dtype", telling(LOW, "fp16"))
+@pytest.mark.parametrize("case", telling(SPARSE, "gqa7-s3-mask", "pattern-64", "8bit-2bit-groups"))
 def test_sparse_attention(case, dtype, monkeypatch):
     from hf_kvcache.kernels.sparse_attention import triton_kernel
 
@@ -134,7 +136,7 @@ def test_sparse_attention(case, dtype, monkeypatch):
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"] if ON_GPU else ["fp16"])
-@pytest.mark.parametrize("case", GLUON)
+@pytest.mark.parametrize("case", telling(GLUON, "bitmap-64-softcap", "index-keys-bitmap-values"))
 def test_sparse_attention_by_gluon(case, dtype, monkeypatch):
     from hf_kvcache.kernels.sparse_attention import triton_kernel
 
@@ -198,7 +200,7 @@ PACK = [
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", telling(DTYPES, "fp16"))
 @pytest.mark.parametrize(("D", "keep", "group_size", "layout"), PACK, ids=lambda x: str(x))
 def test_sparse_pack_equals_the_reference_bit_by_bit(D, keep, group_size, layout, dtype):
     x = in_larger_buffer(rows_with_ties(7, D).to(DTYPES[dtype]), 3)
@@ -206,7 +208,7 @@ def test_sparse_pack_equals_the_reference_bit_by_bit(D, keep, group_size, layout
 
 
 @runs_kernels
-@pytest.mark.parametrize("n", [1, 31, 500])
+@pytest.mark.parametrize("n", telling([1, 31, 500], 31))
 def test_sparse_pack_of_odd_lengths(n):
     assert_packed_alike(torch.randn(1, 2, n, 128, device=DEVICE).half(), keep=40, layout="bitmap")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rooms import telling
 from test_triton import (
     DEVICE,
     DTYPES,
@@ -19,13 +20,14 @@ from hf_kvcache.kernels.merge_step import merge_step
 from hf_kvcache.kernels.slot_step import place_rows, reference, slot_step
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 @runs_kernels
-@pytest.mark.parametrize("taps", ["own", "fp32"])
+@pytest.mark.parametrize("taps", telling(["own", "fp32"], "own"))
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(
     "case", [(1, 8, 12, 128), (2, 3, 5, 80), (2, 1, 1, 8), (1, 2, 64, 256), (1, 1, 17, 47)], ids=str

@@ -1,7 +1,8 @@
 """Triton kernels against the reference: on the GPU where there is one, else in Triton's interpreter.
 
 The interpreter is chosen when Triton is first imported, so without a GPU these tests run in a process of their own,
-started by `test_in_the_interpreter`. Its bfloat16 arithmetic is wrong: float32 and float16 there, all three on a GPU.
+started by `test_in_the_interpreter`, or by `test_interpreter.py` for those not slow. Its bfloat16 arithmetic is
+wrong: float32 and float16 there, all three on a GPU.
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from rooms import telling
 
 from hf_kvcache.kernels import compilers
 
@@ -27,19 +29,21 @@ LSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 4e-3}
 runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs inside test_in_the_interpreter")
 
 
-def run_in_the_interpreter(file):
-    """Run the tests of `file` in a process in which Triton interprets its kernels."""
+def run_in_the_interpreter(*files, config):
+    """Run the tests of `files` that `config` selects in a process in which Triton interprets its kernels."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = compilers.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file], env=env)
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", config.option.markexpr]
+    done = compilers.run([sys.executable, "-m", "pytest", *options, *map(str, files)], env=env)
     print(done.stdout[-3000:])
     if done.returncode and "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("the interpreter of this Triton does not work with this numpy")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests below run here directly")
-def test_in_the_interpreter():
-    run_in_the_interpreter(__file__)
+def test_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter(__file__, config=pytestconfig)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes any device")
@@ -99,8 +103,8 @@ DENSE = {
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("dtype", telling(LOW, "fp16"))
+@pytest.mark.parametrize("case", telling(DENSE, "gqa7-s3-mask", "mask-softcap"))
 def test_dense_attention(case, dtype):
     from hf_kvcache.kernels import use_backend
     from hf_kvcache.kernels.dense_attention import dense_attention, reference
@@ -164,8 +168,8 @@ def reference_in_float64(operands, arguments):
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("case", QUANT)
+@pytest.mark.parametrize("dtype", telling(LOW, "fp16"))
+@pytest.mark.parametrize("case", telling(QUANT, "8bit-gqa7-s3-mask", "k4v2-80", "2bit-token-31"))
 def test_quant_attention(case, dtype):
     from hf_kvcache.kernels import use_backend
     from hf_kvcache.kernels.quant_attention import quant_attention
@@ -211,7 +215,7 @@ def test_float16_weights_with_large_key_bias():
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", telling(DTYPES, "fp16"))
 @pytest.mark.parametrize(
     ("axis", "group", "D", "bits"),
     [("channel", 32, 128, 4), ("channel", 32, 80, 2), ("channel", 32, 64, 8)]

@@ -3,6 +3,7 @@
 import torch
 from toys import feed
 
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.policies import Random
 
 KNOBS = dict(n_sink=2, n_recent=4)
@@ -26,7 +27,7 @@ def test_tokens_keep_their_luck():
     again = toy.policy.score(toy.view)
     assert torch.equal(luck, again) and (luck[0] > 0).all()
     k = torch.randn(2, 2, 1, 8)
-    toy.layer.settle(torch.randn(2, 6, 1, 8), toy.layer.append(k, k))
+    toy.layer.compress(AttentionCall(toy.layer.append(k, k), torch.randn(2, 6, 1, 8)))
     assert torch.equal(toy.policy.score(toy.view)[..., :30], luck)
     assert torch.equal(toy.view.positions[..., :30], positions)
 

@@ -9,6 +9,7 @@ from toys import SIZE, alone, assert_scores, feed
 from transformers import Phi3Config
 
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.policies import ExpectedAttention, expected_attention
 from hf_kvcache.rope import Rope
 from hf_kvcache.shards import WHOLE
@@ -97,7 +98,7 @@ def test_all_drafts_rejected():
     layer = kv.KVLayer(0, policy=bound(Rope(INV_FREQ)))
     layer.activate_past_recording()
     k = torch.randn(1, 2, 5, 8)
-    layer.settle(torch.randn(1, 4, 5, 8), layer.append(k, k))
+    layer.compress(AttentionCall(layer.append(k, k), torch.randn(1, 4, 5, 8)))
     layer.crop(-5)
     assert layer.tokens_seen == 0
 

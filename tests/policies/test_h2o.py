@@ -5,6 +5,7 @@ import torch
 from toys import alone, assert_scores, feed, pairs
 
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.policies import H2O
 
 
@@ -26,7 +27,7 @@ def test_evicted_rows_get_nothing_and_kept_ones_share_what_there_is():
     before = toy.view.state("mass").clone()
     torch.manual_seed(0)
     k, q = torch.randn(2, 2, 1, 8), torch.randn(2, 6, 1, 8)
-    toy.layer.settle(q, toy.layer.append(k, k), toy.scaling)
+    toy.layer.compress(AttentionCall(toy.layer.append(k, k), q, scaling=toy.scaling))
     after = toy.view.state("mass")
     assert after.shape[-1] == 21
     # a query gives away one: all of it goes to rows that are there
@@ -60,7 +61,7 @@ def test_all_drafts_rejected():
     layer = kv.KVLayer(0, policy=H2O(budget=100))
     layer.activate_past_recording()
     k = torch.randn(1, 2, 5, 8)
-    layer.settle(torch.randn(1, 4, 5, 8), layer.append(k, k))
+    layer.compress(AttentionCall(layer.append(k, k), torch.randn(1, 4, 5, 8)))
     layer.crop(-5)
     assert layer.tokens_seen == 0
 

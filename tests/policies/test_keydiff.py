@@ -5,6 +5,7 @@ import torch
 from cases import KNOBS
 
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 
 
 def filled(policy, n=50, seed=0, batch=2, mask=None):
@@ -12,7 +13,7 @@ def filled(policy, n=50, seed=0, batch=2, mask=None):
     k = torch.randn(batch, 2, n, 8, generator=torch.Generator().manual_seed(seed)) + 0.5
     view = layer.append(k, k)
     if mask is not None:
-        layer.note_padding(mask, n)
+        layer.prepare(AttentionCall(view, None, mask))
     return layer, view, k
 
 
@@ -45,7 +46,7 @@ def test_padding_has_no_say():
 @pytest.mark.parametrize("knobs", [dict(budget=20), dict(ratio=0.4)], ids=["budget", "ratio"])
 def test_keeps_sinks_recents_and_the_best_scored(knobs):
     layer, view, k = filled(kv.KeyDiff(**knobs, **KNOBS))
-    layer.settle(k[:, :, -2:], view)
+    layer.compress(AttentionCall(view, k[:, :, -2:]))
     for b in range(2):
         for h in range(2):
             scores = formula(k[b, h])
@@ -62,12 +63,12 @@ def test_packed_rows_are_scored_as_they_read():
     side = kv.Quantize(8, axis="token")
     layer = kv.KVLayer(0, side, side, policy, window=4)
     k = torch.randn(1, 2, 100, 16, generator=torch.Generator().manual_seed(0)) + 0.5
-    layer.settle(k, layer.append(k[:, :, :60], k[:, :, :60]))
+    layer.compress(AttentionCall(layer.append(k[:, :, :60], k[:, :, :60]), k))
     view = layer.append(k[:, :, 60:], k[:, :, 60:])
     assert layer.store.n_packed == 32
     scores = policy.score(view)
     assert torch.allclose(scores[0, 0], formula(k[0, 0]), atol=0.02)
-    layer.settle(k[:, :, 60:], view)
+    layer.compress(AttentionCall(view, k[:, :, 60:]))
     # a chunk larger than the window is packed before it is chosen from: budget and sinks hold
     assert layer.store.n_kept == 60
     positions = layer.store.positions[0, 0]

@@ -6,6 +6,7 @@ from test_snapkv import pooled, votes
 from toys import assert_scores, feed
 
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.policies import RKV, rkv
 
 
@@ -41,7 +42,7 @@ def test_the_last_repetition_stays():
     def scores(policy):
         layer, rows = kv.KVLayer(0, policy=policy), k[None, None]
         view = layer.append(rows, rows.clone())
-        layer.settle(torch.zeros(1, 1, 71, 64), view, scaling=1.0)
+        layer.compress(AttentionCall(view, torch.zeros(1, 1, 71, 64), scaling=1.0))
         return policy.score(view)[0, 0]
 
     found = scores(RKV(budget=100, mix=0.0, n_sink=0))

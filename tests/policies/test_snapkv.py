@@ -5,6 +5,7 @@ import torch
 from toys import assert_scores, feed, pairs
 
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.policies import SnapKV
 from hf_kvcache.policies.window import pool
 
@@ -69,7 +70,7 @@ def test_packed_sinks_do_not_leak():
     dense = kv.KVLayer(0, policy=policy)
     for one in (layer, dense):
         view = one.append(k, k)
-        one.settle(q, view)
+        one.compress(AttentionCall(view, q))
     view.layer = layer
     assert layer.store.n_packed == 32
     packed = policy.score(view).gather(-1, view.positions.argsort(-1))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 
 
 def feed(layer, sizes, mask=None):
@@ -11,9 +12,9 @@ def feed(layer, sizes, mask=None):
     for n in sizes:
         k = torch.randn(2, 2, n, 8)
         view = layer.append(k, k)
-        if mask is not None and n > 1:
-            layer.note_padding(mask, n)
-        layer.settle(torch.randn(2, 4, n, 8), view)
+        call = AttentionCall(view, torch.randn(2, 4, n, 8), mask if n > 1 else None)
+        layer.prepare(call)
+        layer.compress(call)
         yield layer
 
 

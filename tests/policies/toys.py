@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import hf_kvcache as kv
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.view import KVView
 
 HEADS, GROUP, SIZE = 2, 3, 8
@@ -71,8 +72,10 @@ def feed(policy, n=50, pads=(0, 13), sizes=None, seed=0, scaling=0.4, softcap=No
     for size in sizes or [n]:
         rows = slice(start, start + size)
         view = layer.append(k[:, :, rows], v[:, :, rows])
-        layer.note_padding(mask[:, :, : rows.stop, : rows.stop], size)
-        layer.settle(q[:, :, rows], view, scaling, softcap)
+        seen = mask[:, :, : rows.stop, : rows.stop]
+        call = AttentionCall(view, q[:, :, rows], seen, scaling=scaling, softcap=softcap)
+        layer.prepare(call)
+        layer.compress(call)
         start = rows.stop
     assert start == n
     return toy
@@ -86,7 +89,8 @@ def alone(toy, b, policy, sizes=None):
     start = 0
     for size in sizes or [k.shape[2]]:
         rows = slice(start, start + size)
-        layer.settle(q[:, :, rows], layer.append(k[:, :, rows], v[:, :, rows]), toy.scaling, toy.softcap)
+        view = layer.append(k[:, :, rows], v[:, :, rows])
+        layer.compress(AttentionCall(view, q[:, :, rows], scaling=toy.scaling, softcap=toy.softcap))
         start = rows.stop
     return Toy(layer, q, k, v, [0], toy.scaling, toy.softcap)
 

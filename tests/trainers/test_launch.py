@@ -13,6 +13,8 @@ from test_train_retaining_heads import arguments as for_heads
 import hf_kvcache as kv
 from hf_kvcache.trainers import train_dmc, train_retaining_heads
 
+# a launcher and two interpreters each
+pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).parents[2] / "trainers" / "configs"
 ON_DEVICES = str(Path(__file__).with_name("on_devices.py"))
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 
 _WHAT = {
     "KV_LOWRANK": (
-        "Low-rank bases of keys and values: a cache stores latents",
+        "Low-rank bases of keys and values: a cache stores latents (Palu, arXiv 2407.21118)",
         "low-rank",
         "cache = kv.LowRankCache()  # finds the bases",
     ),

@@ -23,7 +23,7 @@ from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD, attentions, full_attentions
 from hf_kvcache.adapters.peft_types import peft_type, register
 from hf_kvcache.attention.interface import register_pass_throughs
-from hf_kvcache.dmc.hooks import Call, Hooks, Switch
+from hf_kvcache.dmc.hooks import Call, Deciding, Hooks
 from hf_kvcache.dmc.settings import Settings
 
 KV_DMC = peft_type(dmc_files.PEFT_TYPE)
@@ -106,7 +106,7 @@ class DMCConfig(tuner.ChildConfig):
         return self.layers
 
 
-class DMCLayer(Switch, tuner.ChildLayer):
+class DMCLayer(Deciding, tuner.ChildLayer):
     """Decisions of one attention module by adapter name; what carries hooks, see `hooks.Owner`.
 
     Attributes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from hf_kvcache.attention.blockwise import attend_blocks
@@ -30,7 +32,7 @@ def attend(q, view, *, scaling, mask=None, softcap=None, sinks=None) -> torch.Te
     Returns:
         The output `[B, Hq, S, Dv]` in the dtype of `q`.
     """
-    out, lse = _attend(q, view, scaling, mask, softcap)
+    out, lse = _attend(q, view, view.layer.store, scaling, mask, softcap)
     return out if sinks is None else with_sink(out, lse, sinks)[0]
 
 
@@ -40,19 +42,18 @@ def reads_pages(view, n_new: int) -> bool:
     return bool(store.is_ragged and store.n_packed and n_new <= MAX_QUERIES)
 
 
-def _attend(q, view, scaling, mask, softcap):
+def _attend(q, view, store, scaling, mask, softcap):
     """Output and log-sum-exp."""
-    store = view.layer.store
-    if reads_pages(view, q.shape[2]):
+    is_few, dense = q.shape[2] <= MAX_QUERIES, store.dense
+    if is_few and not store.packed.n_tokens:
+        return dense_attention(q, dense["k"], dense["v"], scaling=scaling, mask=mask, softcap=softcap)
+    if is_few and store.is_ragged:
         from hf_kvcache.attention.pages import attend_pages, hides_pages
 
-        if not hides_pages(view, mask):
+        if mask is None or not hides_pages(view, mask):
             return attend_pages(q, view, scaling, mask, softcap)
-    if q.shape[2] > MAX_QUERIES or store.is_ragged and store.n_packed:
+    if not is_few or store.is_ragged:
         return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
-    if not store.n_packed:
-        dense = store.dense
-        return dense_attention(q, dense["k"], dense["v"], scaling=scaling, mask=mask, softcap=softcap)
     attend_op = op_of(store.keys.format, store.values.format)
     if attend_op is None:
         return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
@@ -61,7 +62,7 @@ def _attend(q, view, scaling, mask, softcap):
         return attend_blocks(q, view, scaling=scaling, mask=mask, softcap=softcap)
     if store.keys.projects or store.values.projects:
         return _attend_projected(attend_op, q, store, scaling, mask, softcap)
-    return attend_op(q, store, store.dense, scaling=scaling, mask=mask, softcap=softcap)
+    return attend_op(q, store, dense, scaling=scaling, mask=mask, softcap=softcap)
 
 
 def _attend_projected(op, q, store, scaling, mask, softcap):
@@ -80,6 +81,7 @@ def _attend_projected(op, q, store, scaling, mask, softcap):
     return merge_two((out, lse), tail)
 
 
+@cache
 def op_of(keys: str, values: str):
     """The function that attends to rows of these formats, or None; its module is imported when it is asked for."""
     if keys in ("int/channel", "int") and values == "int":

@@ -42,3 +42,10 @@ def mask(*args, **kwargs):
     from hf_kvcache.attention.interface import kv_mask
 
     return kv_mask(*args, **kwargs)
+
+
+def register_pass_throughs() -> None:
+    """Let every attention function that is registered by now meet the rows of our caches."""
+    from hf_kvcache.attention import interface
+
+    interface.register_pass_throughs()

@@ -11,8 +11,6 @@ from hf_kvcache.kernels.ragged_attention import ragged_attention
 
 def hides_pages(view, mask) -> bool:
     """Whether a mask hides a row in a page, which the op over pages has no mask for."""
-    if mask is None:
-        return False
     n = view.layer.store.n_packed
     is_row = (view.positions[..., :n] >= 0).unsqueeze(2)
     return bool((is_row & ~mask[..., :n]).any())

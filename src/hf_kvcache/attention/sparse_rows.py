@@ -23,10 +23,8 @@ def attend_sparse_rows(q, store, dense, *, scaling, mask, softcap):
 
 def sides_as_sparse_rows(store) -> tuple[SparseRows, SparseRows]:
     """Keys and values of a store as the op reads them; values may be of another head size."""
-    return tuple(
-        as_sparse_rows(codec, store.encoded(side), store.width(side))
-        for side, codec in (("k", store.keys), ("v", store.values))
-    )
+    keys = as_sparse_rows(store.keys, store.encoded("k"), store.width("k"))
+    return keys, as_sparse_rows(store.values, store.encoded("v"), store.width("v"))
 
 
 def as_sparse_rows(codec: Codec, encoded: dict[str, torch.Tensor], head_dim: int) -> SparseRows:

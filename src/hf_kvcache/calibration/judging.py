@@ -106,13 +106,14 @@ class _Judging(Passing):
         super().bind(host)
         self._module = host.module
 
-    def settle(self, q, view, scaling=None, softcap=None):
+    def compress(self, call):
+        keys, scaling = call.view.new_k, call.options.get("scaling")
         scaling = self._module.scaling if scaling is None else scaling
-        self.said = {name: judge(q, view.new_k, scaling, self._text) for name, judge in self._judges.items()}
+        self.said = {name: judge(call.query, keys, scaling, self._text) for name, judge in self._judges.items()}
         heads = attached_heads(self._module)
         # a copy: the rest of the sequence need not be kept
         self.features = None if heads is None else heads.features()[:, self._text.prompt].clone()
-        super().settle(q, view)
+        super().compress(call)
 
 
 class Judged(NamedTuple):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import cross_entropy
 
-from hf_kvcache.attention.mask import new_token_padding
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.basis import Basis, Moments, by_group
 from hf_kvcache.codecs.lowrank import LowRank
@@ -16,6 +15,7 @@ from hf_kvcache.compat import cache_argument
 from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.shards import refuse_shards
+from hf_kvcache.text_positions import cover
 from hf_kvcache.view import KVView
 
 BasisOf = Callable[[int, str], Basis | None]
@@ -61,17 +61,16 @@ class Passing(KVLayer):
                 codec = LowRank(basis.rank, basis.group_size, self._kind, basis=placed)
                 self._projections[side] = codec.for_side(side).for_model(host)
 
-    def note_padding(self, mask, n_new):
-        pass
+    def prepare(self, call):
+        positions = call.position_ids
+        if positions is None:
+            positions = torch.arange(call.n_new, device=self.device).unsqueeze(0)
+        self._positions = positions.unsqueeze(1).int()
+        self._is_real = call.is_real
+        cover(self, positions)
+        self._project()
 
-    def note_positions(self, position_ids, mask, n_new):
-        if position_ids is None:
-            position_ids = torch.arange(n_new, device=self.device).unsqueeze(0)
-        self._positions = position_ids.unsqueeze(1).int()
-        self._is_real = new_token_padding(mask, n_new, n_new)
-        self._cover(position_ids)
-
-    def project_new(self, n_new):
+    def _project(self) -> None:
         for side, name in (("k", "new_k"), ("v", "new_v")):
             rows = getattr(self._view, name)
             self.see(side, rows)
@@ -88,7 +87,7 @@ class Passing(KVLayer):
     def show(self, side: str, rows: torch.Tensor) -> None:
         """Called with the rows that attention will see."""
 
-    def settle(self, q, view, scaling=None, softcap=None):
+    def compress(self, call):
         self.tokens_seen = 0
         # a hook on the gradient of its rows may hold the layer, and no garbage collector sees that circle
         del self._view
@@ -102,10 +101,10 @@ class _Watcher(Passing):
         self.seen = LayerMoments()
         self._group_sizes, self._n_skip = group_sizes, n_skip
 
-    def note_positions(self, position_ids, mask, n_new):
-        super().note_positions(position_ids, mask, n_new)
+    def _project(self):
         counted = self._positions[:, 0].expand(self.batch_size, -1) >= self._n_skip
         self._is_real = counted if self._is_real is None else counted & self._is_real
+        super()._project()
 
     def see(self, side, rows):
         self._count(self.seen.rows, side, rows)
@@ -114,13 +113,14 @@ class _Watcher(Passing):
         if rows.requires_grad:
             rows.register_hook(lambda gradient: self._count(self.seen.gradients, side, gradient))
 
-    def settle(self, q, view, scaling=None, softcap=None):
-        queries = self._before_rope(q.detach()).unflatten(1, (self.n_kv_heads, -1)).transpose(1, 2)  # [B, G, Hkv, S, D]
+    def compress(self, call):
+        queries = self._before_rope(call.query.detach()).unflatten(1, (self.n_kv_heads, -1))
+        queries = queries.transpose(1, 2)  # [B, G, Hkv, S, D]
         if self.seen.queries is None:
             self.seen.queries = self._moments(self.n_kv_heads, self.head_dim)
         for heads in queries.unbind(1):
             self.seen.queries.add(heads.transpose(0, 1)[:, self._is_real])
-        super().settle(q, view)
+        super().compress(call)
 
     def _count(self, into, side, rows):
         rows = rows.detach()

@@ -47,6 +47,9 @@ class Codec:
         """Encoded tensors by name, and how many tokens one of their rows stands for."""
         raise NotImplementedError
 
+    def store_type(self) -> type | None:
+        """The class of stores that rows of this codec need; None for one of the layer alone."""
+
     def for_side(self, side: str) -> Codec:
         """This codec with the defaults of keys (`side="k"`) or values (`"v"`) filled in."""
         return self
@@ -191,6 +194,9 @@ class Chain(Codec):
     @property
     def share_layers(self) -> int:
         return self.first.share_layers
+
+    def store_type(self):
+        return self.first.store_type()
 
     @property
     def is_unfitted(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from hf_kvcache.codecs.base import Codec
 
@@ -14,7 +15,7 @@ class Dense(Codec):
     format = "dense"
     carrier = "rows"
 
-    @property
+    @cached_property
     def fields(self):
         return {"rows": 1}
 

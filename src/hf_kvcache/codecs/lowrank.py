@@ -105,6 +105,11 @@ class LowRank(Codec):
 
     # -- what a layer fills in ---------------------------------------------------------------------------------------
 
+    def store_type(self):
+        from hf_kvcache.stores.shared import SharedStore
+
+        return SharedStore if self.share_layers > 1 else None
+
     def for_side(self, side):
         return replace(self, side=side)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.rotation import rotate
@@ -36,11 +37,11 @@ class Quantize(Codec):
         if self.axis not in (None, "channel", "token"):
             raise ValueError(f"axis={self.axis!r} is neither 'channel' nor 'token' (nor None: the best for each side)")
 
-    @property
+    @cached_property
     def format(self):
         return "int/channel" if self.axis == "channel" else "int"
 
-    @property
+    @cached_property
     def fields(self):
         per_scale = BLOCK if self.axis == "channel" else 1
         return {"codes": 1, "scale": per_scale, "zero": per_scale}
@@ -73,7 +74,7 @@ class Quantize(Codec):
         scales = head_dim / BLOCK if self.axis == "channel" else head_dim / self.channels_per_group(head_dim)
         return head_dim * self.bits / 8 + scales * 4
 
-    @property
+    @cached_property
     def projects(self):
         return self.rotate
 

@@ -17,15 +17,17 @@ from hf_kvcache.adapters.calls import Calls
 from hf_kvcache.adapters.capture import has_norms, sources
 from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.adapters.watching import Watch
-from hf_kvcache.attention.interface import register_pass_throughs
+from hf_kvcache.attention.guest import Guest
+from hf_kvcache.attention.known import register_pass_throughs
 from hf_kvcache.attention.mask import new_token_padding
+from hf_kvcache.dmc.attention import attend_text
 from hf_kvcache.dmc.decisions import decide, harden, opens, relax
 from hf_kvcache.dmc.merging import merge
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.shards import WHOLE, Shard, is_sharded, shard_of
 
 if TYPE_CHECKING:
-    from hf_kvcache.slots import SlotLayer
+    from hf_kvcache.dmc.layer import TrainedLayer
 
 
 class Owner(Protocol):
@@ -51,10 +53,13 @@ class Owner(Protocol):
         """Weights `[Hkv, hidden]` of decisions and importance, where decisions are not borrowed."""
 
 
-class Switch:
-    """Mixed into an `Owner`: whether it compresses, which a thread can put off for itself (`Hooks.n_off`)."""
+class Deciding(Guest):
+    """Mixed into an `Owner`: it attends without a cache, and a thread can put it off for itself (`Hooks.n_off`)."""
 
     _compresses = True
+
+    def attend_tensors(self, *args):
+        return attend_text(self, *args)
 
     @property
     def compresses(self) -> bool:
@@ -87,7 +92,7 @@ class Call:
             the channel borrowed from queries.
     """
 
-    def __init__(self, settings: Settings, layer: SlotLayer | None, is_real: torch.Tensor | None, is_relaxed: bool):
+    def __init__(self, settings: Settings, layer: TrainedLayer | None, is_real: torch.Tensor | None, is_relaxed: bool):
         self.settings, self.layer, self.is_real, self.is_relaxed = settings, layer, is_real, is_relaxed
         self.logits = self.omega = self.p = self.left = self.alpha = None
         self.n_merged = self.n_appended = 0
@@ -198,7 +203,7 @@ class Hooks:
 
     def _begin(self, call: Call, attention: nn.Module, given: dict) -> None:
         """Find the rows of the past and what is padding; decide, where that takes nothing but the input."""
-        from hf_kvcache.slots import layer_of
+        from hf_kvcache.dmc.layer import layer_of
 
         owner, hidden = self.owner, given["hidden_states"]
         mask, S, settings = given.get("attention_mask"), hidden.shape[1], call.settings

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.compat import cache_argument
+from hf_kvcache.dmc.layer import TrainedLayer
 from hf_kvcache.dmc.objective import hinge, merged_share, ramp
 from hf_kvcache.dmc.retrofitting import draw_noise, retrofit, retrofits, zero_rows
 from hf_kvcache.dmc.settings import Settings
@@ -219,7 +220,8 @@ def accuracy(said: torch.Tensor, text: torch.Tensor) -> float:
 
 def tokens_per_row(cache) -> float:
     """Compression that is real: tokens over the rows that a cache holds, over all layers and heads."""
-    layers = [layer.store.packed.lengths if layer.decides else layer.store.n_kept for layer in cache.layers]
+    stores = [(layer.store, isinstance(layer, TrainedLayer)) for layer in cache.layers]
+    layers = [store.packed.lengths if is_trained else store.n_kept for store, is_trained in stores]
     rows = [torch.as_tensor(n, dtype=torch.float32).mean() for n in layers]
     return cache.get_seq_length() / torch.stack(rows).mean().item()
 

@@ -12,12 +12,12 @@ from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETROFIT_CHILD, attentions, full_attentions
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.dmc.decisions import logistic_noise
-from hf_kvcache.dmc.hooks import Call, Hooks, Switch
+from hf_kvcache.dmc.hooks import Call, Deciding, Hooks
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.shards import clear_rows, refuse_shards
 
 
-class Retrofit(Switch, nn.Module):
+class Retrofit(Deciding, nn.Module):
     """Decisions of one attention module: hangs on it under the name `kv_dmc`, and hooks its projections.
 
     Args:

@@ -13,9 +13,9 @@ from transformers import Cache
 
 from hf_kvcache import registry
 from hf_kvcache.cache import KVCache
+from hf_kvcache.dmc.policies import TrainedEviction
 from hf_kvcache.eval.peers import PEERS, is_installed
 from hf_kvcache.policies.base import Policy
-from hf_kvcache.policies.learned import Learned
 
 # what the default comparison runs after the baseline and a peer: a lossless cache, and of every kind those that most
 # will choose from
@@ -115,7 +115,7 @@ class CacheSpec:
     @property
     def is_learned(self) -> bool:
         """Whether the model decides what is kept (DMC, DMS)."""
-        return self.policy is not None and issubclass(self.policy, Learned)
+        return self.policy is not None and issubclass(self.policy, TrainedEviction)
 
     def build(self, config=None) -> Cache:
         """A new, empty cache for a model with this config."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_kvcache import registry
+
+# what rows are, and the method of the registry whose paper says so
 _SOURCES = {
-    "palu": "low-rank latents (Palu, Chang et al. 2025)",
-    "mustafar": "the largest channels of every token (Mustafar, Joo et al. 2025)",
-    "locret": "the tokens that trained heads retain (Locret, Huang et al. 2024)",
-    "dmc": "rows that the model merges by itself (DMC, Nawrot et al. 2024)",
-    "dms": "rows that the model drops by itself (DMS, Lancucki et al. 2025)",
-    "quant": "integers of few bits (KIVI, Liu et al. 2024)",
-    "kv": "compressed rows",
+    "palu": ("low-rank latents", "lowrank"),
+    "mustafar": ("the largest channels of every token", "sparse"),
+    "locret": ("the tokens that trained heads retain", "locret"),
+    "dmc": ("rows that the model merges by itself", "dmc"),
+    "dms": ("rows that the model drops by itself", "dms"),
+    "quant": ("integers of few bits", "quant"),
 }
 
 _TEXT = """---
@@ -107,12 +109,20 @@ def card_of(
     )
     return _TEXT.format(
         metadata=data.to_yaml(),
-        what=_SOURCES.get(family, _SOURCES["kv"]),
+        what=_what(family),
         spec=spec,
         command="" if command is None else f"\nMade by `{command}`.\n",
         measured=(_NOT_MEASURED if measured is None else _TABLE.format(**measured)).rstrip(),
         **names,
     )
+
+
+def _what(family: str) -> str:
+    """What the rows of a family are, with its paper."""
+    if family not in _SOURCES:
+        return "compressed rows"
+    rows, method = _SOURCES[family]
+    return f"{rows} ({registry.method(method).source})"
 
 
 def _results(measured: dict) -> list[EvalResult]:

@@ -40,12 +40,12 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Chain
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.compat import CACHE_NAME
+from hf_kvcache.dmc.policies import TrainedEviction
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.hub.card import card_of
 from hf_kvcache.hub.flatten import files_of
 from hf_kvcache.hub.recipes import classes_in, roots_of
 from hf_kvcache.hub.spec import spec_of
-from hf_kvcache.policies.learned import Learned
 from hf_kvcache.policies.locret import Locret
 from hf_kvcache.rope_of_model import rope_of
 
@@ -253,7 +253,7 @@ def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
     """
     from hf_kvcache import __version__
 
-    if isinstance(cache.policy, (Learned, Locret)):
+    if isinstance(cache.policy, (TrainedEviction, Locret)):
         raise ValueError(f"{type(cache.policy).__name__} goes by what a model carries: export that model")
     files = files_of(roots_of(cache, is_model=False), __version__)
     used = {"compat": ["cache_argument", "given_cache", "named_cache"], "hub_spec": ["cache_of"]}
@@ -311,7 +311,7 @@ def _bases(model) -> tuple[type, type, type]:
 def _adapter(model, cache: KVCache) -> tuple[dict | None, dict[str, torch.Tensor]]:
     """What the config says of what the model carries for this cache, and its tensors under the names of weights."""
     found = full_attentions(model)
-    if isinstance(cache.policy, Learned):
+    if isinstance(cache.policy, TrainedEviction):
         return _retrofit(found, cache.policy)
     firsts = {name: _firsts(getattr(cache, name)) for name in ("codec", "edge_codec")}
     lowrank = {side: codec for side, codec in zip("kv", firsts["codec"]) if isinstance(codec, LowRank)}
@@ -377,7 +377,7 @@ def _heads(found):
     return {"kind": "heads", "shapes": shapes} | knobs, tensors
 
 
-def _retrofit(found, policy: Learned):
+def _retrofit(found, policy: TrainedEviction):
     tensors, settings = {}, set()
     for i, attention in found.items():
         child = attached_retrofit(attention.module)

@@ -26,6 +26,7 @@ OPTIONAL = {
     f"{PACKAGE}.attention.latents",
     f"{PACKAGE}.attention.pages",
     f"{PACKAGE}.attention.sparse_rows",
+    f"{PACKAGE}.stores.shared",
     # what a model carries for its cache
     f"{PACKAGE}.hub.basis_module",
     f"{PACKAGE}.hub.heads_module",

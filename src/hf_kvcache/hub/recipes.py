@@ -20,7 +20,9 @@ def roots_of(cache: KVCache, adapter: dict | None = None, *, is_model: bool = Tr
         is_model: whether it has a model, whose classes take the cache; else it is for any model.
     """
     roots = {f"{PACKAGE}.hub.spec", f"{PACKAGE}.hub.modeling_mixin" if is_model else f"{PACKAGE}.compat"}
-    roots |= {type(part).__module__ for part in _parts(cache)}
+    for part in _parts(cache):
+        store = part.store_type()
+        roots |= {type(part).__module__} | (set() if store is None else {store.__module__})
     if adapter is not None:
         roots.add(f"{PACKAGE}.hub.{adapter['kind']}_module")
     for pair in (cache.codec, cache.edge_codec):

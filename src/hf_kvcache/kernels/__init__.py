@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -31,6 +32,8 @@ _IS_PACKAGE = "__path__" in globals()
 _DOT = "." if _IS_PACKAGE else "_"
 
 _forced: list[str] = []
+# modules of the fast backend that can run an op on a device
+_able: dict[tuple[str, torch.device], ModuleType] = {}
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ def use_backend(name: str):
         _forced.pop()
 
 
+def forget() -> None:
+    """Ask again which backends can run an op (tests)."""
+    _able.clear()
+
+
 def choose(op: str, device: torch.device, operands: tuple = ()) -> Choice:
     """Pick the backend of `op` on `device`.
 
@@ -92,18 +100,26 @@ def select(op: str, device: torch.device, operands: tuple = (), name: str | None
         op, device, operands: see `choose`.
         name: of the function, where an op has several.
     """
-    if forced_backend() is not None:
+    if _forced or os.environ.get("HF_KVCACHE_BACKEND"):
         return getattr(_module(op, choose(op, device, operands).backend), name or op)
-    fast = _fast(device)
-    why_not = _obstacle(op, fast, device, operands)
+    module = _able.get((op, device))
+    why_not = _of_operands(module, operands) if module is not None else _obstacle(op, _fast(device), device, operands)
     if why_not is None:
-        return getattr(_module(op, fast), name or op)
+        return getattr(module or _note_able(op, device), name or op)
     warn_once(f"{op} runs on the PyTorch reference: {why_not}")
     return getattr(_module(op, "reference"), name or op)
 
 
 def _fast(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "native" if _IS_PACKAGE else "reference"
+
+
+def _note_able(op: str, device: torch.device) -> ModuleType:
+    """The module of the fast backend, which can run `op` on `device`: from now on only operands are looked at."""
+    backend = _fast(device)
+    module = _module(op, backend)
+    # the reference takes whatever comes
+    return module if backend == "reference" else _able.setdefault((op, device), module)
 
 
 @cache
@@ -119,9 +135,13 @@ def _obstacle(op: str, backend: str, device: torch.device, operands: tuple) -> s
         module = _module(op, backend)
     except ImportError as error:
         return f"{backend} is not installed ({error})"
-    why_not = module.unavailable(device)
-    if why_not or not operands:
-        return why_not
+    return module.unavailable(device) or _of_operands(module, operands)
+
+
+def _of_operands(module, operands: tuple) -> str | None:
+    """Why a backend that runs on this device cannot take a call, or None."""
+    if not operands:
+        return None
     x = operands[0]
     if x.requires_grad and torch.is_grad_enabled():
         return "gradients are needed"

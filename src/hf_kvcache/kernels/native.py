@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from hf_kvcache import kernels
 from hf_kvcache.kernels import compilers
 
 OPS = (
@@ -103,6 +104,7 @@ def forget() -> None:
     with _lock:
         _functions.clear()
         _reasons.clear()
+    kernels.forget()
 
 
 def build(op: str, isa: str | None = None) -> Path:

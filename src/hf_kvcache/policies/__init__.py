@@ -1,5 +1,6 @@
 """Policies: which tokens stay."""
 
+from hf_kvcache.dmc.policies import DMC, DMS
 from hf_kvcache.policies.adakv import AdaKV
 from hf_kvcache.policies.at_random import Random
 from hf_kvcache.policies.base import Policy
@@ -10,7 +11,6 @@ from hf_kvcache.policies.head_split import HeadSplit
 from hf_kvcache.policies.keydiff import KeyDiff
 from hf_kvcache.policies.l2norm import L2Norm
 from hf_kvcache.policies.lagkv import LagKV
-from hf_kvcache.policies.learned import DMC, DMS
 from hf_kvcache.policies.locret import Locret
 from hf_kvcache.policies.merge import Merge
 from hf_kvcache.policies.nacl import NACL

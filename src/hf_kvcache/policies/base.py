@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from hf_kvcache.shards import WHOLE, Shard
+from hf_kvcache.stores.uniform import PACK_STEP
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Policy:
         takes_budget: "yes", "no", or "maybe" where a budget is only an upper bound.
         folds: whether `fold` changes rows, which have to be dense for that.
         waits: whether a prompt is only evicted from when its next chunk, or the first decoding step, has come.
-        decides: whether the model says what stays, see `Learned`.
+        is_trained: whether a retrofitted model says what stays, see `TrainedEviction`.
         shard: which of the model's KV heads are seen, see `for_model`.
         rope: the rotary embedding by which a bound policy rotates queries, or None.
     """
@@ -53,7 +54,7 @@ class Policy:
     takes_budget: ClassVar[str] = "yes"
     folds: ClassVar[bool] = False
     waits: ClassVar[bool] = False
-    decides: ClassVar[bool] = False
+    is_trained: ClassVar[bool] = False
     shard: ClassVar[Shard] = WHOLE
     rope: ClassVar[object] = None
 
@@ -73,6 +74,62 @@ class Policy:
             )
         if min(self.n_sink, self.n_recent) < 0 or self.interval < 1:
             raise ValueError(f"{name}: n_sink and n_recent must not be negative, interval must be at least 1")
+
+    # -- what the cache asks before there are rows -------------------------------------------------------------------
+
+    def layer_type(self) -> type | None:
+        """The class of layers that this policy needs; None for the usual one."""
+
+    def store_type(self) -> type | None:
+        """The class of stores that this policy needs; None for one in which all heads keep the same number of rows."""
+
+    def check_cache(self, cache) -> None:
+        """Refuse the options of a cache that this policy does not go with.
+
+        Raises:
+            ValueError: there are some; the message names both.
+        """
+        if self.folds and cache.all_codecs:
+            raise ValueError(
+                f"{type(self).__name__} changes rows that stay, which {cache.all_codecs[0]} has packed; use it without "
+                "a codec"
+            )
+
+    def check_codec(self, codec, cache) -> None:
+        """Refuse a codec of one side that cannot encode what this policy leaves.
+
+        Raises:
+            ValueError: it cannot; the message names both.
+        """
+        name = type(self).__name__
+        if codec.shares_rows:
+            raise ValueError(f"{name} drops tokens head by head, but {codec} shares rows among heads; use group_size=1")
+        if codec.granularity > 1:
+            raise ValueError(
+                f"{name} drops single tokens, but {codec} packs {codec.granularity} tokens "
+                'together; use a row-granular codec, such as Quantize(axis="token")'
+            )
+        if self.budget is None:
+            return
+        if cache.min_length > self.budget:
+            raise ValueError(
+                f"{name}: budget={self.budget} is below min_length={cache.min_length}, so nothing would ever be packed"
+            )
+        n_dense = cache.n_sink + cache.window + PACK_STEP
+        if self.budget < n_dense + self.n_sink:
+            raise ValueError(
+                f"{name}: budget={self.budget} leaves no room for packed rows beside up "
+                f"to {n_dense} dense ones (n_sink={cache.n_sink} + window={cache.window} + {PACK_STEP} waiting) and "
+                f"its {self.n_sink} sinks; raise budget or lower window"
+            )
+
+    def check_states(self) -> None:
+        """Raise ValueError where this policy does not go with layers that have linear attention beside rows."""
+
+    def check_recording(self) -> None:
+        """Raise ValueError where rows cannot wait for speculative decoding to say which tokens stay."""
+
+    # -- what a layer asks -------------------------------------------------------------------------------------------
 
     def for_model(self, host) -> Policy:
         """This policy with what it takes from the model (a `host.Host`) filled in: one layer's own copy."""

@@ -24,6 +24,9 @@ class Wrapper(Policy):
             raise TypeError(f"{type(self).__name__}: scorer must be a Policy or the name of one, not {self.scorer!r}")
         if self.scorer.is_ragged:
             raise ValueError(f"{type(self).__name__}: {type(self.scorer).__name__} chooses by itself and has no scores")
+        # asked at every step
+        for name in ("n_queries", "observes", "waits"):
+            setattr(self, name, getattr(self.scorer, name))
         super().__post_init__()
 
     def _named(self, name: str) -> Policy:
@@ -44,20 +47,8 @@ class Wrapper(Policy):
         return self.scorer.needs
 
     @property
-    def n_queries(self):
-        return self.scorer.n_queries
-
-    @property
     def state(self):
         return self.scorer.state
-
-    @property
-    def observes(self):
-        return self.scorer.observes
-
-    @property
-    def waits(self):
-        return self.scorer.waits
 
     @property
     def rope(self):

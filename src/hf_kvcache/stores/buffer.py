@@ -55,12 +55,14 @@ class RowBuffer:
         if not self.tensors:
             self.tensors, self.n_tokens = dict(rows), n_tokens
             return
-        needed = self.n_tokens + n_tokens
-        if needed > self.capacity:
-            self.reserve(needed + max(MIN_SLACK_TOKENS, needed // SLACK))
+        needed, tensors = self.n_tokens + n_tokens, self.tensors
+        for name, t in tensors.items():
+            if needed > t.shape[2] * self.tokens_per_row[name]:
+                self.reserve(needed + max(MIN_SLACK_TOKENS, needed // SLACK))
+                break
         for name, new in rows.items():
             start = self.n_tokens // self.tokens_per_row[name]
-            self.tensors[name].narrow(2, start, new.shape[2]).copy_(new)
+            tensors[name].narrow(2, start, new.shape[2]).copy_(new)
         self.n_tokens = needed
 
     def reserve(self, capacity: int) -> None:

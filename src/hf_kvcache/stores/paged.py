@@ -38,9 +38,14 @@ class PagedBuffer:
         self.is_estimate = False
 
     @property
-    def n_tokens(self) -> int:
-        """Rows of the longest head."""
-        return int(self.counts.max()) if self.counts.numel() else 0
+    def counts(self) -> torch.Tensor:
+        """Rows of every head, int64 `[B, Hkv]` on the CPU."""
+        return self._counts
+
+    @counts.setter
+    def counts(self, counts: torch.Tensor) -> None:
+        # rows of the longest head, which every step asks for several times
+        self._counts, self.n_tokens = counts, int(counts.max()) if counts.numel() else 0
 
     @property
     def n_rows(self) -> int:

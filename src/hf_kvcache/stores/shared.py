@@ -20,6 +20,8 @@ class SharedStore(UniformStore):
     are there then. A store outside a group stays dense.
     """
 
+    shares_layers = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.group: list[SharedStore] = []
@@ -29,6 +31,25 @@ class SharedStore(UniformStore):
         """Enter the group of `leader` (which enters first), one of `n_layers` in the order of the model."""
         self.group, self.packed, self.n_layers = leader.group, leader.packed, n_layers
         self.group.append(self)
+
+    def on_bound(self, cache, layer_idx: int) -> None:
+        """Join the group of this layer: neighbours among the layers with the same codec.
+
+        Raises:
+            ValueError: they lie on different devices.
+        """
+        if self.group:
+            return
+        sharing = cache.layers_with_codec()
+        place, most = sharing.index(layer_idx), self.keys.share_layers
+        group = sharing[place - place % most :][:most]
+        devices = {cache.layers[i].device for i in group[: group.index(layer_idx) + 1]}
+        if len(devices) > 1:
+            raise ValueError(
+                f"layers {group[0]} to {layer_idx} share rows, and lie on {' and '.join(sorted(map(str, devices)))}; "
+                "place them on one device, or use a smaller share_layers"
+            )
+        self.join(cache.layers[group[0]].store, len(group))
 
     @property
     def is_leader(self) -> bool:

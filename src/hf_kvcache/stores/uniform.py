@@ -28,6 +28,7 @@ class UniformStore(Store):
     """
 
     is_ragged = False
+    shares_layers = False  # whether packed rows are those of several layers
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class UniformStore(Store):
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         n = k.shape[2]
-        self.dtype, self.owned = k.dtype, self.n_kept > 0
+        self.dtype, self.owned = k.dtype, self.dense.n_tokens > 0 or self.packed.n_tokens > 0
         rows = {"k": k, "v": v}
         for name, dtype in self.tracked.items():
             shape = k.shape if name in self.wide else k.shape[:3]
@@ -153,11 +154,7 @@ class UniformStore(Store):
 
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.n_sink - self.window
-        least = max(self.min_length, self.rows_to_fit)
-        is_short = least and not self.n_packed and self.n_kept < least
-        # a crop may have taken every query that a rule would go by; the next call brings new ones
-        is_blind = self.needs_queries and not self.queries.n_tokens
-        if self.keys is None or surplus < self.step or is_short or is_blind:
+        if self.keys is None or surplus < self.step or not self._can_pack():
             if not self.owned:
                 self._own()
             return
@@ -170,6 +167,12 @@ class UniformStore(Store):
         if is_first and self.max_length is not None:
             self.packed.reserve(self.max_length - self.n_sink - self.window)
         self._drop(start, stop)
+
+    def _can_pack(self) -> bool:
+        # a crop may have taken every query that a rule would go by; the next call brings new ones
+        if self.needs_queries and not self.queries.n_tokens:
+            return False
+        return bool(self.n_packed) or self.n_kept >= max(self.min_length, self.rows_to_fit)
 
     def _encoded_rows(self, start: int, stop: int) -> dict[str, torch.Tensor]:
         """What the packed buffer holds of the dense rows `[start, stop)`: codes, tracked state, positions."""
@@ -205,6 +208,20 @@ class UniformStore(Store):
             if codec.is_unfitted:
                 codec = codec.fitted(self.dense[side][:, :, start:], rope.clamp(min=0), is_real)
             setattr(self, "keys" if side == "k" else "values", codec)
+
+    def project(self, n_new: int) -> None:
+        """Let the newest `n_new` rows be what packing will make of them."""
+        if self.keys is None:
+            return
+        self.fit()
+        rope = self.dense["rope"][:, :, -n_new:].clamp(min=0) if self.needs_positions else None
+        for side, codec in (("k", self.keys), ("v", self.values)):
+            rows = self.dense[side][:, :, -n_new:]
+            encoded = codec.encode(rows, None, rope)
+            rows.copy_(codec.decode(encoded, rows.dtype, rows.shape[-1], rope))
+
+    def on_bound(self, cache, layer_idx: int) -> None:
+        """Codecs of the layer have got from the model what they need: called once per text."""
 
     @property
     def is_unfitted(self) -> bool:
@@ -270,8 +287,9 @@ class UniformStore(Store):
 
     def encoded(self, side: str) -> dict[str, torch.Tensor]:
         """Packed tensors of one side, "k" or "v", under the codec's own names."""
+        n, tensors = self.packed.n_tokens, self.packed.tensors
         codec = self.keys if side == "k" else self.values
-        return {name: self.packed[f"{side}.{name}"] for name in codec.fields}
+        return {name: tensors[f"{side}.{name}"].narrow(2, 0, n // of_row) for name, of_row in codec.fields.items()}
 
     def width(self, side: str) -> int:
         """Channels of a row of one side, "k" or "v"."""

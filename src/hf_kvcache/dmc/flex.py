@@ -16,7 +16,7 @@ def can_attend(q: torch.Tensor, dropout: float) -> bool:
 
 
 def attend_flex(q, k, v, left, is_real, delay, *, scaling, softcap=None, run=None) -> torch.Tensor:
-    """What `compacted.attend_parallel` computes for relaxed decisions, from one number per key.
+    """What `attention.attend_parallel` computes for relaxed decisions, from one number per key.
 
     Args:
         q: `[B, Hq, T, D]`.

@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache import compat
+from hf_kvcache.adapters.modules import attached_retrofit
+from hf_kvcache.dmc.attention import attend_trained
 from hf_kvcache.dmc.hooks import Call
 from hf_kvcache.dmc.masks import expiry
 from hf_kvcache.dmc.merging import Past, merge
 from hf_kvcache.dmc.padding import first_tokens
+from hf_kvcache.dmc.policies import TrainedEviction
 from hf_kvcache.dmc.settings import Settings
+from hf_kvcache.dmc.store import TrainedStore
 from hf_kvcache.kernels.merge_step import merge_step
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.policies.learned import Learned
-from hf_kvcache.stores.slots import SlotStore
+from hf_kvcache.row_shapes import check_rows
 from hf_kvcache.view import KVView
 
 
-class SlotLayer(KVLayer):
+class TrainedLayer(KVLayer):
     """Rows of one layer under `DMC` or `DMS`; hooks on the model's projections bring the decisions (`begin`).
 
     A call changes nothing before its tokens are taken in, whole: `place` and `settle` do, and after an exception
@@ -27,17 +30,16 @@ class SlotLayer(KVLayer):
         first: position of every row's first token that is no padding, int64 `[B]` on the CPU; None before there are
             rows.
         call: the call of the attention module that is under way, or None.
-        held: what `SlotStore.held` has found for a call of many tokens, or None.
+        held: what `TrainedStore.held` has found for a call of many tokens, or None.
         seen_until: last position at which its rows are seen, int32 `[B, Hkv, S]`.
         window: that its rows were made with, or None.
         all_begun: whether every row of the batch is known to have seen a real token.
     """
 
-    decides = True
     is_croppable = False
 
-    def _make_store(self, keys, values, policy, **sizes) -> SlotStore:
-        return SlotStore(keys, values)
+    def _make_store(self, keys, values, **sizes) -> TrainedStore:
+        return TrainedStore(keys, values)
 
     def _forget(self) -> None:
         super()._forget()
@@ -107,7 +109,7 @@ class SlotLayer(KVLayer):
             else "shows tokens that were padding when they came, and have no rows"
         )
         raise ValueError(
-            f"layer {self.layer_idx}: the attention mask {what}; {type(self._policy).__name__} cannot tell tokens "
+            f"layer {self.layer_idx}: the attention mask {what}; {type(self.policy).__name__} cannot tell tokens "
             "apart any more: pass the mask of the whole text as it was, with ones for new tokens, or use a new cache"
         )
 
@@ -169,9 +171,12 @@ class SlotLayer(KVLayer):
         Raises:
             ValueError: the model has not said what to do with them, or see `KVLayer.append`.
         """
+        if self.call is None and not self.tokens_seen:
+            # the first layer of a model that may turn out to have a window there; otherwise `check_ready` raises
+            return KVView(self, k, v, is_prefill=True)
         if self.call is None or self.call.alpha.shape != k.shape[:3]:
             raise ValueError(self.lacks_decisions)
-        self._check(k, v)
+        check_rows(self, k, v)
         store, start, alpha, is_real = self.store, self.tokens_seen, self.call.alpha, self.call.is_real
         store.dtype, store.head_dim = k.dtype, k.shape[-1]
         self.tokens_seen += k.shape[2]
@@ -212,17 +217,30 @@ class SlotLayer(KVLayer):
     @property
     def lacks_decisions(self) -> str:
         return (
-            f"layer {self.layer_idx}: {type(self._policy).__name__} goes by the decisions of a retrofitted model, "
+            f"layer {self.layer_idx}: {type(self.policy).__name__} goes by the decisions of a retrofitted model, "
             "and this one makes none; trainers/train_dmc.py retrofits a model, hf_kvcache.dmc.load loads one"
         )
 
-    def note_padding(self, mask, n_new: int) -> None:
-        """The hooks have."""
+    def check_ready(self) -> None:
+        """Raise ValueError where the attention module has made no decisions for its tokens."""
+        if self.call is None:
+            raise ValueError(self.lacks_decisions)
+
+    def prepare(self, call) -> None:
+        """Padding is known from the hooks."""
+        self.check_ready()
+
+    def attend(self, call):
+        """Attention over rows that are seen as long as the decisions say."""
+        out = attend_trained(call, attached_retrofit(call.module))
+        return out.transpose(1, 2).contiguous(), None
 
     @torch.no_grad()
-    def settle(self, q, view, scaling=None, softcap=None) -> None:
+    def compress(self, call) -> None:
         """Let rows go that nothing will see again, once attention has read them."""
-        self._end_gradients(view)
+        view = call.view
+        if view.new_k.requires_grad or view.new_v.requires_grad:
+            self._end_gradients()
         if self.seen_until is not None:
             start, until = self.tokens_seen - view.n_new, None if self.held is None else self.held[2]
             self.store.commit(view.new_k, view.new_v, self.seen_until, until, start, self.call.alpha[..., 0])
@@ -236,12 +254,12 @@ class SlotLayer(KVLayer):
         return self.tokens_seen + query_length, 0
 
     def activate_past_recording(self) -> None:
-        refuse_recording(self._policy)
+        self.policy_at_reset.check_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
             raise ValueError(
-                f"cannot crop: {type(self._policy).__name__} has merged or overwritten rows of earlier tokens; "
+                f"cannot crop: {type(self.policy_at_reset).__name__} has merged or overwritten rows of earlier tokens; "
                 "copy.deepcopy(cache) before what may have to be taken back"
             )
 
@@ -256,8 +274,21 @@ class SlotLayer(KVLayer):
             self.batch_size = self.store.packed.table.shape[0]
             self.first = self.store.first
 
-    def restored(self) -> None:
-        """A saved layer has got its tensors back."""
+    # -- what saving asks --------------------------------------------------------------------------------------------
+
+    def check_idle(self) -> None:
+        if self.call is not None:
+            raise ValueError(
+                f"layer {self.layer_idx} is in the middle of a forward pass, or one has failed: its newest rows have "
+                "no place yet; save the cache when the pass is over"
+            )
+
+    @property
+    def described(self) -> dict:
+        return {"window": self.window}
+
+    def restored(self, entry) -> None:
+        self.window = entry.window
         if self.is_initialized:
             self.store.head_dim = self.head_dim
             # files of earlier releases do not say: the next mask does
@@ -265,15 +296,7 @@ class SlotLayer(KVLayer):
             self.all_begun = bool(self.store.has_begun.all())
 
 
-def refuse_recording(policy: Learned) -> None:
-    """Raise ValueError: what a retrofitted model has decided cannot be undone."""
-    raise ValueError(
-        f"{type(policy).__name__} cannot take tokens back, which speculative decoding asks for: merged and "
-        "overwritten rows are gone; generate without an assistant"
-    )
-
-
-def layer_of(cache, attention: torch.nn.Module, settings: Settings) -> SlotLayer | None:
+def layer_of(cache, attention: torch.nn.Module, settings: Settings) -> TrainedLayer | None:
     """The layer of a cache that takes the rows of a retrofitted attention module; None without a cache.
 
     One of transformers' own is let pass as long as it is empty, because models make one whether it is used or not.
@@ -284,7 +307,7 @@ def layer_of(cache, attention: torch.nn.Module, settings: Settings) -> SlotLayer
     if cache is None:
         return None
     policy = getattr(cache, "policy", None)
-    if not isinstance(policy, Learned):
+    if not isinstance(policy, TrainedEviction):
         if hasattr(cache, "policy") or cache.get_seq_length(attention.layer_idx):
             kind = "DMCCache" if settings.merges else "DMSCache"
             raise ValueError(

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 
 from hf_kvcache.codecs.base import Codec
-from hf_kvcache.codecs.dense import Dense
 from hf_kvcache.dmc.masks import FOREVER
 from hf_kvcache.kernels.slot_step import place_rows, slot_step
 from hf_kvcache.stores.buffer import RowBuffer
-from hf_kvcache.stores.paged import PagedBuffer
 from hf_kvcache.stores.ragged import PAGE, RaggedStore
-from hf_kvcache.stores.uniform import PACK_STEP
 
 REFRESH = 32  # steps between two looks at the lengths on a device that would have to be waited for
 
 
-class SlotStore(RaggedStore):
+class TrainedStore(RaggedStore):
     """Rows in pages only: a decoded token takes the row of one that is not needed any more, or a new one.
 
     `memory` holds, per head, the ring of `slot_step`, and for DMC the newest members of the open segment.
@@ -29,18 +25,10 @@ class SlotStore(RaggedStore):
         page: rows per page.
     """
 
-    # there is nothing beside the pages, and nothing that would follow the rows
-    window = n_sink = min_length = n_queries = 0
-    tracked: Mapping[str, torch.dtype] = MappingProxyType({})
-    needs_queries = needs_positions = has_rope = False
-    max_length = None
-
     def __init__(self, keys: Codec | None = None, values: Codec | None = None, *, page: int = PAGE):
-        self.keys, self.values = keys or Dense(), values or Dense()
-        sides = ("k", self.keys), ("v", self.values)
-        self.packed = PagedBuffer([f"{side}.{name}" for side, codec in sides for name in codec.fields], page)
-        self.dense, self.queries, self.memory = RowBuffer({}), RowBuffer({}), RowBuffer({})
-        self.step, self.dtype, self.owned = PACK_STEP, None, True
+        super().__init__(keys, values, page=page, window=0)
+        # there is nothing beside the pages
+        self.dense = RowBuffer({})
         self._n_since_look = 0
 
     @property

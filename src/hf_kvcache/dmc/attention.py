@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from hf_kvcache.attention import flex
+from hf_kvcache import compat
+from hf_kvcache.attention.call import AttentionCall, as_tensor, unserved
+from hf_kvcache.attention.mask import as_boolean
 from hf_kvcache.attention.sparse_rows import sides_as_sparse_rows
+from hf_kvcache.dmc import flex
 from hf_kvcache.dmc.masks import expiry, hiding_bias
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.ragged_attention import ragged_attention
@@ -14,18 +17,25 @@ from hf_kvcache.kernels.ragged_attention import ragged_attention
 BLOCK = 256  # queries that share the rows gathered for them
 
 
-def attend_rows(q, view, scaling, softcap) -> torch.Tensor:
-    """Attend over what a `SlotLayer` holds: pages for one token, a chunk with what is held for many.
+def attend_trained(call: AttentionCall, retrofit) -> torch.Tensor:
+    """Attend over what a `TrainedLayer` holds: pages for one token, a chunk with what is held for many.
 
     Args:
-        q: `[B, Hq, S, D]`, after RoPE.
-        view: what its cache returned.
+        call: over a view of the layer.
+        retrofit: of the attention module.
 
     Returns:
         `[B, Hq, S, D]`.
+
+    Raises:
+        ValueError: the model asks attention for something else, too.
     """
-    layer, store = view.layer, view.layer.store
-    if view.n_new == 1:
+    view, layer, store = call.view, call.view.layer, call.view.layer.store
+    q, scaling, softcap = call.query, call.scaling, call.softcap
+    refuse_unfused(layer.layer_idx, call.fuses, call.options)
+    if retrofit.settings.clears_queries:
+        q = without_channel(call.module, q, retrofit)
+    if call.n_new == 1:
         layer.place(view)
         if not store.packed.n_tokens:
             # padding, in every row so far
@@ -34,7 +44,7 @@ def attend_rows(q, view, scaling, softcap) -> torch.Tensor:
         pages = store.packed.table, store.packed.lengths
         out, _ = ragged_attention(store.keys.project_query(q), keys, values, *pages, scaling=scaling, softcap=softcap)
         return store.values.project_output(out).to(q.dtype)
-    start = layer.tokens_seen - view.n_new
+    start = layer.tokens_seen - call.n_new
     position = torch.arange(start, layer.tokens_seen, dtype=torch.int32, device=q.device)
     k, v, until, where = view.new_k, view.new_v, layer.seen_until, position
     if layer.held is not None:
@@ -96,6 +106,74 @@ def _masked(q, k, v, mask, scaling, softcap):
     mask = mask.unsqueeze(2).expand(-1, -1, Hq // Hkv, -1, -1).reshape(B, Hq, S, -1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=Hq != Hkv)
     return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+def attend_text(retrofit, module, query, key, value, mask, base, fuses, options):
+    """A retrofitted model without a cache: training, and evaluation of whole texts.
+
+    Args:
+        retrofit: of the attention module.
+        other arguments: see `AttentionCall`.
+
+    Returns:
+        The output `[B, T, Hq, D]`, and no attention weights.
+
+    Raises:
+        ValueError: this is no text from its beginning, or several in one row.
+    """
+    if not retrofit.compresses:
+        query = without_channel(module, query, retrofit) if retrofit.settings.clears_queries else query
+        return base(module, query, key, value, as_tensor(mask), **options)
+    refuse_unfused(module.layer_idx, fuses, options)
+    call = retrofit.hooks.running
+    if key.shape[2] != query.shape[2] or call is None:
+        raise ValueError(
+            f"layer {module.layer_idx}: a retrofitted model reads a text at once, or goes on in a cache of its own: "
+            f"use {compat.CACHE_NAME}=DMCCache() or DMSCache()"
+        )
+    scaling, mask = options.get("scaling"), as_tensor(mask)
+    _refuse_packing(module, mask, call.is_real)
+    if retrofit.settings.clears_queries:
+        query = without_channel(module, query, retrofit)
+    out = attend_parallel(
+        query,
+        key,
+        value,
+        as_boolean(mask),
+        call,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        options.get("softcap"),
+        options.get("dropout") or 0.0,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_packing(module, mask, is_real) -> None:
+    """Several texts in one row look like padding to the decisions, which do not know where one begins."""
+    if mask is None:
+        return
+    given, mask, T = mask, as_boolean(mask), mask.shape[-1]
+    is_bias = given.dtype != torch.bool and (mask & (given != 0)).any()
+    expected = torch.ones(T, T, dtype=torch.bool, device=mask.device).tril()
+    expected = expected if is_real is None else expected & is_real[:, None, None]
+    # some attention functions let a query that sees nothing see everything
+    if is_bias or ((mask != expected) & ~mask.all(-1, keepdim=True)).any():
+        raise ValueError(
+            f"layer {module.layer_idx}: a retrofitted model reads one text per row, causally, padded or not; this mask "
+            "says something else (several texts in one row? a bias?)"
+        )
+
+
+def refuse_unfused(layer_idx: int, fuses: bool, options: dict) -> None:
+    """Raise ValueError where a model asks attention for what decisions cannot express."""
+    asked = [name for name in options if name in unserved(None, options) or name == "s_aux"]
+    asked = [name for name in asked if options[name] is not None]
+    if asked or not fuses:
+        raise ValueError(
+            f"layer {layer_idx}: a retrofitted model decides what attention sees, which "
+            f"{' and '.join(asked) or 'this attention implementation'} cannot express; load it with "
+            'attn_implementation="hf_kvcache" (or "sdpa", "eager")'
+        )
 
 
 def attend_parallel(q, k, v, mask, call, scaling, softcap=None, dropout=0.0) -> torch.Tensor:

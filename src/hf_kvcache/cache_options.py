@@ -1,0 +1,94 @@
+"""Which options of a cache go together; what only one part can know is asked of that part."""
+
+from __future__ import annotations
+
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.policies.base import Policy
+
+
+def codec_pair(codec) -> tuple[Codec, Codec] | None:
+    """Codecs of keys and values out of one for both, a pair, or None.
+
+    Raises:
+        TypeError: something else was given.
+    """
+    keys, values = codec if isinstance(codec, tuple) else (codec, codec)
+    if keys is None and values is None:
+        return None
+    for side in (keys, values):
+        if not isinstance(side, Codec):
+            raise TypeError(f"codec must be a Codec such as Quantize(bits=4), or a pair of them, not {codec!r}")
+    return keys.for_side("k"), values.for_side("v")
+
+
+def check_options(cache, offloading: bool) -> None:
+    """Refuse options of a cache that contradict each other or do nothing.
+
+    Raises:
+        TypeError: the policy is none.
+        ValueError: the message names both options.
+    """
+    sizes = {name: getattr(cache, name) for name in ("window", "n_sink", "edge_layers", "min_length")}
+    if min(sizes.values()) < 0:
+        raise ValueError(f"{', '.join(f'{name}={n}' for name, n in sizes.items())}: they must not be negative")
+    policy = cache.policy
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
+    _check_use(cache)
+    for pair in (cache.codec, cache.edge_codec if cache.edge_layers else None):
+        check_pair(cache, pair)
+    if cache.compact and policy is None:
+        raise ValueError("compact=True closes the gaps that eviction leaves, and without a policy there are none")
+    if cache.compact and cache.all_codecs:
+        raise ValueError(f"compact=True rotates keys again at every eviction, which {cache.all_codecs[0]} cannot")
+    if policy is not None:
+        policy.check_cache(cache)
+    _check_sharing(cache, offloading)
+
+
+def _check_use(cache) -> None:
+    """Refuse arguments that would do nothing."""
+    if cache.edge_codec is not None and not cache.edge_layers:
+        raise ValueError("edge_codec is the codec of the first and last layers: say how many with edge_layers")
+    if cache.codec is None and not cache.exact_prefill:
+        raise ValueError("exact_prefill=False lets attention read what the codec makes of a prompt: there is none")
+    if cache.codec is None and cache.min_length:
+        raise ValueError(f"min_length={cache.min_length} delays packing, and without a codec nothing is packed")
+    if cache.codec is None and cache.edge_codec is None and cache.edge_layers:
+        raise ValueError(f"edge_layers={cache.edge_layers} exempts layers from the codec, and there is none")
+
+
+def check_pair(cache, pair: tuple[Codec, Codec] | None) -> None:
+    """Refuse codecs of keys and values that the other options of a cache do not go with.
+
+    Raises:
+        ValueError: the message names both.
+    """
+    for side in pair or ():
+        if not cache.exact_prefill and (side.granularity > 1 or "queries" in side.needs):
+            raise ValueError(f"exact_prefill=False encodes every token as it comes, which {side} cannot")
+    if cache.policy is not None:
+        for side in pair or ():
+            cache.policy.check_codec(side, cache)
+
+
+def _check_sharing(cache, offloading: bool) -> None:
+    """Refuse what layers that share their packed rows cannot do."""
+    if any(side.share_layers > 1 for side in cache.edge_codec or ()):
+        raise ValueError("edge_codec: the first and last layers are no neighbours, so they share no latents")
+    if cache.codec is None or all(side.share_layers == 1 for side in cache.codec):
+        return
+    keys, values = cache.codec
+    if keys.share_layers != values.share_layers:
+        raise ValueError(
+            f"keys of {keys.share_layers} layers and values of {values.share_layers} would share rows: give both "
+            "sides the same share_layers"
+        )
+    refused = {
+        f"{type(cache.policy).__name__} drops tokens layer by layer": cache.policy is not None,
+        "offloading moves layers one by one": offloading,
+        "exact_prefill=False projects a layer before the next one has rows": not cache.exact_prefill,
+    }
+    for why, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(f"share_layers={keys.share_layers} keeps one row for several layers, but {why}")
