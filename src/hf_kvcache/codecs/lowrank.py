@@ -106,9 +106,11 @@ class LowRank(Codec):
     # -- what a layer fills in ---------------------------------------------------------------------------------------
 
     def store_type(self):
+        if self.share_layers == 1:
+            return None
         from hf_kvcache.stores.shared import SharedStore
 
-        return SharedStore if self.share_layers > 1 else None
+        return SharedStore
 
     def for_side(self, side):
         return replace(self, side=side)
