@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
-from hf_kvcache.adapters.modules import attached_basis
-from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.rope import Rope
-from hf_kvcache.rope_of_model import has_rotary, rope_of
 from hf_kvcache.shards import Shard, shard_of_heads
+
+if TYPE_CHECKING:
+    from hf_kvcache.codecs.basis import Basis
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +50,16 @@ class Host:
         Raises:
             ValueError: an embedding that is not understood, or that changes as the text grows.
         """
+        from hf_kvcache.rope_of_model import rope_of
+
         rope = rope_of(self.module, self.head_dim, self.root)
         return None if rope is None else self.ropes.setdefault(rope.kind, rope)
 
     @property
     def has_rotary_layers(self) -> bool:
         """Whether some layers of the model may rotate their keys, even if this one does not."""
+        from hf_kvcache.rope_of_model import has_rotary
+
         return has_rotary(self.module)
 
     def basis(self, side: str, bases=None) -> tuple[Basis, str] | None:
@@ -65,6 +70,8 @@ class Host:
         Raises:
             ValueError: it is of another model or shape.
         """
+        from hf_kvcache.adapters.modules import attached_basis
+
         if bases is not None:
             bases.check_model(self.module)
             found, made_for = bases.of(self.layer_idx, side), bases.rope

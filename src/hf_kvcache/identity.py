@@ -7,7 +7,6 @@ import weakref
 import torch
 
 from hf_kvcache import compat
-from hf_kvcache.adapters.base_weights import weights_digest
 from hf_kvcache.shards import WHOLE, shard_of_heads
 from hf_kvcache.warn import warn_once
 
@@ -83,6 +82,8 @@ def fingerprint(module: torch.nn.Module) -> dict:
     Weights are sampled in bfloat16, so that the same model loaded in another dtype has the same fingerprint.
     """
     config = module.config
+    from hf_kvcache.adapters.base_weights import weights_digest
+
     return {
         "attention": type(module).__name__,
         "num_hidden_layers": getattr(config, "num_hidden_layers", None),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.rope_of_model import refuse_images
-
 
 def note_padding(layer, call) -> None:
     """Mark new rows that are padding, so that they are neither seen nor kept."""
@@ -27,6 +25,8 @@ def check_images(layer, call) -> None:
     """
     ropes = [rope for rope in layer.ropes if rope.is_multimodal]
     if ropes:
+        from hf_kvcache.rope_of_model import refuse_images
+
         refuse_images(call.module, ropes, call.is_real)
 
 

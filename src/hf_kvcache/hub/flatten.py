@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import itertools
+import re
+import textwrap
 from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -27,13 +28,16 @@ OPTIONAL = {
     f"{PACKAGE}.attention.pages",
     f"{PACKAGE}.attention.sparse_rows",
     f"{PACKAGE}.stores.shared",
-    # what a model carries for its cache
+    # what a model carries for its cache, and what is found out about it
+    f"{PACKAGE}.adapters.modules",
     f"{PACKAGE}.hub.basis_module",
     f"{PACKAGE}.hub.heads_module",
     f"{PACKAGE}.hub.retrofit_module",
+    f"{PACKAGE}.rope_of_model",
     # a second, faster kernel of the same rows, as long as the first
     f"{OPS}.sparse_attention.gluon_kernel",
     # files of caches, and methods by name: what the library is for
+    f"{PACKAGE}.adapters.base_weights",
     f"{PACKAGE}.persist",
     f"{PACKAGE}.pickling",
     f"{PACKAGE}.registry",
@@ -42,6 +46,7 @@ OPTIONAL = {
 _BACKENDS = ("reference", "triton_kernel")
 
 # transformers refuses files that import what is not installed, unless they say that they can do without
+_TRITON = re.compile(r"^(?:(?:import|from) triton\b.*\n)+", re.MULTILINE)
 _GUARD = "except ImportError:  # PyTorch serves\n    raise\n"
 
 
@@ -146,14 +151,9 @@ def rewritten(source: str, shipped: Collection[str]) -> str:
     """
     tree, lines = _parsed(source), source.splitlines(keepends=True)
     edits = [(s.lineno, s.end_lineno, _relative(s, lines, shipped)) for s, _ in _imports(tree)]
-    for is_triton, group in itertools.groupby(tree.body, lambda statement: _top(statement) == "triton"):
-        if is_triton:
-            imports = [*group]
-            first, last = imports[0].lineno, imports[-1].end_lineno
-            edits.append((first, last, _guarded(first, last, lines)))
     for first, last, text in sorted(edits, reverse=True):
         lines[first - 1 : last] = [text]
-    return "".join(lines)
+    return _TRITON.sub(_guarded, "".join(lines))
 
 
 def _relative(statement: ast.ImportFrom, lines: list[str], shipped: Collection[str]) -> str:
@@ -173,16 +173,7 @@ def _relative(statement: ast.ImportFrom, lines: list[str], shipped: Collection[s
     return "".join(f"{indent}from {home} import {', '.join(taken)}{rest}" for home, taken in found.items())
 
 
-def _guarded(first: int, last: int, lines: list[str]) -> str:
-    """Lines that import what may be missing."""
-    inner = "".join(f"    {line}" for line in lines[first - 1 : last])
-    gap = "\n" if lines[first - 2].strip() else ""
-    return f"{gap}try:\n{inner}{_GUARD}"
-
-
-def _top(statement: ast.stmt) -> str | None:
-    """The package that is imported."""
-    module = getattr(statement, "module", None)
-    if isinstance(statement, ast.Import):
-        module = statement.names[0].name
-    return module and module.partition(".")[0]
+def _guarded(found: re.Match) -> str:
+    """Imports that may fail, with a blank line above."""
+    gap = "" if found.string[: found.start()].endswith("\n\n") else "\n"
+    return f"{gap}try:\n{textwrap.indent(found[0], '    ')}{_GUARD}"
