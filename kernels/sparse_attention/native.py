@@ -54,15 +54,16 @@ def sparse_attention(q, keys, values, tail_k=None, tail_v=None, *, scaling, mask
 def side_fields(side):
     """The fields of `struct Side` and the tensors they point to."""
     values, places, scale, zero = side.values, side.places, side.scale, side.zero
-    n, grid, where = values.shape[2], _NO_GRID, _NO_PLACES
+    n, grid, where, keep = values.shape[2], _NO_GRID, _NO_PLACES, values.shape[3]
     if values.stride(3) != 1:
         values = rows_contiguous(values)
     if side.bits is not None:
         scale, zero = rows_contiguous(scale), rows_contiguous(zero)
         strides = *scale.stride()[:3], *zero.stride()[:3]
         grid = scale.data_ptr(), zero.data_ptr(), *strides, n, scale.shape[3], side.bits, False
+        keep = keep * 16 // side.bits
     if places is not None:
         places = rows_contiguous(places)
         where = places.data_ptr(), *places.stride()[:3], LAYOUTS[side.layout]
-    fields = values.data_ptr(), *values.stride()[:3], *grid, *where, side.keep
+    fields = values.data_ptr(), *values.stride()[:3], *grid, *where, keep
     return fields, (values, places, scale, zero)

@@ -12,18 +12,18 @@ from hf_kvcache.attention.known import register_pass_throughs
 from hf_kvcache.cache_contract import CacheContract
 from hf_kvcache.cache_options import check_options, codec_pair
 from hf_kvcache.codecs.base import Codec
-from hf_kvcache.expanding import check_expandable, check_served
-from hf_kvcache.handed import Handed, note_lender
+from hf_kvcache.expanding import Lending
 from hf_kvcache.host import Host
 from hf_kvcache.identity import Identity
 from hf_kvcache.layer import KVLayer
+from hf_kvcache.offloading import Offloading
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.saving import Saving
 from hf_kvcache.view import KVView, ValueView
 from hf_kvcache.warn import warn_once
 
 
-class KVCache(Identity, Saving, Accounting, CacheContract):
+class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
     """A KV cache made of a policy (which tokens stay) over a codec (how a row is encoded).
 
     Pass it to `generate` or to a forward pass: `model.generate(**x, cache=KVCache(codec=Quantize(4)))`
@@ -83,9 +83,7 @@ class KVCache(Identity, Saving, Accounting, CacheContract):
         self._model: weakref.ref | None = None
         self._expected: dict | None = None
         self._stock: list | None = None
-        self._records_past = False
-        # what a model has got as tensors and attention has not been called with yet
-        self.handed: Handed | None = None
+        self._records_past, self.handed = False, None
         # layers hold them: when the last one forgets its text, they go
         self._ropes = weakref.WeakValueDictionary()
         self._n_states: dict[int, int] = {}
@@ -169,32 +167,6 @@ class KVCache(Identity, Saving, Accounting, CacheContract):
         for layer in self.layers:
             if isinstance(layer, KVLayer):
                 layer.met = None
-
-    # -- models that compute with rows themselves --------------------------------------------------------------------
-
-    def hand_out(self, view: KVView) -> None:
-        """A model computes with the rows of `view` itself, before it calls attention or instead of calling it.
-
-        Raises:
-            ValueError: the layer needs the queries, the positions or the features of the model, which come too late.
-        """
-        check_expandable(view.layer)
-        self.handed = Handed(view.layer.layer_idx, view.n_new, view.is_prefill)
-        note_lender(self)
-        view.layer.defer()
-
-    def take_back(self) -> KVView:
-        """Attention has been called with what was handed out: the view of that layer."""
-        (layer_idx, n_new, is_prefill), self.handed = self.handed, None
-        layer = self.layers[layer_idx]
-        view = KVView(layer, *(layer.store.dense[side][:, :, -n_new:] for side in "kv"), is_prefill)
-        view.cache = self
-        return view
-
-    def _end_handing_out(self) -> None:
-        """The next rows come: a layer whose tensors no attention function has got is of a model with its own."""
-        layer, self.handed = self.layers[self.handed.layer_idx], None
-        check_served(layer, self.edge_layers, self._stock is not None)
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
@@ -280,20 +252,6 @@ class KVCache(Identity, Saving, Accounting, CacheContract):
     def first_layer(self) -> int:
         """Index of the first layer that is ours: the one that identifies the model."""
         return next((i for i, layer in enumerate(self.layers) if isinstance(layer, KVLayer)), 0)
-
-    # -- offloading ----------------------------------------------------------------------------------------------------
-
-    def offload_layer(self, layer_idx: int) -> None:
-        """Called once a layer has compressed: its bytes may leave the GPU now."""
-        if self.layers[layer_idx].device.type == "cuda":
-            self.offload(layer_idx, self.only_non_sliding)
-
-    def _prefetch_ahead(self, layer_idx: int, device: torch.device) -> None:
-        default = torch.cuda.default_stream(device)
-        default.wait_stream(self.prefetch_stream)
-        self.prefetch_stream.wait_stream(default)
-        self.layers[layer_idx].prefetch()
-        self.prefetch(layer_idx + 1, self.only_non_sliding)
 
     def __repr__(self) -> str:
         parts = [f"{name}={value!r}" for name, value in (("policy", self.policy), ("codec", self.codec)) if value]

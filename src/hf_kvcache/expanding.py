@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hf_kvcache.handed import Handed, note_lender
+from hf_kvcache.view import KVView
+
 
 def check_expandable(layer) -> None:
     """Raise ValueError unless a model may compute with the rows of `layer` itself, before it calls attention."""
@@ -43,3 +46,37 @@ def check_served(layer, edge_layers: int, knows_model: bool) -> None:
             f"a function of transformers' registry, so {refused[0]} cannot be served: use a cache that keeps all "
             "tokens and asks nothing of the model, such as KVCache(), QuantCache(8) or SparseCache(0.5)"
         )
+
+
+class Lending:
+    """Mixed into a cache: rows that a model has got as tensors, until attention is called with what it made of them.
+
+    Attributes:
+        handed: what attention has not been called with yet, or None.
+    """
+
+    handed: Handed | None = None
+
+    def hand_out(self, view: KVView) -> None:
+        """A model computes with the rows of `view` itself, before it calls attention or instead of calling it.
+
+        Raises:
+            ValueError: the layer needs the queries, the positions or the features of the model, which come too late.
+        """
+        check_expandable(view.layer)
+        self.handed = Handed(view.layer.layer_idx, view.n_new, view.is_prefill)
+        note_lender(self)
+        view.layer.defer()
+
+    def take_back(self) -> KVView:
+        """Attention has been called with what was handed out: the view of that layer."""
+        (layer_idx, n_new, is_prefill), self.handed = self.handed, None
+        layer = self.layers[layer_idx]
+        view = KVView(layer, *(layer.store.dense[side][:, :, -n_new:] for side in "kv"), is_prefill)
+        view.cache = self
+        return view
+
+    def _end_handing_out(self) -> None:
+        """The next rows come: a layer whose tensors no attention function has got is of a model with its own."""
+        layer, self.handed = self.layers[self.handed.layer_idx], None
+        check_served(layer, self.edge_layers, self._stock is not None)
