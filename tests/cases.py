@@ -126,6 +126,8 @@ CASES = [
     Case("snapkv-budget256", lambda: kv.EvictionCache("snapkv", budget=256), lossless=True),
     Case("adakv-budget256-window4", lambda: kv.EvictionCache("adakv", budget=256, window=4), lossless=True),
     Case("adakv-ratio1-compact", lambda: kv.EvictionCache("adakv", ratio=1.0, window=4, compact=True), lossless=True),
+    Case("triattention-budget256", lambda: kv.EvictionCache("triattention", budget=256), lossless=True),
+    Case("chunkkv-ratio1", lambda: kv.EvictionCache("chunkkv", ratio=1.0), lossless=True),
     # evicting
     Case("streaming-budget24", lambda: kv.EvictionCache("streaming", budget=24, **KNOBS), evicts=True),
     Case("keydiff-budget24", lambda: kv.EvictionCache("keydiff", budget=24, **KNOBS), evicts=True),
@@ -137,6 +139,12 @@ CASES = [
     Case(
         "pyramidkv-budget24",
         lambda: kv.EvictionCache("pyramidkv", budget=24, beta=2, n_queries=4, **KNOBS),
+        evicts=True,
+    ),
+    Case("triattention-budget24", lambda: kv.EvictionCache("triattention", budget=24, **KNOBS), evicts=True),
+    Case(
+        "chunkkv-budget24",
+        lambda: kv.EvictionCache("chunkkv", budget=24, scorer="keydiff", chunk_size=5, **KNOBS),
         evicts=True,
     ),
     Case("streaming-compact", lambda: kv.EvictionCache("streaming", budget=24, compact=True, **KNOBS), evicts=True),

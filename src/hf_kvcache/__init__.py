@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hf_kvcache.attention import known
 from hf_kvcache.lazy import lazily
 from hf_kvcache.on_import import when_imported
+from hf_kvcache.registry import METHODS
 
 if TYPE_CHECKING:
     from hf_kvcache.adapters.attaching import attach
@@ -23,29 +24,8 @@ if TYPE_CHECKING:
     from hf_kvcache.layer import KVLayer
     from hf_kvcache.long_prompts import prefill, query_first
     from hf_kvcache.models import embedded_heads, embedded_model
-    from hf_kvcache.policies import (
-        DMC,
-        DMS,
-        H2O,
-        NACL,
-        RKV,
-        TOVA,
-        AdaKV,
-        ExpectedAttention,
-        FastGen,
-        HeadSplit,
-        KeyDiff,
-        L2Norm,
-        LagKV,
-        Locret,
-        Merge,
-        Policy,
-        PyramidKV,
-        Random,
-        SnapKV,
-        Streaming,
-        Threshold,
-    )
+    from hf_kvcache.policies import *  # noqa: F403
+    from hf_kvcache.policies import Merge, Policy
     from hf_kvcache.presets import (
         DenseCache,
         DMCCache,
@@ -60,48 +40,32 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# the registry names every policy but what they are made of and what goes around them
+_POLICIES = [m.factory.split(":")[1] for m in METHODS if ".policies" in m.factory]
+
 __all__ = [
-    "AdaKV",
     "BackendUnavailable",
     "Bases",
     "CacheFileError",
     "Chain",
     "Codec",
-    "DMC",
     "DMCCache",
-    "DMS",
     "DMSCache",
     "Dense",
     "DenseCache",
     "EvictionCache",
-    "ExpectedAttention",
-    "FastGen",
-    "H2O",
-    "HeadSplit",
     "KVCache",
     "KVLayer",
     "KVView",
-    "KeyDiff",
-    "L2Norm",
-    "LagKV",
-    "Locret",
     "LocretCache",
     "LowRank",
     "LowRankCache",
     "Merge",
-    "NACL",
     "Policy",
-    "PyramidKV",
     "QuantCache",
     "Quantize",
-    "RKV",
-    "Random",
-    "SnapKV",
     "Sparse",
     "SparseCache",
-    "Streaming",
-    "TOVA",
-    "Threshold",
     "attach",
     "embedded_heads",
     "embedded_model",
@@ -109,50 +73,32 @@ __all__ = [
     "query_first",
     "use_backend",
 ]
+__all__ += _POLICIES
 
 # what is imported when it is first asked for: the names of `__all__`, and packages that `import hf_kvcache` gives
 _HOME = {
-    "AdaKV": "policies",
     "BackendUnavailable": "kernels",
     "Bases": "adapters.bases",
     "CacheFileError": "identity",
     "Chain": "codecs",
     "Codec": "codecs",
-    "DMC": "policies",
     "DMCCache": "presets",
-    "DMS": "policies",
     "DMSCache": "presets",
     "Dense": "codecs",
     "DenseCache": "presets",
     "EvictionCache": "presets",
-    "ExpectedAttention": "policies",
-    "FastGen": "policies",
-    "H2O": "policies",
-    "HeadSplit": "policies",
     "KVCache": "cache",
     "KVLayer": "layer",
     "KVView": "view",
-    "KeyDiff": "policies",
-    "L2Norm": "policies",
-    "LagKV": "policies",
-    "Locret": "policies",
     "LocretCache": "presets",
     "LowRank": "codecs",
     "LowRankCache": "presets",
     "Merge": "policies",
-    "NACL": "policies",
     "Policy": "policies",
-    "PyramidKV": "policies",
     "QuantCache": "presets",
     "Quantize": "codecs",
-    "RKV": "policies",
-    "Random": "policies",
-    "SnapKV": "policies",
     "Sparse": "codecs",
     "SparseCache": "presets",
-    "Streaming": "policies",
-    "TOVA": "policies",
-    "Threshold": "policies",
     "adapters": "adapters",
     "attach": "adapters.attaching",
     "codecs": "codecs",
@@ -166,7 +112,7 @@ _HOME = {
     "query_first": "long_prompts",
     "stores": "stores",
     "use_backend": "kernels",
-}
+} | dict.fromkeys(_POLICIES, "policies")
 
 __getattr__ = lazily(__name__, _HOME, globals())
 

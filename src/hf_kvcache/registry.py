@@ -19,6 +19,9 @@ class Method:
         arguments: the defaults shown beside it.
         page: its page in docs/, without the ending.
         arxiv: number of the paper there, or "".
+        compared: what `compare --all` runs of it, as typed; None for its defaults, at a quarter of the tokens if it
+            evicts. Of the eviction family it runs those that the others are measured by (`benchmarks/run.py eviction`
+            compares them all), and models of their own are not compared with others.
     """
 
     name: str
@@ -29,6 +32,7 @@ class Method:
     arguments: str = ""
     page: str = ""
     arxiv: str = ""
+    compared: tuple[str, ...] | None = None
 
     @property
     def source(self) -> str:
@@ -43,6 +47,7 @@ METHODS = (
         "none",
         "Lossless: preallocated, the query heads of a KV head read together",
         page="walk",
+        compared=("dense",),
     ),
     Method(
         "quant",
@@ -53,6 +58,14 @@ METHODS = (
         "bits=4, window=64, rotate=False, edge_layers=0",
         page="quantisation",
         arxiv="2402.02750",
+        compared=(
+            "quant:bits=8",
+            "quant:bits=4",
+            "quant:bits=4,rotate=true",
+            "quant:bits=3",
+            "quant:bits=2",
+            "quant:bits=2,edge_layers=1",
+        ),
     ),
     Method(
         "sparse",
@@ -63,6 +76,14 @@ METHODS = (
         "sparsity=0.7, bits=None, layout='bitmap', window=32, n_sink=4",
         page="sparse",
         arxiv="2505.22913",
+        compared=(
+            "sparse:sparsity=0.5",
+            "sparse:sparsity=0.7",
+            "sparse:sparsity=balanced",
+            "sparse:sparsity=0.5,bits=4",
+            "sparse:sparsity=0.7,bits=4",
+            "sparse:sparsity=0.5,rule=think",
+        ),
     ),
     Method(
         "lowrank",
@@ -73,6 +94,12 @@ METHODS = (
         "rank=None, bits=None, rope=None, adapter=None, window=64, n_sink=4",
         page="low-rank",
         arxiv="2407.21118",
+        compared=(
+            "lowrank:rank=0.5",
+            "lowrank:rank=0.5,bits=4",
+            "lowrank:rank=0.5,rope=post",
+            "lowrank:rank=0.25",
+        ),
     ),
     Method(
         "streaming",
@@ -103,6 +130,7 @@ METHODS = (
         "budget or ratio",
         page="eviction",
         arxiv="2401.06104",
+        compared=(),
     ),
     Method(
         "snapkv",
@@ -123,6 +151,7 @@ METHODS = (
         "budget or ratio, beta=20",
         page="eviction",
         arxiv="2406.02069",
+        compared=(),
     ),
     Method(
         "adakv",
@@ -133,6 +162,21 @@ METHODS = (
         "budget or ratio, scorer='snapkv', floor=0.2",
         page="eviction",
         arxiv="2407.11550",
+        compared=(
+            "adakv:ratio=0.25",
+            "adakv:ratio=0.5,scorer=expected_attention+quant:bits=8",
+        ),
+    ),
+    Method(
+        "chunkkv",
+        "hf_kvcache.policies.chunkkv:ChunkKV",
+        "tokens",
+        "Any scorer's best chunks of neighbouring tokens",
+        "ChunkKV, Liu et al. 2025",
+        "budget or ratio, scorer='snapkv', chunk_size=10",
+        page="eviction",
+        arxiv="2502.00299",
+        compared=(),
     ),
     Method(
         "keydiff",
@@ -143,6 +187,11 @@ METHODS = (
         "budget or ratio, n_sink=4, n_recent=32",
         page="eviction",
         arxiv="2504.15364",
+        compared=(
+            "keydiff:ratio=0.25",
+            "keydiff:ratio=0.5+quant:bits=8",
+            "keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8",
+        ),
     ),
     Method(
         "l2norm",
@@ -153,6 +202,7 @@ METHODS = (
         "budget or ratio",
         page="eviction",
         arxiv="2406.11430",
+        compared=(),
     ),
     Method(
         "expected_attention",
@@ -165,6 +215,17 @@ METHODS = (
         arxiv="2510.00636",
     ),
     Method(
+        "triattention",
+        "hf_kvcache.policies.triattention:TriAttention",
+        "tokens",
+        "Tokens that queries around their centre will look at, from all distances to come",
+        "TriAttention, Mao et al. 2026",
+        "budget or ratio, n_recent=128, n_future=65536, centres=None",
+        page="eviction",
+        arxiv="2604.04921",
+        compared=(),
+    ),
+    Method(
         "lagkv",
         "hf_kvcache.policies.lagkv:LagKV",
         "tokens",
@@ -173,6 +234,7 @@ METHODS = (
         "budget or ratio, lag=128",
         page="eviction",
         arxiv="2504.04704",
+        compared=(),
     ),
     Method(
         "rkv",
@@ -183,6 +245,7 @@ METHODS = (
         "budget or ratio, n_queries=8, mix=0.1",
         page="eviction",
         arxiv="2505.24133",
+        compared=(),
     ),
     Method(
         "nacl",
@@ -193,6 +256,7 @@ METHODS = (
         "budget or ratio, random_share=2/3",
         page="eviction",
         arxiv="2408.03675",
+        compared=(),
     ),
     Method(
         "random",
@@ -202,6 +266,7 @@ METHODS = (
         "",
         "budget or ratio, seed=0",
         page="eviction",
+        compared=(),
     ),
     Method(
         "duo",
@@ -212,6 +277,7 @@ METHODS = (
         "gates, threshold=0.5, n_recent=256",
         page="eviction",
         arxiv="2410.10819",
+        compared=(),
     ),
     Method(
         "fastgen",
@@ -222,6 +288,7 @@ METHODS = (
         "recovery=0.95, local=0.3, heavy=0.3",
         page="eviction",
         arxiv="2310.01801",
+        compared=(),
     ),
     Method(
         "threshold",
@@ -232,6 +299,7 @@ METHODS = (
         "threshold or share, scorer='snapkv'",
         page="eviction",
         arxiv="2601.07891",
+        compared=("threshold:share=0.9",),
     ),
     Method(
         "locret",
@@ -242,6 +310,10 @@ METHODS = (
         "budget or ratio, stabilizers=None, n_recent=100",
         page="eviction",
         arxiv="2410.01805",
+        compared=(
+            "locret:ratio=0.25",
+            "locret:ratio=0.125",
+        ),
     ),
     Method(
         "dmc",
@@ -252,6 +324,7 @@ METHODS = (
         "codec=None; a model from trainers/train_dmc.py",
         page="retrofits",
         arxiv="2403.09636",
+        compared=(),
     ),
     Method(
         "dms",
@@ -262,6 +335,7 @@ METHODS = (
         "codec=None; a model from trainers/train_dmc.py",
         page="retrofits",
         arxiv="2506.05345",
+        compared=(),
     ),
 )
 

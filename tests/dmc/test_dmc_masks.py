@@ -226,7 +226,7 @@ def test_a_call_that_fails_leaves_the_rows_and_the_running_mean(method, where, n
             patch.setattr(cache, "update", fail)
         elif where == "attention":
             # the sinks of a model come to light when its attention function is called
-            patch.setattr("hf_kvcache.attention.interface._refuse_unfused", fail)
+            patch.setattr("hf_kvcache.dmc.attention.refuse_unfused", fail)
         else:
             patch.setattr(getattr(attention, where), "forward", fail)
         model(prompt(1, n_new, seed=9), **cache_argument(cache))

@@ -17,7 +17,7 @@ from hf_kvcache.eval.compare import Row, Settings, compare, n_stages, with_basel
 from hf_kvcache.eval.memory import cache_nbytes
 from hf_kvcache.eval.peers import is_installed
 from hf_kvcache.eval.report import about, as_line, as_table, heading
-from hf_kvcache.eval.specs import SHOWN, CacheSpec, SpecError, all_specs, default_specs, parse
+from hf_kvcache.eval.specs import CacheSpec, SpecError, all_specs, default_specs, parse
 
 SETTINGS = Settings(context=160, n_new=3, rounds=2, eval_context=512, n_windows=2, n_next=32, n_prompts=1)
 TEXTS = ["dense", "quant:bits=2,window=0", "streaming:ratio=0.25", "keydiff:ratio=0.5+quant:bits=8,window=4"]
@@ -225,11 +225,9 @@ def test_all_has_every_method_and_the_baseline():
     assert texts[0] == "dynamic"
     for method in registry.METHODS:
         # of the eviction family some are left to the benchmark of that family
-        is_shown = SHOWN.get(method.name) != ()
+        is_shown = method.compared != ()
         assert any(text.split(":")[0] == method.name for text in texts) == is_shown, method.name
-    assert {name for name, texts in SHOWN.items() if not texts} <= {
-        m.name for m in registry.METHODS if m.axis == "tokens"
-    }
+        assert is_shown or method.axis == "tokens", method.name
     # a model without retaining heads is not compared by them
     assert not any(spec.text.startswith("locret") for spec in all_specs(carries_heads=False))
 

@@ -30,54 +30,6 @@ DEFAULT = (
     "keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8",
 )
 
-# what the whole comparison runs of a method; a method without a line here runs with its defaults, and of the eviction
-# family it runs those that the others are measured by (`benchmarks/run.py eviction` compares them all)
-SHOWN = {
-    "dense": ("dense",),
-    "quant": (
-        "quant:bits=8",
-        "quant:bits=4",
-        "quant:bits=4,rotate=true",
-        "quant:bits=3",
-        "quant:bits=2",
-        "quant:bits=2,edge_layers=1",
-    ),
-    "sparse": (
-        "sparse:sparsity=0.5",
-        "sparse:sparsity=0.7",
-        "sparse:sparsity=balanced",
-        "sparse:sparsity=0.5,bits=4",
-        "sparse:sparsity=0.7,bits=4",
-        "sparse:sparsity=0.5,rule=think",
-    ),
-    "lowrank": (
-        "lowrank:rank=0.5",
-        "lowrank:rank=0.5,bits=4",
-        "lowrank:rank=0.5,rope=post",
-        "lowrank:rank=0.25",
-    ),
-    "tova": (),
-    "pyramidkv": (),
-    "adakv": ("adakv:ratio=0.25", "adakv:ratio=0.5,scorer=expected_attention+quant:bits=8"),
-    "l2norm": (),
-    "lagkv": (),
-    "rkv": (),
-    "nacl": (),
-    "random": (),
-    "duo": (),
-    # on models of their own
-    "dmc": (),
-    "dms": (),
-    "fastgen": (),
-    "threshold": ("threshold:share=0.9",),
-    "locret": ("locret:ratio=0.25", "locret:ratio=0.125"),
-    "keydiff": (
-        "keydiff:ratio=0.25",
-        "keydiff:ratio=0.5+quant:bits=8",
-        "keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8",
-    ),
-}
-
 # what the types of arguments are called in errors
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a name", "None": "none"}
 
@@ -171,7 +123,7 @@ def all_specs(carries_heads: bool = True, retrofit: str | None = None) -> list[C
             continue
         kind = registry.load(method.factory)
         plain = f"{method.name}:ratio=0.25" if issubclass(kind, Policy) else method.name
-        texts += SHOWN.get(method.name, (plain,))
+        texts += (plain,) if method.compared is None else method.compared
     return [parse(text) for text in [*texts, *_of_retrofit(retrofit)]]
 
 

@@ -4,6 +4,7 @@ from hf_kvcache.dmc.policies import DMC, DMS
 from hf_kvcache.policies.adakv import AdaKV
 from hf_kvcache.policies.at_random import Random
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.policies.chunkkv import ChunkKV
 from hf_kvcache.policies.expected_attention import ExpectedAttention
 from hf_kvcache.policies.fastgen import FastGen
 from hf_kvcache.policies.h2o import H2O
@@ -20,9 +21,11 @@ from hf_kvcache.policies.snapkv import SnapKV
 from hf_kvcache.policies.streaming import Streaming
 from hf_kvcache.policies.threshold import Threshold
 from hf_kvcache.policies.tova import TOVA
+from hf_kvcache.policies.triattention import TriAttention
 
 __all__ = [
     "AdaKV",
+    "ChunkKV",
     "DMC",
     "DMS",
     "ExpectedAttention",
@@ -43,4 +46,5 @@ __all__ = [
     "Streaming",
     "TOVA",
     "Threshold",
+    "TriAttention",
 ]
