@@ -40,7 +40,8 @@ def test_frames_of_the_library_and_of_transformers_are_passed_over(unsaid):
 def test_the_fallback_of_an_op_is_said_once_for_every_reason(unsaid, monkeypatch):
     reasons = iter(["no compiler", "no compiler", "no memory"])
     monkeypatch.setattr(kernels, "_obstacle", lambda *args: next(reasons))
-    monkeypatch.setattr(kernels, "forced_backend", lambda: None)
+    monkeypatch.setattr(kernels, "_able", {})
+    monkeypatch.delenv("HF_KVCACHE_BACKEND", raising=False)
 
     def select():
         kernels.select("quant_attention", torch.device("cpu"))
