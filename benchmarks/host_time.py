@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hf_kvcache.bench.environment import environment
+
 ROOT = Path(__file__).parents[1]
 N_LAYERS, N_STEPS, N_TOKENS = 32, 40, 100
 
@@ -115,7 +117,8 @@ def main() -> None:
         }
         found[name] = {cache: round(us, 1) for cache, us in over.items()}
         print(name, "us per layer and step beyond DynamicCache:", found[name])
-    result = {"layers": N_LAYERS, "steps": N_STEPS, "tokens": N_TOKENS, "rounds": arguments.rounds, "us": found}
+    sizes = {"layers": N_LAYERS, "steps": N_STEPS, "tokens": N_TOKENS, "rounds": arguments.rounds}
+    result = environment() | {"threads": 1} | sizes | {"us": found}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -243,10 +243,18 @@ def retrofit_prefill() -> str:
 
 
 # what stands in a block: the table, and the file and command that it comes from
+def host_time() -> str:
+    """Microseconds of Python per layer and step beyond those of `DynamicCache`."""
+    trees = load("host-time")["us"]
+    lines = [[name, *(f"{trees[tree][name]:.0f}" for tree in ("base", "here"))] for name in trees["here"]]
+    return table(["cache", "before the walk was one, µs", "now, µs"], lines)
+
+
 BLOCKS: dict[str, tuple[Callable[[], str], str, str]] = {
     "compare": (compare, "compare-embedded", "hf-kvcache compare --all"),
     "attention": (attention, "attention", "python benchmarks/run.py attention"),
     "scaling": (scaling, "scaling", "python benchmarks/run.py scaling"),
+    "host-time": (host_time, "host-time", "python benchmarks/host_time.py --base TREE"),
     "generate": (generate, "generate", "python benchmarks/run.py generate prefill"),
     "equal-memory": (equal_memory, "equal-memory", "python benchmarks/run.py equal-memory"),
     "memory": (memory, "memory", "python benchmarks/run.py memory"),
