@@ -1,6 +1,7 @@
 """Which layers rotate their keys, and how, found out from the model's own code."""
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -101,13 +102,18 @@ def test_low_rank_at_full_rank_is_the_model(name):
 @pytest.mark.parametrize("kind", ["gptj", "codegen"])
 def test_an_interleaved_rope_is_refused_with_what_works(kind):
     model, ids = interleaved(kind), prompt(1, 60)
+    # older releases have an attention of their own there, which no low-rank cache can serve
+    calls_registry = hasattr(sys.modules[type(model).__module__], "ALL_ATTENTION_FUNCTIONS")
+    own = "between cache and attention|reads keys and values itself"
     for refused in (
         kv.LowRankCache(window=8),
         kv.EvictionCache("expected_attention", budget=24, **KNOBS),
         kv.EvictionCache("streaming", budget=24, compact=True, **KNOBS),
     ):
-        with pytest.raises(ValueError, match=r'LowRank\(rope="post"\) does without'):
+        with pytest.raises(ValueError, match=r'LowRank\(rope="post"\) does without' if calls_registry else own):
             generate(model, ids, refused)
+    if not calls_registry:
+        return
     ours = generate(model, ids, kv.LowRankCache(1.0, rope="post", window=8))
     assert torch.equal(ours.sequences, generate(model, ids, DynamicCache()).sequences)
 

@@ -13,6 +13,7 @@ CLASS_TABLES = {
     "transformers.models.falcon.modeling_falcon": "FALCON_ATTENTION_CLASSES",
     "transformers.models.git.modeling_git": "GIT_SELF_ATTENTION_CLASSES",
     "transformers.models.gpt_neo.modeling_gpt_neo": "GPT_NEO_ATTENTION_CLASSES",
+    "transformers.models.gptj.modeling_gptj": "GPTJ_ATTENTION_CLASSES",
     "transformers.models.unlimited_ocr.modeling_unlimited_ocr": "UNLIMITED_OCR_SAM_VISION_ATTENTION_CLASSES",
 }
 
