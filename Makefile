@@ -11,7 +11,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 EVERYTHING := -m ""
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-all test-oldest test-oldest-all lint bench bench-gpu clean
+.PHONY: setup demo test test-slow test-all test-oldest test-oldest-all lint bench bench-gpu clean
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ demo: setup
 # a few minutes: all but the tests marked slow
 test: setup
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# what `make test` leaves out
+test-slow: setup
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-all: setup
 	$(BIN)/python -m pytest $(PARALLEL) $(EVERYTHING)

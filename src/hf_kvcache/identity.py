@@ -81,9 +81,10 @@ def fingerprint(module: torch.nn.Module) -> dict:
 
     Weights are sampled in bfloat16, so that the same model loaded in another dtype has the same fingerprint.
     """
-    config = module.config
+    # a repository's caches are never asked
     from hf_kvcache.adapters.base_weights import weights_digest
 
+    config = module.config
     return {
         "attention": type(module).__name__,
         "num_hidden_layers": getattr(config, "num_hidden_layers", None),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import cases
 import pytest
 import torch
-from toys import SIZE, alone, assert_scores, feed
+from toys import CALLS, ROPES, SIZE, alone, assert_scores, feed
 from transformers import Phi3Config
 
 import hf_kvcache as kv
@@ -56,8 +56,8 @@ def formula(rope, n_future=512, epsilon=1e-2, n_sink=2):
     return score
 
 
-@pytest.mark.parametrize("sizes", [[50], [7] * 7 + [1], [30] + [1] * 20], ids=["one-shot", "chunked", "decode"])
-@pytest.mark.parametrize("scaling", [None, 1.0, 1.2], ids=["no-rope", "rope", "yarn"])
+@CALLS
+@ROPES
 def test_score_is_the_formula(scaling, sizes, monkeypatch):
     # moments of several blocks are merged
     monkeypatch.setattr(expected_attention, "QUERIES", 16)

@@ -7,7 +7,7 @@ import cases
 import pytest
 import torch
 from safetensors.torch import save_file
-from toys import HEADS, SIZE, alone, assert_scores, feed, pairs
+from toys import CALLS, HEADS, ROPES, SIZE, alone, assert_scores, feed, pairs
 
 import hf_kvcache as kv
 from hf_kvcache.policies import triattention
@@ -73,8 +73,8 @@ def formula(rope, offsets=tuple(2**i for i in range(17)), n_sink=2, n_recent=4):
     return score
 
 
-@pytest.mark.parametrize("sizes", [[50], [7] * 7 + [1], [30] + [1] * 20], ids=["one-shot", "chunked", "decode"])
-@pytest.mark.parametrize("scaling", [None, 1.0, 1.2], ids=["no-rope", "rope", "yarn"])
+@CALLS
+@ROPES
 def test_score_is_the_formula(scaling, sizes, monkeypatch):
     monkeypatch.setattr(triattention, "QUERIES", 16)
     rope = None if scaling is None else Rope(INV_FREQ, scaling)

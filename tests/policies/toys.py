@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 import hf_kvcache as kv
@@ -52,6 +53,11 @@ class Toy:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         return scores.masked_fill(hidden, float("-inf")).softmax(-1)
+
+
+# how 50 tokens may come, and the factor on cosines and sines of a model with RoPE
+CALLS = pytest.mark.parametrize("sizes", [[50], [7] * 7 + [1], [30] + [1] * 20], ids=["one-shot", "chunked", "decode"])
+ROPES = pytest.mark.parametrize("scaling", [None, 1.0, 1.2], ids=["no-rope", "rope", "yarn"])
 
 
 def feed(policy, n=50, pads=(0, 13), sizes=None, seed=0, scaling=0.4, softcap=None, fill=0.0, codec=None, window=4):
