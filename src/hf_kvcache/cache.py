@@ -13,9 +13,9 @@ from hf_kvcache.cache_contract import CacheContract
 from hf_kvcache.cache_options import check_options, codec_pair
 from hf_kvcache.codecs.base import Codec
 from hf_kvcache.expanding import Lending
-from hf_kvcache.host import Host
 from hf_kvcache.identity import Identity
 from hf_kvcache.layer import KVLayer
+from hf_kvcache.layer_context import LayerContext
 from hf_kvcache.offloading import Offloading
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.saving import Saving
@@ -159,7 +159,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         n_layers = max(len(stock), layer.layer_idx + 1)
         ours = [i for i in range(n_layers) if i >= len(stock) or stock[i] is None]
         depth = ours.index(layer.layer_idx), len(ours)
-        layer.bind(Host(module, layer.layer_idx, *sizes, self._ropes, depth, model))
+        layer.bind(LayerContext(module, layer.layer_idx, *sizes, self._ropes, depth, model))
 
     def rebind(self) -> None:
         """Let another module with the same weights (a copy, a compiled model) go on with this cache."""

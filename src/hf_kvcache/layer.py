@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from hf_kvcache.codecs.base import Codec
-from hf_kvcache.host import Host
+from hf_kvcache.layer_context import LayerContext
 from hf_kvcache.layer_contract import LayerContract
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.rerotation import ORIGINAL, close_gaps, keep_originals
@@ -162,19 +162,19 @@ class KVLayer(LayerContract):
         """The rotary embeddings that this layer with its codecs and its policy hold."""
         return {self.rope, None if self.policy is None else self.policy.rope} - {None}
 
-    def bind(self, host: Host) -> None:
+    def bind(self, context: LayerContext) -> None:
         """Let codecs and policy take from the model what they need; called before the first attention call of a text.
 
         Raises:
             ValueError: the model cannot give it, or what it gives does not go with the policy.
         """
         if self.policy_at_reset is not None:
-            self.policy = self.policy_at_reset.for_model(host)
+            self.policy = self.policy_at_reset.for_model(context)
         for side, template in zip(("keys", "values"), self._held or self._codecs, strict=True):
             if template is None:
                 continue
             width = self.head_dim if side == "keys" else self.v_head_dim
-            codec = template.for_model(host if width == host.head_dim else replace(host, head_dim=width))
+            codec = template.for_model(context if width == context.head_dim else replace(context, head_dim=width))
             if self.policy is not None and codec.shares_rows:
                 raise ValueError(
                     f"layer {self.layer_idx}: {type(self.policy).__name__} drops tokens head by head, but the basis of "
@@ -182,17 +182,17 @@ class KVLayer(LayerContract):
                 )
             setattr(self.store, side, codec)
         needs_rope = self.store.needs_positions or self.compact
-        self.is_bound, self.rope = True, host.rope() if needs_rope else None
-        if self.compact and self.rope is None and not host.has_rotary_layers:
+        self.is_bound, self.rope = True, context.rope() if needs_rope else None
+        if self.compact and self.rope is None and not context.has_rotary_layers:
             raise ValueError(
-                f"{type(host.module).__name__}: compact=True rotates keys to neighbouring positions, and this model "
+                f"{type(context.module).__name__}: compact=True rotates keys to neighbouring positions, and this model "
                 "has no rotary positions; use compact=False"
             )
         # a loaded cache holds rows already
         held = [buffer["rope"] for buffer in (self.store.packed, self.store.dense) if "rope" in buffer.tensors]
         self.rope_limit = max((int(rows.max()) + 1 for rows in held if rows.numel()), default=0)
         if self.rope is not None:
-            self.rope.cover(self.rope_limit, host.device)
+            self.rope.cover(self.rope_limit, context.device)
 
     # -- prepare and compress ----------------------------------------------------------------------------------------
 

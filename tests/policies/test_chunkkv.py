@@ -48,8 +48,8 @@ SCORERS = {
 @pytest.mark.parametrize("scorer, fill", [(name, 3.0) for name in SCORERS] + [("h2o", float("nan"))], ids=str)
 def test_the_best_chunks_stay(scorer, fill):
     """Of every head of every row, padded or not, as it is said token by token."""
-    host = SimpleNamespace(rope=lambda: None, shard=WHOLE)
-    small, large = (SCORERS[scorer](budget=n, **KNOBS).for_model(host) for n in (24, 200))
+    context = SimpleNamespace(rope=lambda: None, shard=WHOLE)
+    small, large = (SCORERS[scorer](budget=n, **KNOBS).for_model(context) for n in (24, 200))
     toy, whole = feed(chunked(scorer=small), fill=fill), feed(large, fill=fill)
     for b, h in pairs(toy):
         scores = whole.scores()[b][h].tolist()

@@ -49,8 +49,8 @@ def test_adakv_shares_the_budget_of_a_layer(floor):
 def test_adakv_follows_the_budgets_of_its_scorer():
     scorer = kv.PyramidKV(budget=44, n_queries=4, **KNOBS)
     policy = kv.AdaKV(budget=44, scorer=scorer, **KNOBS)
-    host = type("Host", (), {"depth": (0, 4), "shard": WHOLE})()
-    assert policy.for_model(host).tokens_to_keep(1000) == scorer.for_model(host).tokens_to_keep(1000) > 44
+    context = type("LayerContext", (), {"depth": (0, 4), "shard": WHOLE})()
+    assert policy.for_model(context).tokens_to_keep(1000) == scorer.for_model(context).tokens_to_keep(1000) > 44
 
 
 @pytest.mark.parametrize("knobs", [dict(threshold=-2.6), dict(threshold=-2.6, budget=50)], ids=["open", "at most 50"])

@@ -102,9 +102,9 @@ class _Judging(Passing):
         super().__init__(layer_idx, rope="post")
         self._text, self._judges = text, judges
 
-    def bind(self, host):
-        super().bind(host)
-        self._module = host.module
+    def bind(self, context):
+        super().bind(context)
+        self._module = context.module
 
     def compress(self, call):
         keys, scaling = call.view.new_k, call.options.get("scaling")

@@ -12,8 +12,8 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.basis import Basis, Moments, by_group
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.compat import cache_argument
-from hf_kvcache.host import Host
 from hf_kvcache.layer import KVLayer
+from hf_kvcache.layer_context import LayerContext
 from hf_kvcache.shards import refuse_shards
 from hf_kvcache.text_positions import cover
 from hf_kvcache.view import KVView
@@ -52,14 +52,14 @@ class Passing(KVLayer):
         self._view = KVView(self, k, v, is_prefill=True)
         return self._view
 
-    def bind(self, host: Host) -> None:
-        self.rope = host.rope() if self._kind == "pre" else None
+    def bind(self, context: LayerContext) -> None:
+        self.rope = context.rope() if self._kind == "pre" else None
         for side in "kv" if self._basis_of is not None else "":
             basis = self._basis_of(self.layer_idx, side)
             if basis is not None:
                 placed = basis.placed(basis.rank, False, self.dtype, self.device)
                 codec = LowRank(basis.rank, basis.group_size, self._kind, basis=placed)
-                self._projections[side] = codec.for_side(side).for_model(host)
+                self._projections[side] = codec.for_side(side).for_model(context)
 
     def prepare(self, call):
         positions = call.position_ids

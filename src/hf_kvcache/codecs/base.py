@@ -62,8 +62,8 @@ class Codec:
         """This codec for rows of this shape, where no model is at hand."""
         return self
 
-    def for_model(self, host) -> Codec:
-        """This codec with what it takes from the model (a `host.Host`) filled in."""
+    def for_model(self, context) -> Codec:
+        """This codec with what it takes from the model, by a `LayerContext`, filled in."""
         return self
 
     def fitted(
@@ -214,8 +214,8 @@ class Chain(Codec):
     def for_shape(self, n_kv_heads, head_dim):
         return Chain(self.first.for_shape(n_kv_heads, head_dim), self.second)
 
-    def for_model(self, host):
-        return Chain(self.first.for_model(host), self.second)
+    def for_model(self, context):
+        return Chain(self.first.for_model(context), self.second)
 
     def fitted(self, x, positions=None, is_real=None):
         return Chain(self.first.fitted(x, positions, is_real), self.second)

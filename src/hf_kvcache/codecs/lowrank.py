@@ -132,14 +132,14 @@ class LowRank(Codec):
         rank = channels_of(0.5 if self.rank is None else self.rank, group_size * head_dim)
         return replace(self, group_size=group_size, rank=rank)
 
-    def for_model(self, host):
+    def for_model(self, context):
         found = made_for = None
         if self.basis is None and self.share_layers == 1:
-            found, made_for = host.basis(self.side, self.bases) or (None, None)
+            found, made_for = context.basis(self.side, self.bases) or (None, None)
         if found is not None and self.side == "k" and self.rope not in (None, made_for):
             raise ValueError(f'the basis is of keys {made_for}-RoPE, the cache says rope="{self.rope}"')
         bound = replace(self, rope=self.rope or made_for)
-        rotary = host.rope() if bound.rotates else None
+        rotary = context.rope() if bound.rotates else None
         if bound.rotates and rotary is None:
             # a layer without RoPE has nothing to take back
             bound = replace(bound, rope="post")
@@ -147,12 +147,12 @@ class LowRank(Codec):
         if self.basis is not None:
             return bound
         if found is None:
-            return bound.for_shape(host.n_kv_heads, host.head_dim)
-        wanted = host.n_kv_heads if self.group_size == "all" else self.group_size
+            return bound.for_shape(context.n_kv_heads, context.head_dim)
+        wanted = context.n_kv_heads if self.group_size == "all" else self.group_size
         if wanted not in (None, found.group_size):
             raise ValueError(f"group_size={self.group_size}, but the basis was made for {found.group_size}")
         rank = found.rank if self.rank is None else channels_of(self.rank, found.width)
-        basis = found.placed(rank, bool(self.mix), host.dtype, host.device)
+        basis = found.placed(rank, bool(self.mix), context.dtype, context.device)
         return replace(bound, group_size=found.group_size, rank=rank, basis=basis)
 
     def fitted(self, x, positions=None, is_real=None):

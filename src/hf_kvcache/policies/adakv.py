@@ -33,9 +33,9 @@ class AdaKV(Wrapper, Ragged):
     def needs(self):
         return self.scorer.needs | {"model"}
 
-    def for_model(self, host):
-        bound = super().for_model(host)
-        bound.shard = host.shard
+    def for_model(self, context):
+        bound = super().for_model(context)
+        bound.shard = context.shard
         return bound
 
     def tokens_to_keep(self, tokens_seen):

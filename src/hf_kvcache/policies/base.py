@@ -26,7 +26,7 @@ class Policy:
             moves the kept rows once per `interval` tokens.
 
     Class attributes:
-        needs: what it takes from the model: "model" (its `for_model` is called with the layer's `Host`).
+        needs: what it takes from the model: "model" (its `for_model` is called with the layer's `LayerContext`).
         n_queries: newest queries of the layer that `score` reads as `view.queries(n)`.
         state: per-row tensors that follow the rows through eviction and beams, name -> dtype; zero for new rows.
         observes: whether `observe` wants the queries of every call.
@@ -131,12 +131,12 @@ class Policy:
 
     # -- what a layer asks -------------------------------------------------------------------------------------------
 
-    def for_model(self, host) -> Policy:
-        """This policy with what it takes from the model (a `host.Host`) filled in: one layer's own copy."""
+    def for_model(self, context) -> Policy:
+        """This policy with what it takes from the model, by a `LayerContext`, filled in: one layer's copy."""
         if "model" not in self.needs:
             return self
         bound = copy.copy(self)
-        bound.shard = host.shard
+        bound.shard = context.shard
         return bound
 
     def tokens_to_keep(self, tokens_seen: int) -> int:

@@ -43,9 +43,9 @@ class ExpectedAttention(Policy):
         if self.n_future < 1 or self.epsilon < 0:
             raise ValueError("ExpectedAttention: n_future must be at least 1 and epsilon must not be negative")
 
-    def for_model(self, host):
-        bound = super().for_model(host)
-        bound.rope = host.rope()
+    def for_model(self, context):
+        bound = super().for_model(context)
+        bound.rope = context.rope()
         return bound
 
     def observe(self, q, view):

@@ -34,12 +34,12 @@ class HeadSplit(Ragged):
             raise ValueError("HeadSplit: gates= says which heads keep everything, [L, Hkv]")
         self.gates = self.gates.tolist() if isinstance(self.gates, torch.Tensor) else [list(g) for g in self.gates]
 
-    def for_model(self, host):
-        place, n_places = host.depth
-        n_heads = host.n_kv_heads * host.shard.count
+    def for_model(self, context):
+        place, n_places = context.depth
+        n_heads = context.n_kv_heads * context.shard.count
         if len(self.gates) != n_places or any(len(own) != n_heads for own in self.gates):
             raise ValueError(f"HeadSplit: gates must be [{n_places}, {n_heads}] for this model")
-        bound = super().for_model(host)
+        bound = super().for_model(context)
         bound.place = place
         return bound
 

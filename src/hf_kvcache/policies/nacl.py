@@ -38,9 +38,9 @@ class NACL(WindowPolicy):
         if not 0 <= self.random_share <= 1:
             raise ValueError(f"NACL: random_share={self.random_share} is not in [0, 1]")
 
-    def for_model(self, host):
-        bound = super().for_model(host)
-        bound.layer_idx = host.layer_idx
+    def for_model(self, context):
+        bound = super().for_model(context)
+        bound.layer_idx = context.layer_idx
         return bound
 
     def score(self, view):  # -> [B, Hkv, N]

@@ -31,9 +31,9 @@ class PyramidKV(SnapKV):
         if self.beta < 1:
             raise ValueError(f"PyramidKV: beta={self.beta} must be at least 1")
 
-    def for_model(self, host):
-        bound = super().for_model(host)
-        bound.depth = host.depth
+    def for_model(self, context):
+        bound = super().for_model(context)
+        bound.depth = context.depth
         return bound
 
     def tokens_to_keep(self, tokens_seen: int) -> int:

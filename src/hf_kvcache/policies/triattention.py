@@ -48,9 +48,9 @@ class TriAttention(Policy):
         if self.n_future < 1:
             raise ValueError(f"TriAttention: n_future={self.n_future} must be at least 1")
 
-    def for_model(self, host):
-        bound = super().for_model(host)
-        bound.rope = host.rope()
+    def for_model(self, context):
+        bound = super().for_model(context)
+        bound.rope = context.rope()
         return bound
 
     def observe(self, q, view):

@@ -54,8 +54,8 @@ class Wrapper(Policy):
     def rope(self):
         return self.scorer.rope
 
-    def for_model(self, host):
-        return replace(self, scorer=self.scorer.for_model(host))
+    def for_model(self, context):
+        return replace(self, scorer=self.scorer.for_model(context))
 
     def note(self, view):
         self.scorer.note(view)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Host:
+class LayerContext:
     """One attention layer, seen from the cache.
 
     Attributes:
