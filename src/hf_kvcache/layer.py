@@ -243,8 +243,8 @@ class KVLayer(LayerContract):
                 store.note_queries(call.query)
             self._is_unsettled, waits = True, False
             if policy is not None:
-                policy.note(view)
-                self._queries = call.query.detach() if policy.observes and call.query is not None else None
+                policy.on_forward(view)
+                self._queries = call.query.detach() if policy.wants_queries and call.query is not None else None
                 self._is_due = self._asks_to_evict()
                 waits = policy.waits and not self._is_decoding and goes_on is None
             if not (self.record_past or waits):
@@ -270,7 +270,7 @@ class KVLayer(LayerContract):
 
     def _commit(self, is_final: bool) -> None:
         if self._queries is not None and self._queries.shape[2]:
-            self.policy.observe(self._queries, self._view())
+            self.policy.on_queries(self._queries, self._view())
         if self._is_due:
             self._evict(is_final)
         self.store.pack()

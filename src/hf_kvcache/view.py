@@ -131,13 +131,13 @@ class KVView(_Rows):
         return self.layer.softcap
 
     @property
-    def memory(self) -> dict[str, torch.Tensor]:
-        """What the layer's policy remembers beside the rows, `[B, Hkv, 1, ...]` by name (`remember` writes it)."""
-        return self.layer.store.memory.views()
+    def layer_state(self) -> dict[str, torch.Tensor]:
+        """What the layer's policy holds beside the rows, `[B, Hkv, 1, ...]` by name (`set_layer_state` writes it)."""
+        return self.layer.store.layer_state.views()
 
-    def remember(self, **tensors: torch.Tensor) -> None:
+    def set_layer_state(self, **tensors: torch.Tensor) -> None:
         """Keep these `[B, Hkv, 1, ...]` instead of what was remembered: they follow batch operations and are saved."""
-        self.layer.store.remember(tensors)
+        self.layer.store.set_layer_state(tensors)
 
     def queries(self, n: int) -> torch.Tensor:
         """The newest `n` queries of the layer after RoPE (fewer, if it has seen fewer), `[B, Hkv, G, S, D]`."""

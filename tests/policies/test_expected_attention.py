@@ -75,10 +75,10 @@ def test_moments_survive_what_is_evicted():
     # with no sinks the first tokens go, and with them what says where the row starts
     rope = Rope(INV_FREQ)
     small, large = (feed(bound(rope, budget=n, n_sink=0), sizes=[30] + [1] * 20) for n in (10, 100))
-    for name, moment in large.view.memory.items():
-        assert torch.equal(moment, small.view.memory[name]), name
+    for name, moment in large.view.layer_state.items():
+        assert torch.equal(moment, small.view.layer_state[name]), name
     assert small.layer.store.n_kept < 50
-    assert small.view.memory["n_pads"].squeeze().tolist() == [[0, 0], [13, 13]]
+    assert small.view.layer_state["n_pads"].squeeze().tolist() == [[0, 0], [13, 13]]
     assert (small.view.positions >= 0).all()
 
 
@@ -117,7 +117,7 @@ def test_queries_of_a_model_are_unrotated(arch):
     cases.replay(model, cache, ids, [20, 20], mask)
     hook.remove()
     q = torch.cat([x.reshape(2, 20, 2, 2, 16) for x in seen], 1)  # [B, S, Hkv, G, D]
-    found = cache.layers[1].store.memory.views()["mean"].squeeze(2)
+    found = cache.layers[1].store.layer_state.views()["mean"].squeeze(2)
     for b, n_pads in enumerate([0, 7]):
         assert torch.allclose(found[b], q[b, n_pads + 2 :].mean(0), atol=1e-4)
     assert cache.policy.rope is None and cache.layers[1].policy.rope is not None

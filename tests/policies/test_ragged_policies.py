@@ -112,16 +112,16 @@ def test_fastgen_takes_the_cheapest_set_that_recovers(recovery):
         sets = [ends, local, heavy, set(range(n))]
         chosen = next(i for i, s in enumerate(sets) if sum(mass[j] for j in s) >= recovery * mass.sum())
         assert kept(toy, b, h) == sorted(sets[chosen])
-        assert toy.layer.store.memory["profile"][b, h, 0] == chosen
+        assert toy.layer.store.layer_state["profile"][b, h, 0] == chosen
 
 
 def test_the_profile_stays_what_the_prompt_made_it():
     cache = kv.KVCache(kv.FastGen(recovery=0.5, n_queries=8, interval=4, **KNOBS), window=4)
     generate(tiny_model(), prompt(2, 60), cache, max_new_tokens=1)
-    before = [layer.store.memory["profile"].clone() for layer in cache.layers]
+    before = [layer.store.layer_state["profile"].clone() for layer in cache.layers]
     more = torch.cat([prompt(2, 60), prompt(2, 30, seed=8)], 1)
     generate(tiny_model(), more, cache, max_new_tokens=20)
-    assert all(torch.equal(a, layer.store.memory["profile"]) for a, layer in zip(before, cache.layers))
+    assert all(torch.equal(a, layer.store.layer_state["profile"]) for a, layer in zip(before, cache.layers))
 
 
 def test_heads_are_looked_at_once_in_an_interval():

@@ -83,9 +83,9 @@ def test_rejected_drafts_have_no_say():
     seen = []
 
     class Listens(kv.Streaming):
-        observes, n_queries = True, 8
+        wants_queries, n_queries = True, 8
 
-        def observe(self, q, view):
+        def on_queries(self, q, view):
             seen.append((q.shape[2], view.n_kept, view.tokens_seen, view.queries(8).shape[3]))
 
     layer = kv.KVLayer(0, policy=Listens(budget=20, n_sink=2, n_recent=4, interval=1))

@@ -96,7 +96,7 @@ def test_worth_is_a_trigonometric_series_in_the_distance():
     where = torch.arange(20).view(1, 1, 20)
     rows = rope.rotate(one.expand(1, 1, 20, SIZE), where)
     view = layer.append(rows.expand(1, HEADS, 20, SIZE), rows.expand(1, HEADS, 20, SIZE))
-    layer.policy.observe(rows.expand(1, HEADS, 20, SIZE), view)
+    layer.policy.on_queries(rows.expand(1, HEADS, 20, SIZE), view)
     scores = layer.policy.score(view)[0, 0]
     # the distance is d = 1 + 19 - i, and all pairs hold the same length: the cosines of d times the frequencies
     distance = torch.arange(20, 0, -1)
@@ -112,7 +112,7 @@ def test_a_padded_row_is_the_row_alone_while_rows_go():
     toy = feed(bound(rope, budget=12, n_sink=0), sizes=sizes, pads=(0, 13))
     single = alone(toy, 1, bound(rope, budget=12, n_sink=0), [17] + [1] * 20)
     assert torch.equal(toy.layer.store.positions[1] - 13, single.layer.store.positions[0])
-    assert toy.view.memory["n_pads"].squeeze().tolist() == [[0, 0], [13, 13]]
+    assert toy.view.layer_state["n_pads"].squeeze().tolist() == [[0, 0], [13, 13]]
 
 
 def test_centres_of_a_text_serve_another(tmp_path):
@@ -120,8 +120,8 @@ def test_centres_of_a_text_serve_another(tmp_path):
     text = feed(bound(rope), n=40, pads=(0, 7), seed=5)
     save_file(centres_of(SimpleNamespace(layers=[text.layer, object()])), tmp_path / "centres.safetensors")
     toy = feed(bound(rope, centres=str(tmp_path / "centres.safetensors")), sizes=[30, 19, 1])
-    sums = toy.view.memory["sums"]
-    assert torch.equal(sums[0], text.view.memory["sums"].sum(0)) and torch.equal(sums[0], sums[1])
+    sums = toy.view.layer_state["sums"]
+    assert torch.equal(sums[0], text.view.layer_state["sums"].sum(0)) and torch.equal(sums[0], sums[1])
     # the queries of this text change nothing, where they are changes all
     own = feed(bound(rope), sizes=[30, 19, 1])
     assert (toy.policy.score(toy.view) - own.policy.score(own.view)).abs().max() > 0.1
@@ -155,7 +155,7 @@ def test_queries_of_a_model_are_unrotated(arch, tmp_path):
     cases.replay(model, cache, ids, [20, 20], mask)
     hook.remove()
     q = torch.cat([x.reshape(2, 20, 2, 2, 16) for x in seen], 1)  # [B, S, Hkv, G, D]
-    found = cache.layers[1].store.memory.views()["sums"].squeeze(2)
+    found = cache.layers[1].store.layer_state.views()["sums"].squeeze(2)
     for b, n_pads in enumerate([0, 7]):
         real, imaginary = q[b, n_pads:, ..., :8], q[b, n_pads:, ..., 8:]
         expected = torch.stack([real, imaginary, (real**2 + imaginary**2).sqrt()], -1).sum(0)

@@ -196,13 +196,13 @@ class TrainedLayer(KVLayer):
     def _taken_in(self, call: Call) -> None:
         """Rows of a call are there: so is what goes with them."""
         call.n_appended = 0
-        self.store.put_memory(call.open_segment)
+        self.store.put_layer_state(call.open_segment)
         call.open_segment = {}
         if self.first is None or not torch.equal(self.first, call.first):
             H = call.alpha.shape[1]
             first = call.first.to(call.alpha.device, torch.int32)
             self.first = call.first
-            self.store.put_memory({"first": first.view(-1, 1, 1).expand(-1, H, 1)})
+            self.store.put_layer_state({"first": first.view(-1, 1, 1).expand(-1, H, 1)})
         if not self.all_begun:
             self.all_begun = call.is_real is None or bool(self.store.has_begun.all())
 

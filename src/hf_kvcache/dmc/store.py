@@ -18,7 +18,7 @@ REFRESH = 32  # steps between two looks at the lengths on a device that would ha
 class TrainedStore(RaggedStore):
     """Rows in pages only: a decoded token takes the row of one that is not needed any more, or a new one.
 
-    `memory` holds, per head, the ring of `slot_step`, and for DMC the newest members of the open segment.
+    `layer_state` holds, per head, the ring of `slot_step`, and for DMC the newest members of the open segment.
 
     Args:
         keys, values: row-granular codecs whose rows serve any head; None means dense rows.
@@ -45,43 +45,43 @@ class TrainedStore(RaggedStore):
         """Make an empty store ready for a batch."""
         self.dtype = dtype
         self.packed.begin(batch, n_heads, device)
-        self.memory.tokens_per_row = {}
-        self.put_memory({"ring": torch.full((batch, n_heads, delay + 1), -1, dtype=torch.int32, device=device)})
+        self.layer_state.tokens_per_row = {}
+        self.put_layer_state({"ring": torch.full((batch, n_heads, delay + 1), -1, dtype=torch.int32, device=device)})
 
-    def put_memory(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def put_layer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep these `[B, Hkv, ...]`, by name, in place of what was there."""
         for name, t in tensors.items():
-            self.memory.tokens_per_row[name] = 1
-            self.memory.tensors[name], self.memory.n_tokens = t.detach().contiguous().unsqueeze(2), 1
+            self.layer_state.tokens_per_row[name] = 1
+            self.layer_state.tensors[name], self.layer_state.n_tokens = t.detach().contiguous().unsqueeze(2), 1
 
     @property
     def first(self) -> torch.Tensor | None:
         """Where every row of the batch begins, int64 `[B]` on the CPU; None if nobody has said."""
-        held = self.memory.tensors.get("first")
+        held = self.layer_state.tensors.get("first")
         return None if held is None else held[:, 0, 0, 0].cpu().long()
 
     @property
     def ring(self) -> torch.Tensor:
         """See `slot_step`: int32 `[B, Hkv, delay + 1]`."""
-        return self.memory.tensors["ring"][:, :, 0]
+        return self.layer_state.tensors["ring"][:, :, 0]
 
     # -- the open segment of DMC -------------------------------------------------------------------------------------
 
     def taps(self, side: str, like: torch.Tensor, window: int) -> torch.Tensor:
         """The newest members of the open segment of a side, in a ring `[B, Hkv, w, D]`; a float32 mean without one."""
         name = f"{side}.taps"
-        if name not in self.memory.tensors:
+        if name not in self.layer_state.tensors:
             B, _, H, D = like.shape
             dtype = like.dtype if window else torch.promote_types(like.dtype, torch.float32)
-            self.put_memory({name: torch.zeros(B, H, max(window, 1), D, dtype=dtype, device=like.device)})
-        return self.memory.tensors[name][:, :, 0]
+            self.put_layer_state({name: torch.zeros(B, H, max(window, 1), D, dtype=dtype, device=like.device)})
+        return self.layer_state.tensors[name][:, :, 0]
 
     def tap_weights(self, window: int, like: torch.Tensor) -> torch.Tensor:
         """Weights of those cells, float32 `[B, Hkv, w]`, zero for what is not part of the segment."""
-        if "weights" not in self.memory.tensors:
+        if "weights" not in self.layer_state.tensors:
             B, H = like.shape[:2]
-            self.put_memory({"weights": torch.zeros(B, H, max(window, 1), dtype=like.dtype, device=like.device)})
-        return self.memory.tensors["weights"][:, :, 0]
+            self.put_layer_state({"weights": torch.zeros(B, H, max(window, 1), dtype=like.dtype, device=like.device)})
+        return self.layer_state.tensors["weights"][:, :, 0]
 
     # -- one token ---------------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ class TrainedStore(RaggedStore):
         condemned = (seen_until != FOREVER) & stays
         new = torch.where(new_rows >= 0, 2 * new_rows + condemned, -1).int()[..., -n_cells:]
         at = torch.arange(last + 1 - new.shape[-1], last + 1, device=k.device) % n_cells
-        self.memory.tensors["ring"][:, :, 0] = old
+        self.layer_state.tensors["ring"][:, :, 0] = old
         self.ring[..., at] = new
 
     def _encode_rows(self, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:

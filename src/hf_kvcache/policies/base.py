@@ -29,7 +29,7 @@ class Policy:
         needs: what it takes from the model: "model" (its `for_model` is called with the layer's `LayerContext`).
         n_queries: newest queries of the layer that `score` reads as `view.queries(n)`.
         state: per-row tensors that follow the rows through eviction and beams, name -> dtype; zero for new rows.
-        observes: whether `observe` wants the queries of every call.
+        wants_queries: whether `on_queries` wants the queries of every call.
         is_ragged: whether heads may keep different numbers of rows.
         takes_budget: "yes", "no", or "maybe" where a budget is only an upper bound.
         folds: whether `fold` changes rows, which have to be dense for that.
@@ -49,7 +49,7 @@ class Policy:
     needs: ClassVar[frozenset[str]] = frozenset()
     n_queries: ClassVar[int] = 0
     state: ClassVar[dict[str, torch.dtype]] = {}
-    observes: ClassVar[bool] = False
+    wants_queries: ClassVar[bool] = False
     is_ragged: ClassVar[bool] = False
     takes_budget: ClassVar[str] = "yes"
     folds: ClassVar[bool] = False
@@ -160,17 +160,17 @@ class Policy:
             return False
         return n_kept >= self.tokens_to_keep(tokens_seen) + (self.interval if decoding else 1)
 
-    def note(self, view) -> None:
+    def on_forward(self, view) -> None:
         """Take note of new rows while the call lasts: `view.module` is the attention module that made them."""
 
-    def observe(self, q: torch.Tensor, view) -> None:
-        """Take note of queries, before rows are scored: for policies that go by all queries (`observes`).
+    def on_queries(self, q: torch.Tensor, view) -> None:
+        """Take note of queries, before rows are scored: for policies that go by all queries (`wants_queries`).
 
         Args:
             q: queries of a call after RoPE, `[B, Hq, S, D]`: its last ones are the newest tokens. Rejected drafts are
                 not among them.
             view: the `KVView` of the layer. `view.state(name)` and `view.set_state` reach the per-row state,
-                `view.memory` and `view.remember` what the layer remembers beside its rows.
+                `view.layer_state` and `view.set_layer_state` what the layer remembers beside its rows.
         """
 
     def score(self, view) -> torch.Tensor:

@@ -36,7 +36,7 @@ class ExpectedAttention(Policy):
     rope: Rope | None = field(default=None, init=False, repr=False, compare=False)
 
     needs = frozenset({"model"})
-    observes = True
+    wants_queries = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,18 +48,18 @@ class ExpectedAttention(Policy):
         bound.rope = context.rope()
         return bound
 
-    def observe(self, q, view):
+    def on_queries(self, q, view):
         n_new = q.shape[2]
         positions = view.positions
         is_real = positions[:, :, -n_new:] >= 0  # [B, Hkv, S]
-        memory = view.memory
-        n_pads = (~is_real).sum(-1, keepdim=True) + memory.get("n_pads", 0)  # [B, Hkv, 1]
+        state = view.layer_state
+        n_pads = (~is_real).sum(-1, keepdim=True) + state.get("n_pads", 0)  # [B, Hkv, 1]
         # where the model's RoPE has them: positions count from the first real token, pads are below 0
         where = torch.arange(view.tokens_seen - n_new, view.tokens_seen, device=q.device) - n_pads
         counts = where >= self.n_sink
         if self.rope is not None:
             self.rope.cover(view.tokens_seen + self.n_future, q.device)
-        moments = tuple(memory[name] for name in ("n", "mean", "spread")) if memory else None
+        moments = tuple(state[name] for name in ("n", "mean", "spread")) if state else None
         for i in range(0, n_new, QUERIES):
             rows = slice(i, i + QUERIES)
             part = q[:, :, rows]
@@ -67,14 +67,14 @@ class ExpectedAttention(Policy):
                 part = self.rope.unrotate(part, where[:, :1, rows].clamp(min=0))
             part = part.float().unflatten(1, (positions.shape[1], -1))  # [B, Hkv, G, S, D]
             moments = merged(moments, moments_of(part, counts[:, :, rows]))
-        view.remember(n_pads=n_pads, **dict(zip(("n", "mean", "spread"), moments)))
+        view.set_layer_state(n_pads=n_pads, **dict(zip(("n", "mean", "spread"), moments)))
 
     def score(self, view):  # -> [B, Hkv, N]
-        memory, is_real = view.memory, view.positions >= 0
-        mean, spread = memory["mean"].squeeze(2), memory["spread"].squeeze(2)  # [B, Hkv, G, D], [B, Hkv, G, D, D]
-        cov = spread / memory["n"].clamp(min=1).unsqueeze(-1).unsqueeze(-1)
+        state, is_real = view.layer_state, view.positions >= 0
+        mean, spread = state["mean"].squeeze(2), state["spread"].squeeze(2)  # [B, Hkv, G, D], [B, Hkv, G, D, D]
+        cov = spread / state["n"].clamp(min=1).unsqueeze(-1).unsqueeze(-1)
         if self.rope is not None:
-            next_ones = view.tokens_seen - memory["n_pads"] + torch.arange(self.n_future, device=view.device)
+            next_ones = view.tokens_seen - state["n_pads"] + torch.arange(self.n_future, device=view.device)
             cos, sin = self.rope.tables(view.device).cos_sin(next_ones)  # [B, Hkv, n_future, R / 2]
             cos, sin = (x.mean(2).unsqueeze(2) * self.rope.scaling for x in (cos, sin))
             mean = rotate(mean, cos, sin)
@@ -87,7 +87,7 @@ class ExpectedAttention(Policy):
             first = torch.einsum("bhgd,bhnd->bhgn", mean, k)
             logits.append(first + torch.einsum("bhnd,bhgde,bhne->bhgn", k, cov, k) / 2)
             norms.append(v.float().norm(dim=-1))
-        is_candidate = is_real & (view.positions - memory["n_pads"] >= self.n_sink)
+        is_candidate = is_real & (view.positions - state["n_pads"] >= self.n_sink)
         logits = torch.cat(logits, -1).masked_fill(~is_candidate.unsqueeze(2), float("-inf"))
         weights = logits.softmax(-1).mean(2).nan_to_num(0.0)
         return (weights + self.epsilon) * torch.cat(norms, -1)

@@ -41,10 +41,10 @@ class FastGen(Ragged):
         """One for rows that the profile of their head keeps, else zero: `[B, Hkv, N]`."""
         mass = newest_mass(view, self.n_queries)
         sets = self._sets(mass, view.positions, view.tokens_seen)  # [4, B, Hkv, N]
-        if "profile" not in view.memory:
+        if "profile" not in view.layer_state:
             recovered = (mass * sets).sum(-1) >= self.recovery * mass.sum(-1)
-            view.remember(profile=recovered.byte().argmax(0).unsqueeze(-1))
-        profile = view.memory["profile"].expand(mass.shape)  # [B, Hkv, N]
+            view.set_layer_state(profile=recovered.byte().argmax(0).unsqueeze(-1))
+        profile = view.layer_state["profile"].expand(mass.shape)  # [B, Hkv, N]
         return sets.gather(0, profile.unsqueeze(0))[0].float()
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):

@@ -27,7 +27,7 @@ class H2O(Policy):
 
     recent_share: float = 0.5
 
-    observes = True
+    wants_queries = True
     state = {"mass": torch.float32}
 
     def __post_init__(self):
@@ -35,7 +35,7 @@ class H2O(Policy):
         if not 0 <= self.recent_share <= 1:
             raise ValueError(f"H2O: recent_share={self.recent_share} is not in [0, 1]")
 
-    def observe(self, q, view):
+    def on_queries(self, q, view):
         queries = q.unflatten(1, (view.positions.shape[1], -1))  # [B, Hkv, G, S, D]
         mass = attention_mass(queries, view.tokens_seen - q.shape[2], view)
         view.set_state("mass", view.state("mass") + mass)

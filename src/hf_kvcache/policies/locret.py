@@ -39,7 +39,7 @@ class Locret(Policy):
         if self.stabilizers is not None and self.stabilizers < 0:
             raise ValueError(f"Locret: stabilizers={self.stabilizers} must not be negative")
 
-    def note(self, view):
+    def on_forward(self, view):
         heads = attached_heads(view.module)
         if heads is None:
             raise ValueError(

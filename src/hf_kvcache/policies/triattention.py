@@ -41,7 +41,7 @@ class TriAttention(Policy):
     rope: Rope | None = field(default=None, init=False, repr=False, compare=False)
 
     needs = frozenset({"model"})
-    observes = True
+    wants_queries = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,10 +53,11 @@ class TriAttention(Policy):
         bound.rope = context.rope()
         return bound
 
-    def observe(self, q, view):
+    def on_queries(self, q, view):
         is_pad = view.positions[:, :, -q.shape[2] :] < 0  # [B, Hkv, S]
-        n_pads = is_pad.sum(-1, keepdim=True) + view.memory.get("n_pads", 0)  # [B, Hkv, 1]
-        sums = view.memory["sums"] if view.memory else 0.0 if self.centres is None else self._calibrated(q, view)
+        state = view.layer_state
+        n_pads = is_pad.sum(-1, keepdim=True) + state.get("n_pads", 0)  # [B, Hkv, 1]
+        sums = state["sums"] if state else 0.0 if self.centres is None else self._calibrated(q, view)
         if self.rope is not None:
             self.rope.cover(view.tokens_seen, q.device)
         for i in range(0, q.shape[2] if self.centres is None else 0, QUERIES):
@@ -68,16 +69,16 @@ class TriAttention(Policy):
             part = self._pairs(part.unflatten(1, (is_pad.shape[1], -1)))  # [B, Hkv, G, S, D / 2]
             part = part.masked_fill(is_pad[:, :, None, i : i + QUERIES, None], 0)
             sums = sums + torch.stack([part.real, part.imag, part.abs()], -1).sum(3).unsqueeze(2)
-        view.remember(n_pads=n_pads, sums=sums)
+        view.set_layer_state(n_pads=n_pads, sums=sums)
 
     def score(self, view):  # -> [B, Hkv, N]
         # sums are as good as means: a factor on all scores of a head does not matter
-        *centre, size = view.memory["sums"].squeeze(2).unbind(-1)
+        *centre, size = view.layer_state["sums"].squeeze(2).unbind(-1)
         centre = torch.complex(*centre)  # [B, Hkv, G, D / 2]
         rest = size - centre.abs()
         if self.rope is not None:
             half = len(self.rope.inv_freq)
-            cos, sin = self.rope.tables(view.device).cos_sin(view.tokens_seen - 1 - view.memory["n_pads"])
+            cos, sin = self.rope.tables(view.device).cos_sin(view.tokens_seen - 1 - view.layer_state["n_pads"])
             angles = (2.0 ** torch.arange(self.n_future.bit_length())).double().outer(self.rope.inv_freq)
             ahead = torch.exp(1j * angles).mean(0).to(view.device, centre.dtype)  # [R / 2]
             centre[..., :half] *= torch.complex(cos, sin) * ahead * self.rope.scaling
@@ -112,4 +113,4 @@ class TriAttention(Policy):
 def centres_of(cache) -> dict[str, torch.Tensor]:
     """What a cache under `TriAttention` has seen of a calibration text, by layer: `save_file` it for `centres`."""
     layers = [layer for layer in cache.layers if isinstance(getattr(layer, "policy", None), TriAttention)]
-    return {str(layer.layer_idx): layer.store.memory.views()["sums"].sum(0) for layer in layers}
+    return {str(layer.layer_idx): layer.store.layer_state.views()["sums"].sum(0) for layer in layers}

@@ -25,7 +25,7 @@ class Wrapper(Policy):
         if self.scorer.is_ragged:
             raise ValueError(f"{type(self).__name__}: {type(self.scorer).__name__} chooses by itself and has no scores")
         # asked at every step
-        for name in ("n_queries", "observes", "waits"):
+        for name in ("n_queries", "wants_queries", "waits"):
             setattr(self, name, getattr(self.scorer, name))
         super().__post_init__()
 
@@ -57,11 +57,11 @@ class Wrapper(Policy):
     def for_model(self, context):
         return replace(self, scorer=self.scorer.for_model(context))
 
-    def note(self, view):
-        self.scorer.note(view)
+    def on_forward(self, view):
+        self.scorer.on_forward(view)
 
-    def observe(self, q, view):
-        self.scorer.observe(q, view)
+    def on_queries(self, q, view):
+        self.scorer.on_queries(q, view)
 
     def score(self, view):
         return self.scorer.score(view)

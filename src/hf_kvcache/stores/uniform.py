@@ -58,7 +58,7 @@ class UniformStore(Store):
         rope = {"rope": 1} if self.needs_positions else {}
         self.packed = RowBuffer({**fields, **state, **rope} if sides else {})
         self.queries = RowBuffer({"q": 1})
-        self.memory = RowBuffer({})
+        self.layer_state = RowBuffer({})
         self.step = max(PACK_STEP, self.packed.unit)
         self.dtype: torch.dtype | None = None
         self.owned = True
@@ -110,11 +110,11 @@ class UniformStore(Store):
         if self.dense.n_tokens:
             self.dense[name].copy_(values[..., n:])
 
-    def remember(self, tensors: dict[str, torch.Tensor]) -> None:
+    def set_layer_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Hold `[B, Hkv, 1, ...]` tensors that belong to the layer, not to its rows, instead of those held."""
-        self.memory.clear()
-        self.memory.tokens_per_row = dict.fromkeys(tensors, 1)
-        self.memory.append(tensors, 1)
+        self.layer_state.clear()
+        self.layer_state.tokens_per_row = dict.fromkeys(tensors, 1)
+        self.layer_state.append(tensors, 1)
 
     def note_queries(self, q: torch.Tensor) -> None:
         """Remember the newest of the queries `[B, Hq, S, D]` for codecs and policies that need them."""
@@ -283,7 +283,7 @@ class UniformStore(Store):
         self.dense.append(after, n_after)
 
     def buffers(self) -> dict[str, RowBuffer]:
-        return {"packed": self.packed, "dense": self.dense, "queries": self.queries, "memory": self.memory}
+        return {"packed": self.packed, "dense": self.dense, "queries": self.queries, "layer_state": self.layer_state}
 
     def encoded(self, side: str) -> dict[str, torch.Tensor]:
         """Packed tensors of one side, "k" or "v", under the codec's own names."""
