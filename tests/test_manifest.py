@@ -270,7 +270,7 @@ def test_files_of_the_first_format(saved):
     for name in ("codec", "edge_codec", "edge_layers", "offloading", "records_past", "attributes"):
         del raw[name]
     for entry in raw["layers"]:
-        for name in ("codecs", "record_past", "is_unsettled", "is_decoding", "is_due", "scaling", "softcap"):
+        for name in ("codecs", "record_past", "is_unsettled", "is_decoding", "should_evict", "scaling", "softcap"):
             del entry[name]
     cache = assembled(raw, tensors, model.config)
     assert cache.get_seq_length() == N and cache.layers[0].store.n_packed

@@ -49,7 +49,7 @@ def test_a_failed_chunk_leaves_the_cache_usable():
     model, cache, ids = tiny_model(), kv.LocretCache(budget=256), prompt(1, 40)
     with pytest.raises(ValueError, match="carries no retaining heads"):
         kv.prefill(model, ids, cache)
-    assert cache.prompt_goes_on is None
+    assert cache.prompt_incomplete is None
 
 
 def test_prompt_that_is_in_the_cache_already():

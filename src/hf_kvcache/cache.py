@@ -77,7 +77,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         self.min_length, self.exact_prefill, self.max_length = min_length, exact_prefill, max_length
         self.compact = compact
         # whether more of the prompt follows this call; None means that nobody has said (see `prefill`)
-        self.prompt_goes_on: bool | None = None
+        self.prompt_incomplete: bool | None = None
         self.codec, self.edge_layers, self.edge_codec = codec_pair(codec), edge_layers, codec_pair(edge_codec)
         check_options(self, offloading)
         self._model: weakref.ref | None = None

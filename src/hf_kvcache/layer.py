@@ -76,9 +76,9 @@ class KVLayer(LayerContract):
         self.tokens_seen = 0
         self.has_padding = False
         self.evicted_at: int | None = None
-        self.judged_at = 0
+        self.last_eviction_check = 0
         self._queries: torch.Tensor | None = None
-        self._is_unsettled = self._is_decoding = self._is_due = False
+        self._is_unsettled = self._is_decoding = self._should_evict = False
         self.is_bound, self.met = False, None
         # codecs of a text that was loaded, with what had been found out about it
         self._held: tuple[Codec, Codec] | None = None
@@ -141,7 +141,7 @@ class KVLayer(LayerContract):
 
     def defer(self) -> None:
         """Compress before the next rows come, unless attention is called before that."""
-        self._is_unsettled, self._is_due = True, False
+        self._is_unsettled, self._should_evict = True, False
 
     # -- what codecs and policies take from the model ----------------------------------------------------------------
 
@@ -234,21 +234,21 @@ class KVLayer(LayerContract):
         view, policy, store = call.view, self.policy, self.store
         if view.new_k.requires_grad or view.new_v.requires_grad:
             self._end_gradients()
-        goes_on = None if view.cache is None else view.cache.prompt_goes_on
+        incomplete = None if view.cache is None else view.cache.prompt_incomplete
         # verifying drafted tokens is decoding too, several tokens at a time; one token of a prompt is not
-        self._is_decoding = goes_on is None and (call.n_new == 1 or (self.record_past and not view.is_prefill))
+        self._is_decoding = incomplete is None and (call.n_new == 1 or (self.record_past and not view.is_prefill))
         self.scaling, self.softcap = call.scaling, call.softcap
         with torch.no_grad():
             if store.n_queries and call.query is not None:
                 store.note_queries(call.query)
-            self._is_unsettled, waits = True, False
+            self._is_unsettled, is_deferred = True, False
             if policy is not None:
                 policy.on_forward(view)
                 self._queries = call.query.detach() if policy.wants_queries and call.query is not None else None
-                self._is_due = self._asks_to_evict()
-                waits = policy.waits and not self._is_decoding and goes_on is None
-            if not (self.record_past or waits):
-                self._commit(is_final=not goes_on)
+                self._should_evict = self._asks_to_evict()
+                is_deferred = policy.defer_prefill_eviction and not self._is_decoding and incomplete is None
+            if not (self.record_past or is_deferred):
+                self._commit(is_final=not incomplete)
 
     def _end_gradients(self) -> None:
         """Gradients flow within a call; what an earlier one has cached is constant, or its graph would never be freed.
@@ -265,16 +265,16 @@ class KVLayer(LayerContract):
             self._commit(is_final)
 
     def _asks_to_evict(self) -> bool:
-        n_since = self.tokens_seen - max(self.judged_at, self.evicted_at or 0)
-        return self.policy.is_due(self.store.n_kept, self.tokens_seen, self._is_decoding, n_since)
+        n_since = self.tokens_seen - max(self.last_eviction_check, self.evicted_at or 0)
+        return self.policy.should_evict(self.store.n_kept, self.tokens_seen, self._is_decoding, n_since)
 
     def _commit(self, is_final: bool) -> None:
         if self._queries is not None and self._queries.shape[2]:
             self.policy.on_queries(self._queries, self._view())
-        if self._is_due:
+        if self._should_evict:
             self._evict(is_final)
         self.store.pack()
-        self._queries, self._is_due, self._is_unsettled = None, False, False
+        self._queries, self._should_evict, self._is_unsettled = None, False, False
 
     def _evict(self, is_final: bool) -> None:
         """Keep what the policy selects."""
@@ -284,7 +284,7 @@ class KVLayer(LayerContract):
             store.pack()
         view = self._view()
         kept = self.policy.select(self.policy.score(view), store.positions, self.tokens_seen, store.n_fixed, is_final)
-        self.judged_at = self.tokens_seen
+        self.last_eviction_check = self.tokens_seen
         if store.is_ragged and (kept | (store.positions < 0)).all():
             return
         self.policy.fold(view, kept)

@@ -100,7 +100,7 @@ class LayerContract(CacheLayerMixin):
         if n:
             self.store.crop(n)
             self.tokens_seen -= n
-            self._is_due = self._is_due and self._asks_to_evict()
+            self._should_evict = self._should_evict and self._asks_to_evict()
             if self._queries is not None:
                 # rejected drafts must not have a say in what is evicted
                 self._queries = self._queries[:, :, :-n]

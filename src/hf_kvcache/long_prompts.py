@@ -48,11 +48,11 @@ def prefill(
         raise ValueError(f"chunk={chunk} must be at least one token")
     policy = getattr(cache, "policy", None)
     # the tail is fed once the rest is final: see `Locret`
-    tail = max(stop - policy.n_recent, start) if policy is not None and policy.waits else stop
+    tail = max(stop - policy.n_recent, start) if policy is not None and policy.defer_prefill_eviction else stop
     cuts = [*range(start, tail, chunk), *range(tail, stop, chunk), stop]
     try:
         for first, last in zip(cuts, cuts[1:]):
-            cache.prompt_goes_on = last < tail
+            cache.prompt_incomplete = last < tail
             options = {}
             if attention_mask is not None:
                 positions = (attention_mask[:, :last].cumsum(-1) - 1).clamp(min=0)
@@ -60,7 +60,7 @@ def prefill(
             decoder(input_ids[:, first:last], **cache_argument(cache), use_cache=True, **options)
             advance(last - first)
     finally:
-        cache.prompt_goes_on = None
+        cache.prompt_incomplete = None
 
 
 def query_first(

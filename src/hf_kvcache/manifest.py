@@ -52,7 +52,7 @@ class LayerEntry:
     tokens_seen: int
     has_padding: bool = False
     evicted_at: int | None = None
-    judged_at: int = 0
+    last_eviction_check: int = 0
     codecs: dict | None = None
     batch_size: int | None = None
     n_kv_heads: int | None = None
@@ -62,14 +62,14 @@ class LayerEntry:
     record_past: bool = False
     is_unsettled: bool = False
     is_decoding: bool = False
-    is_due: bool = False
+    should_evict: bool = False
     scaling: float = 1.0
     softcap: float | None = None
     window: int | None = None
     states: dict[str, bool | int] | None = None
 
     def __post_init__(self):
-        _refuse_outside(self, ("tokens_seen", "judged_at", "evicted_at", "window"), 0, MOST_TOKENS)
+        _refuse_outside(self, ("tokens_seen", "last_eviction_check", "evicted_at", "window"), 0, MOST_TOKENS)
         _refuse_outside(self, ("batch_size", "n_kv_heads", "head_dim", "v_head_dim"), 1, MOST_TOKENS)
         for name, n in self.n_tokens.items():
             if not 0 <= n <= MOST_TOKENS:

@@ -20,8 +20,8 @@ from hf_kvcache.stores.paged import PagedBuffer
 from hf_kvcache.typed import Misfit, shown
 
 PENDING = "pending.queries"  # queries of a call whose rows wait for a `crop` or for more of the prompt
-_ATTRIBUTES = ("tokens_seen", "has_padding", "evicted_at", "judged_at", "record_past", "scaling", "softcap")
-_FLAGS = ("is_unsettled", "is_decoding", "is_due")
+_ATTRIBUTES = ("tokens_seen", "has_padding", "evicted_at", "last_eviction_check", "record_past", "scaling", "softcap")
+_FLAGS = ("is_unsettled", "is_decoding", "should_evict")
 _SHAPE = ("batch_size", "n_kv_heads", "head_dim", "v_head_dim")
 STATES = "states"  # prefix of the tensors of linear attention in a layer that has rows, too
 

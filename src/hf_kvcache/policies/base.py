@@ -33,7 +33,8 @@ class Policy:
         is_ragged: whether heads may keep different numbers of rows.
         takes_budget: "yes", "no", or "maybe" where a budget is only an upper bound.
         folds: whether `fold` changes rows, which have to be dense for that.
-        waits: whether a prompt is only evicted from when its next chunk, or the first decoding step, has come.
+        defer_prefill_eviction: whether a prompt is evicted from only once its next chunk, or the first decoding step,
+            has come.
         is_trained: whether a retrofitted model says what stays, see `TrainedEviction`.
         shard: which of the model's KV heads are seen, see `for_model`.
         rope: the rotary embedding by which a bound policy rotates queries, or None.
@@ -53,7 +54,7 @@ class Policy:
     is_ragged: ClassVar[bool] = False
     takes_budget: ClassVar[str] = "yes"
     folds: ClassVar[bool] = False
-    waits: ClassVar[bool] = False
+    defer_prefill_eviction: ClassVar[bool] = False
     is_trained: ClassVar[bool] = False
     shard: ClassVar[Shard] = WHOLE
     rope: ClassVar[object] = None
@@ -147,7 +148,7 @@ class Policy:
             return tokens_seen
         return max(int(self.ratio * tokens_seen), self.n_sink + self.n_recent)
 
-    def is_due(self, n_kept: int, tokens_seen: int, decoding: bool, n_since: int) -> bool:
+    def should_evict(self, n_kept: int, tokens_seen: int, decoding: bool, n_since: int) -> bool:
         """Whether this step has to evict.
 
         Args:

@@ -32,7 +32,7 @@ class Locret(Policy):
     stabilizers: int | None = None
 
     state = {"score": torch.float32}
-    waits = True
+    defer_prefill_eviction = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -28,7 +28,7 @@ class Ragged(Policy):
                 f"rows (window={cache.window} + {PACK_STEP} waiting) and {self.n_sink} sinks; raise it or lower window"
             )
 
-    def is_due(self, n_kept, tokens_seen, decoding, n_since):
+    def should_evict(self, n_kept, tokens_seen, decoding, n_since):
         # the longest head says nothing of the others: the prompt is looked at once, decoding every `interval` tokens
         if decoding:
             return self.decode and n_since >= self.interval

@@ -25,7 +25,7 @@ class Wrapper(Policy):
         if self.scorer.is_ragged:
             raise ValueError(f"{type(self).__name__}: {type(self.scorer).__name__} chooses by itself and has no scores")
         # asked at every step
-        for name in ("n_queries", "wants_queries", "waits"):
+        for name in ("n_queries", "wants_queries", "defer_prefill_eviction"):
             setattr(self, name, getattr(self.scorer, name))
         super().__post_init__()
 
