@@ -46,11 +46,11 @@ class AdaKV(Wrapper, Ragged):
         return self.scorer.is_protected(positions, tokens_seen)
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
-        worth = self.worth(scores, positions, tokens_seen)
-        n_own = worth.shape[-1] - n_fixed
+        masked = self.masked_scores(scores, positions, tokens_seen)
+        n_own = masked.shape[-1] - n_fixed
         # the heads of other processes may hold more rows
-        n_free = self.shard.largest(n_own, worth.device)
-        free = self.shard.all_heads(pad(worth[..., :n_own], (0, n_free - n_own), value=float("-inf")), 1)
+        n_free = self.shard.largest(n_own, masked.device)
+        free = self.shard.all_heads(pad(masked[..., :n_own], (0, n_free - n_own), value=float("-inf")), 1)
         n_keep = min(max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), n_free)
         safe = free.topk(min(round(self.floor * self.tokens_to_keep(tokens_seen)), n_keep), -1).indices
         free = free.scatter(-1, safe, float("inf"))

@@ -178,11 +178,11 @@ class Policy:
         """Worth of every kept row, `[B, Hkv, N]` in view order; higher stays. Scores of padding do not matter."""
         raise NotImplementedError
 
-    def worth(self, scores: torch.Tensor, positions: torch.Tensor, tokens_seen: int) -> torch.Tensor:
+    def masked_scores(self, scores: torch.Tensor, positions: torch.Tensor, tokens_seen: int) -> torch.Tensor:
         """Scores in float32, `inf` for sinks and recent tokens, `-inf` for padding, `[B, Hkv, N]`."""
         is_real = positions >= 0
-        worth = scores.float().nan_to_num(0.0).masked_fill(~is_real, float("-inf"))
-        return worth.masked_fill(self.is_protected(positions, tokens_seen), float("inf"))
+        masked = scores.float().nan_to_num(0.0).masked_fill(~is_real, float("-inf"))
+        return masked.masked_fill(self.is_protected(positions, tokens_seen), float("inf"))
 
     def is_protected(self, positions: torch.Tensor, tokens_seen: int) -> torch.Tensor:
         """The sinks of every row, which stand behind its padding, and the recent tokens; boolean `[B, Hkv, N]`."""
@@ -202,8 +202,8 @@ class Policy:
             n_fixed: rows at the end of the view that cannot go (the dense window over packed rows).
             is_final: whether the prompt is complete, as far as is known.
         """
-        worth = self.worth(scores, positions, tokens_seen)
-        return best(worth, max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), n_fixed)
+        masked = self.masked_scores(scores, positions, tokens_seen)
+        return topk_indices(masked, max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), n_fixed)
 
     def fold(self, view, kept: torch.Tensor) -> None:
         """Let rows that stay take over something of those that go, before they go; `kept` is what `select` chose."""
@@ -215,11 +215,11 @@ class Policy:
         return {"policy": type(self).__name__} | knobs | nested
 
 
-def best(worth: torch.Tensor, n_keep: int, n_fixed: int) -> torch.Tensor:
-    """The `n_keep` rows of largest worth before the last `n_fixed`, and those: ascending `[B, Hkv, n]`."""
-    n_free = worth.shape[-1] - n_fixed
-    kept = worth[..., :n_free].topk(min(n_keep, n_free), dim=-1, sorted=False).indices.sort(-1).values
-    fixed = torch.arange(n_free, worth.shape[-1], device=kept.device).expand(*kept.shape[:2], n_fixed)
+def topk_indices(masked: torch.Tensor, n_keep: int, n_fixed: int) -> torch.Tensor:
+    """The `n_keep` rows of the largest scores before the last `n_fixed`, and those: ascending `[B, Hkv, n]`."""
+    n_free = masked.shape[-1] - n_fixed
+    kept = masked[..., :n_free].topk(min(n_keep, n_free), dim=-1, sorted=False).indices.sort(-1).values
+    fixed = torch.arange(n_free, masked.shape[-1], device=kept.device).expand(*kept.shape[:2], n_fixed)
     return torch.cat([kept, fixed], -1)
 
 

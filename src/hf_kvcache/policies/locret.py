@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_kvcache.adapters.modules import attached_heads
-from hf_kvcache.policies.base import Policy, best
+from hf_kvcache.policies.base import Policy, topk_indices
 
 
 @dataclass
@@ -52,16 +52,16 @@ class Locret(Policy):
     def score(self, view):  # -> [B, Hkv, N]
         return view.state("score")
 
-    def worth(self, scores, positions, tokens_seen):
+    def masked_scores(self, scores, positions, tokens_seen):
         # unscored rows outlive all others, the newest of them longest
         scores = torch.where(scores == float("inf"), 1e6 + positions, scores)
-        return super().worth(scores, positions, tokens_seen)
+        return super().masked_scores(scores, positions, tokens_seen)
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
-        worth = self.worth(scores, positions, tokens_seen)
+        masked = self.masked_scores(scores, positions, tokens_seen)
         n_keep = self.tokens_to_keep(tokens_seen)
         if not is_final:
             n = min(n_keep // 4, 2500) if self.stabilizers is None else min(self.stabilizers, n_keep)
-            newest = worth[..., worth.shape[-1] - n :]
+            newest = masked[..., masked.shape[-1] - n :]
             newest.masked_fill_(newest > float("-inf"), float("inf"))
-        return best(worth, max(n_keep - n_fixed, 0), n_fixed)
+        return topk_indices(masked, max(n_keep - n_fixed, 0), n_fixed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_kvcache.policies.at_random import uniform
-from hf_kvcache.policies.base import best
+from hf_kvcache.policies.base import topk_indices
 from hf_kvcache.policies.window import WindowPolicy
 
 
@@ -47,12 +47,12 @@ class NACL(WindowPolicy):
         return self.votes(view)
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
-        worth = self.worth(scores, positions, tokens_seen)
+        masked = self.masked_scores(scores, positions, tokens_seen)
         n_keep, n_free = self.tokens_to_keep(tokens_seen), scores.shape[-1] - n_fixed
         n_drawn = int(self.random_share * (n_keep - self.n_sink - self.n_recent))
         n_keep = max(n_keep - n_fixed, 0)
         n_top = min(max(n_keep - n_drawn, 0), n_free)
-        top = worth[..., :n_free].topk(n_top, dim=-1, sorted=False).indices
+        top = masked[..., :n_free].topk(n_top, dim=-1, sorted=False).indices
         noise = uniform((self.seed, self.layer_idx, tokens_seen), scores, self.shard)
         gumbel = -torch.log(-torch.log(noise))
-        return best((worth + gumbel).scatter(-1, top, float("inf")), n_keep, n_fixed)
+        return topk_indices((masked + gumbel).scatter(-1, top, float("inf")), n_keep, n_fixed)

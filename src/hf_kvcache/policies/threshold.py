@@ -36,10 +36,10 @@ class Threshold(Wrapper, Ragged):
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
         scores = scores.float().nan_to_num(0.0).masked_fill(positions < 0, float("-inf"))
-        worth = self.worth(scores, positions, tokens_seen)
-        fixed = worth[..., worth.shape[-1] - n_fixed :]
+        masked = self.masked_scores(scores, positions, tokens_seen)
+        fixed = masked[..., masked.shape[-1] - n_fixed :]
         fixed.masked_fill_(fixed > float("-inf"), float("inf"))
-        ranked, order = worth.sort(-1, descending=True)
+        ranked, order = masked.sort(-1, descending=True)
         if self.threshold is not None:
             is_wanted = ranked >= self.threshold
         else:
