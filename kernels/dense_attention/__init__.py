@@ -1,4 +1,4 @@
-"""Attention of a few queries over dense rows, query heads folded per KV head."""
+"""Attention of a few queries over dense rows, the query heads of a KV head together."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def check_expandable(layer) -> None:
         f"{name} scores rows by queries, which do not fit latents": policy is not None
         and (policy.n_queries or policy.observes),
         f"{name} takes something of the model's keys and values": policy is not None and "model" in policy.needs,
-        f"{name} merges rows": policy is not None and policy.folds,
+        f"{name} merges rows": policy is not None and policy.merges_evicted,
         f"{shown} goes by queries, which do not fit latents": "queries" in needs,
         f'{shown} takes RoPE off keys; use LowRank(rope="post")': "positions" in needs,
         "exact_prefill=False changes new rows before attention": not layer.exact_prefill,

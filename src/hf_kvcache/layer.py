@@ -287,7 +287,7 @@ class KVLayer(LayerContract):
         self.last_eviction_check = self.tokens_seen
         if store.is_ragged and (kept | (store.positions < 0)).all():
             return
-        self.policy.fold(view, kept)
+        self.policy.merge_evicted(view, kept)
         store.keep(kept)
         if self.rope is not None and self.compact:
             close_gaps(self)

@@ -11,7 +11,7 @@ from tiny_retrofits import CACHES, batch, feed, lengths, llama, retrofitted, set
 
 from hf_kvcache import dmc
 from hf_kvcache.adapters.errors import AdapterError
-from hf_kvcache.dmc import Settings, compression_off, draw_noise, fold, retrofit, retrofits, zero_rows
+from hf_kvcache.dmc import Settings, compression_off, draw_noise, merge_weights, retrofit, retrofits, zero_rows
 from hf_kvcache.dmc.hooks import Call
 from hf_kvcache.dmc.objective import distillation, hinge, merged_share, ramp, straight_through
 
@@ -181,13 +181,13 @@ def test_folded_rows_decide_the_same(method, zero_after_rope):
     knobs = dict(window=3, decision="rows", lean=[0.1], zero_after_rope=zero_after_rope)
     model = retrofitted(method, n_layers=2, G=4, **knobs)
     before, cache = whole(model, *inputs), CACHES[method]()
-    fold(model)
+    merge_weights(model)
     assert not [name for name in model.state_dict() if "kv_dmc" in name]
     assert all(child.settings.decision == "borrowed" for child in retrofits(model).values())
     assert (whole(model, *inputs) - before)[is_real].abs().max() <= 1e-12
     assert (feed(model, cache, *inputs, [12] + [1] * 13) - before)[is_real].abs().max() <= 1e-10
     with pytest.raises(AdapterError, match="rows"):
-        fold(model)
+        merge_weights(model)
 
 
 @pytest.mark.parametrize("decision", ["rows", "linear"])

@@ -136,7 +136,7 @@ def zero_rows(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fold(model: nn.Module) -> None:
+def merge_weights(model: nn.Module) -> None:
     """Write the weights of "rows" retrofits into the channel that attention does without: they are "borrowed" then.
 
     Raises:
@@ -145,11 +145,11 @@ def fold(model: nn.Module) -> None:
     """
     from dataclasses import replace
 
-    refuse_shards(model, "folding")
+    refuse_shards(model, "merging weights")
 
     for i, child in retrofits(model).items():
         if not isinstance(child, Retrofit) or child.settings.decision != "rows":
-            raise AdapterError(f'layer {i}: only retrofits with decision="rows" can be folded')
+            raise AdapterError(f'layer {i}: only retrofits with decision="rows" can be merged into the weights')
         attention = attentions(model)[i]
         new = {"k": child.decision, "q": child.importance} if child.settings.merges else {"q": child.decision}
         for role, heads in _borrowed(attention, child.settings).items():

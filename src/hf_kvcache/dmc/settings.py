@@ -23,7 +23,7 @@ class Settings:
         method: "dmc" or "dms".
         decision: where decisions come from. "borrowed": a channel of keys (DMC) or of the first query head of a group
             (DMS), which attention then does without. "rows": weights of their own in place of those of that channel,
-            which `fold` writes there. "linear": weights of their own, beside all channels.
+            which `merge_weights` writes there. "linear": weights of their own, beside all channels.
         neuron: the borrowed channel, counted as an index; the released code has the last one.
         offset: subtracted from logits, so that an untrained model keeps everything.
         scale: of logits before the offset; 1 in NVIDIA's DMC checkpoints, more for short retrofits. None means 20 for

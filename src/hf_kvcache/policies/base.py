@@ -32,7 +32,7 @@ class Policy:
         wants_queries: whether `on_queries` wants the queries of every call.
         is_ragged: whether heads may keep different numbers of rows.
         takes_budget: "yes", "no", or "maybe" where a budget is only an upper bound.
-        folds: whether `fold` changes rows, which have to be dense for that.
+        merges_evicted: whether `merge_evicted` changes rows, which have to be dense for that.
         defer_prefill_eviction: whether a prompt is evicted from only once its next chunk, or the first decoding step,
             has come.
         is_trained: whether a retrofitted model says what stays, see `TrainedEviction`.
@@ -53,7 +53,7 @@ class Policy:
     wants_queries: ClassVar[bool] = False
     is_ragged: ClassVar[bool] = False
     takes_budget: ClassVar[str] = "yes"
-    folds: ClassVar[bool] = False
+    merges_evicted: ClassVar[bool] = False
     defer_prefill_eviction: ClassVar[bool] = False
     is_trained: ClassVar[bool] = False
     shard: ClassVar[Shard] = WHOLE
@@ -90,7 +90,7 @@ class Policy:
         Raises:
             ValueError: there are some; the message names both.
         """
-        if self.folds and cache.all_codecs:
+        if self.merges_evicted and cache.all_codecs:
             raise ValueError(
                 f"{type(self).__name__} changes rows that stay, which {cache.all_codecs[0]} has packed; use it without "
                 "a codec"
@@ -205,7 +205,7 @@ class Policy:
         masked = self.masked_scores(scores, positions, tokens_seen)
         return topk_indices(masked, max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), n_fixed)
 
-    def fold(self, view, kept: torch.Tensor) -> None:
+    def merge_evicted(self, view, kept: torch.Tensor) -> None:
         """Let rows that stay take over something of those that go, before they go; `kept` is what `select` chose."""
 
     def spec(self) -> dict:

@@ -15,20 +15,20 @@ BLOCK = 2048  # rows that look for their nearest neighbour at a time
 
 @dataclass
 class Merge(Wrapper):
-    """Fold the value of an evicted row into the kept row whose key is most like its own.
+    """Merge the value of an evicted row into the kept row whose key is most like its own.
 
-    The kept value becomes the mean of all values folded into it, so a row counts the more the more rows it stands for
+    The kept value becomes the mean of all values merged into it, so a row counts the more the more rows it stands for
     (as in CaM, Zhang et al. 2024, and EMS, Li et al. 2024, without their sampling and their global-local blend). Rows
     that are like none are dropped (EMS's zero class). Keys stay: those of different positions do not add up. Only dense
     rows can be changed, so no codec goes with it.
 
     Attributes:
-        similarity: least cosine between keys for a row to be folded rather than dropped.
+        similarity: least cosine between keys for a row to be merged rather than dropped.
     """
 
     similarity: float = 0.6
 
-    folds = True
+    merges_evicted = True
 
     @classmethod
     def over(cls, scorer: Policy, **knobs) -> Merge:
@@ -38,14 +38,14 @@ class Merge(Wrapper):
 
     @property
     def state(self):
-        return self.scorer.state | {"folded": torch.float32}
+        return self.scorer.state | {"n_merged": torch.float32}
 
     def select(self, *args, **kwargs):
         return self.scorer.select(*args, **kwargs)
 
-    def fold(self, view, kept):
+    def merge_evicted(self, view, kept):
         store, positions = view.layer.store, view.positions
-        k, v, folded = store.dense["k"], store.dense["v"], store.dense["folded"]
+        k, v, n_merged = store.dense["k"], store.dense["v"], store.dense["n_merged"]
         is_kept = torch.zeros_like(positions, dtype=torch.bool).scatter(-1, kept, True)
         first = torch.where(positions >= 0, positions, view.tokens_seen).amin(-1, keepdim=True)
         # sinks are looked at for their own sake
@@ -53,7 +53,7 @@ class Merge(Wrapper):
         unit = normalize(k.float(), dim=-1)
         targets = unit.gather(2, _wide(kept, unit))
         can_take = is_target.gather(2, kept).unsqueeze(2)
-        weight = 1 + folded  # rows that a row stands for, itself included
+        weight = 1 + n_merged  # rows that a row stands for, itself included
         total, sums = weight.clone(), v.float() * weight.unsqueeze(-1)
         for start in range(0, k.shape[2], BLOCK):
             rows = slice(start, start + BLOCK)
@@ -66,7 +66,7 @@ class Merge(Wrapper):
         means = torch.where(is_target.unsqueeze(-1), sums / total.unsqueeze(-1), v.float())
         # not in place: a prompt's rows may still be the model's own tensor
         store.dense.tensors["v"] = means.to(v.dtype)
-        folded.copy_(torch.where(is_target, total - 1, folded))
+        n_merged.copy_(torch.where(is_target, total - 1, n_merged))
 
 
 def _wide(index, like):
