@@ -139,7 +139,7 @@ def test_bases_travel_and_are_taken_up_again():
         each.reset()
         fill(model, each, prompt(2, 60, seed=4))
     assert_same_state(other, cache)
-    assert not other.layers[0].store.keys.is_owned
+    assert not other.layers[0].store.keys.constants_in_cache
 
 
 # -- whose tokens they are --------------------------------------------------------------------------------------------

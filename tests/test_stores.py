@@ -153,7 +153,7 @@ def test_buffer_reports_its_storages():
     buffer.append({"x": base[:, :, :10]}, 10)
     # adopted as it is: the whole storage is held
     assert buffer.nbytes == 1600
-    buffer.own()
+    buffer.copy_storage()
     assert buffer.nbytes == 160
 
 

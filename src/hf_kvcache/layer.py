@@ -128,7 +128,7 @@ class KVLayer(LayerContract):
         self.tokens_seen += n
         if is_prefill:
             # the rows are copied out of the model's projection sooner or later: attention reads adjacent rows faster
-            self.store.dense.own()
+            self.store.dense.copy_storage()
             k, v = self.store.dense["k"], self.store.dense["v"]
         return KVView(self, k, v, is_prefill)
 

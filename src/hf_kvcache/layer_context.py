@@ -79,7 +79,7 @@ class LayerContext:
             found, made_for = attached_basis(self.module, side) or (None, None)
         if found is None:
             return None
-        found = found.own(self.shard)
+        found = found.local_shard(self.shard)
         if found.n_groups * found.width != self.n_kv_heads * self.head_dim:
             raise ValueError(
                 f"layer {self.layer_idx}: the basis is of {found.n_groups} groups of {found.width} channels, the model "

@@ -23,7 +23,7 @@ class Shard:
     count: int = 1
     group: dist.ProcessGroup | None = None
 
-    def own(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+    def local_shard(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """This process's share of something that is there for all heads.
 
         Raises:

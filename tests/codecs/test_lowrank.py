@@ -276,7 +276,7 @@ def test_the_same_latents_as_the_adapter_that_the_model_carries(tmp_path):
     carried = kv.LowRankCache(window=8)
     model(ids, **cache_argument(carried))
     assert_same_state(from_file, carried)
-    assert not carried.layers[0].store.keys.is_owned
+    assert not carried.layers[0].store.keys.constants_in_cache
     # caches of one model share what was derived from its basis
     another = kv.LowRankCache(window=8)
     model(ids, **cache_argument(another))

@@ -153,7 +153,7 @@ class RetainingHeadLayer(tuner.ChildLayer):
         parts, shard = self._parts() if features is None else ([features], WHOLE)
         fc1, fc2 = self.weights()
         # cast once, not for every block
-        fc1, fc2 = fc1.to(parts[0]), shard.own(fc2, 0)
+        fc1, fc2 = fc1.to(parts[0]), shard.local_shard(fc2, 0)
         blocks = zip(*(part.split(_BLOCK, 1) for part in parts))
         found = [score(torch.cat(block, -1), fc1, fc2, self.settings["activation"]) for block in blocks]
         return found[0] if len(found) == 1 else torch.cat(found, -1)

@@ -23,7 +23,7 @@ class Codec:
         heads_per_row: how many (known once a layer has seen its first rows).
         share_layers: neighbouring layers that share a row.
         is_unfitted: whether rows have to be shown to `fitted` before any can be encoded.
-        is_owned: whether `constants` belong to this cache rather than to the model.
+        constants_in_cache: whether `constants` belong to this cache rather than to the model.
     """
 
     format: str = ""
@@ -35,7 +35,7 @@ class Codec:
     heads_per_row: int = 1
     share_layers: int = 1
     is_unfitted: bool = False
-    is_owned: bool = False
+    constants_in_cache: bool = False
 
     @property
     def granularity(self) -> int:
@@ -203,8 +203,8 @@ class Chain(Codec):
         return self.first.is_unfitted
 
     @property
-    def is_owned(self) -> bool:
-        return self.first.is_owned
+    def constants_in_cache(self) -> bool:
+        return self.first.constants_in_cache
 
     def for_side(self, side: str) -> Codec:
         # what follows works row by row, as codecs of values do, unless the carrier of keys still looks like keys

@@ -66,7 +66,7 @@ class Basis:
             raise ValueError(f"a basis of rank {self.rank} has no {rank} directions; calibrate with a larger rank")
         return self if rank == self.rank else Basis(self.down[..., :rank], self.up[:, :, :rank], self.mean)
 
-    def own(self, shard: Shard) -> Basis:
+    def local_shard(self, shard: Shard) -> Basis:
         """The groups of heads that a process holds.
 
         Raises:
@@ -81,7 +81,7 @@ class Basis:
                     f"the basis has {self.n_groups} groups of {self.group_size} heads, which cannot be shared out "
                     f"among {shard.count} processes; use one with a smaller group_size"
                 )
-            self._placed[key] = Basis(**{name: shard.own(t, 0) for name, t in self.tensors.items()})
+            self._placed[key] = Basis(**{name: shard.local_shard(t, 0) for name, t in self.tensors.items()})
         return self._placed[key]
 
     def mixed(self) -> Basis:

@@ -54,7 +54,7 @@ class LowRank(Codec):
     side: str | None = field(default=None, repr=False)
     basis: Basis | None = field(default=None, repr=False, compare=False)
     rotary: Rope | None = field(default=None, repr=False, compare=False)
-    is_owned: bool = field(default=False, repr=False)
+    constants_in_cache: bool = field(default=False, repr=False)
 
     carrier = "latents"
     carries_side = False
@@ -170,7 +170,7 @@ class LowRank(Codec):
         warn_once(FITTED)
         mean = moments.mean if self.centre else None
         basis, _ = principal(moments.covariance(self.centre), self.group_size, mean)
-        return replace(self, basis=basis.placed(self.rank, bool(self.mix), x.dtype, x.device), is_owned=True)
+        return replace(self, basis=basis.placed(self.rank, bool(self.mix), x.dtype, x.device), constants_in_cache=True)
 
     def rank_within(self, width):
         """Latent channels for `width` channels; layers that are left over make a smaller group, of `rank` at most."""
@@ -183,7 +183,7 @@ class LowRank(Codec):
         if not tensors:
             return self
         basis = (JointBasis if self.share_layers > 1 else Basis)(**tensors)
-        return replace(self, basis=basis, rank=basis.rank, is_owned=True)
+        return replace(self, basis=basis, rank=basis.rank, constants_in_cache=True)
 
     # -- encode and decode -------------------------------------------------------------------------------------------
 

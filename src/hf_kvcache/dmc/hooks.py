@@ -241,7 +241,7 @@ class Hooks:
         """Decisions that are not borrowed are made for all heads; of several processes, each takes its own."""
         if call.raw is not None:
             shard = self._shard(call, n_kv_heads)
-            own = [None if x is None else shard.own(x, 1) for x in call.raw]
+            own = [None if x is None else shard.local_shard(x, 1) for x in call.raw]
             call.raw = None
             self._resolve(call, *own)
 

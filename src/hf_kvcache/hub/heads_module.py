@@ -35,7 +35,7 @@ class HeadsModule(nn.Module):
         """How much later tokens will look at every token of the current call, float32 `[B, Hkv, S]`."""
         parts, shard = self._capture.parts_of_all_heads(self.fc1.shape[1])
         fc1, fc2 = self()
-        fc1, fc2 = fc1.to(parts[0]), shard.own(fc2, 0)
+        fc1, fc2 = fc1.to(parts[0]), shard.local_shard(fc2, 0)
         blocks = zip(*(part.split(_BLOCK, 1) for part in parts))
         return torch.cat([score(torch.cat(block, -1), fc1, fc2, self.activation) for block in blocks], -1)
 

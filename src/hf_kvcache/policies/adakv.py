@@ -56,5 +56,5 @@ class AdaKV(Wrapper, Ragged):
         free = free.scatter(-1, safe, float("inf"))
         best = free.flatten(1).topk(free.shape[1] * n_keep, -1, sorted=False).indices
         is_wanted = torch.zeros_like(free.flatten(1), dtype=torch.bool).scatter_(1, best, True).view_as(free)
-        is_wanted = pad(self.shard.own(is_wanted, 1)[..., :n_own], (0, n_fixed), value=True)
+        is_wanted = pad(self.shard.local_shard(is_wanted, 1)[..., :n_own], (0, n_fixed), value=True)
         return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

@@ -42,4 +42,4 @@ def uniform(seeds: tuple[int, ...], like: torch.Tensor, shard: Shard) -> torch.T
     # drawn on the CPU: other devices draw other numbers from the same seed
     shape = like.shape[1] * shard.count, like.shape[2]
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return shard.own(drawn, 0).clamp(1e-6, 1 - 1e-6).float().to(like.device)
+    return shard.local_shard(drawn, 0).clamp(1e-6, 1 - 1e-6).float().to(like.device)

@@ -47,6 +47,6 @@ class HeadSplit(Ragged):
         return torch.zeros(view.positions.shape, device=view.device)
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
-        gates = self.shard.own(torch.tensor(self.gates[self.place], device=positions.device), 0)
+        gates = self.shard.local_shard(torch.tensor(self.gates[self.place], device=positions.device), 0)
         is_wanted = (gates >= self.threshold).view(1, -1, 1).expand(positions.shape)
         return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

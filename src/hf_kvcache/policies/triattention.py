@@ -103,7 +103,7 @@ class TriAttention(Policy):
 
     def _calibrated(self, q, view):
         with safe_open(self.centres, "pt", device=str(q.device)) as file:
-            sums = self.shard.own(file.get_tensor(str(view.layer.layer_idx)), 0)
+            sums = self.shard.local_shard(file.get_tensor(str(view.layer.layer_idx)), 0)
         n_heads, n_queries = view.positions.shape[1], q.shape[1]
         if sums.shape != (n_heads, 1, n_queries // n_heads, q.shape[3] // 2, 3):
             raise ValueError(f"TriAttention: the centres in {self.centres} are of a model of other heads")

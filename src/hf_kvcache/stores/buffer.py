@@ -70,7 +70,7 @@ class RowBuffer:
         capacity = -(-max(capacity, self.n_tokens) // self.unit) * self.unit
         self._rebuild([(0, self.n_tokens)], capacity)
 
-    def own(self) -> None:
+    def copy_storage(self) -> None:
         """Copy what was adopted from elsewhere into contiguous storages of exactly the size in use."""
         for name, t in self.tensors.items():
             used = self[name]

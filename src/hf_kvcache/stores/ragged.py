@@ -75,8 +75,8 @@ class RaggedStore(UniformStore):
         is_blind = self.needs_queries and not self.queries.n_tokens
         if surplus >= self.step and not is_blind:
             self._to_pages(surplus // self.step * self.step)
-        elif not self.owned:
-            self._own()
+        elif not self.owns_storage:
+            self._copy_storage()
 
     def _to_pages(self, n: int, is_kept: torch.Tensor | None = None) -> None:
         """Move the oldest `n` dense rows to pages, or those of them that are kept, and drop the others."""
@@ -86,9 +86,9 @@ class RaggedStore(UniformStore):
         self.packed.append(self._encoded_rows(0, n), is_real if is_kept is None else is_real & is_kept[..., :n])
         self._drop(0, n)
 
-    def _own(self) -> None:
-        self.dense.own()
-        self.owned = True
+    def _copy_storage(self) -> None:
+        self.dense.copy_storage()
+        self.owns_storage = True
 
     def _unpack(self, n_tokens: int) -> None:
         """Bring the newest `n_tokens` packed rows of every head back into the dense tail, decoded."""

@@ -65,8 +65,8 @@ class SharedStore(UniformStore):
     def pack(self) -> None:
         if len(self.group) == self.n_layers > 0 and self is self.group[-1]:
             super().pack()
-        elif not self.owned:
-            self._own()
+        elif not self.owns_storage:
+            self._copy_storage()
 
     def fit(self) -> None:
         """Find the directions of the rows there are, for all layers of the group at once."""

@@ -61,7 +61,7 @@ class UniformStore(Store):
         self.layer_state = RowBuffer({})
         self.step = max(PACK_STEP, self.packed.unit)
         self.dtype: torch.dtype | None = None
-        self.owned = True
+        self.owns_storage = True
 
     @property
     def n_packed(self) -> int:
@@ -82,7 +82,7 @@ class UniformStore(Store):
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         n = k.shape[2]
-        self.dtype, self.owned = k.dtype, self.dense.n_tokens > 0 or self.packed.n_tokens > 0
+        self.dtype, self.owns_storage = k.dtype, self.dense.n_tokens > 0 or self.packed.n_tokens > 0
         rows = {"k": k, "v": v}
         for name, dtype in self.tracked.items():
             shape = k.shape if name in self.wide else k.shape[:3]
@@ -143,7 +143,7 @@ class UniformStore(Store):
             self.packed.gather(indices[..., :n_packed])
         else:
             self.dense.gather(indices)
-            self.owned = True
+            self.owns_storage = True
 
     def rotate_keys(self, rotate, by: torch.Tensor, source: str = "k") -> None:
         """Replace dense keys by `rotate(rows, by)`, `by` being `[B, Hkv, N]` in view order.
@@ -155,8 +155,8 @@ class UniformStore(Store):
     def pack(self) -> None:
         surplus = self.dense.n_tokens - self.n_sink - self.window
         if self.keys is None or surplus < self.step or not self._can_pack():
-            if not self.owned:
-                self._own()
+            if not self.owns_storage:
+                self._copy_storage()
             return
         self.fit()
         n = surplus // self.step * self.step
@@ -193,8 +193,8 @@ class UniformStore(Store):
         """Free the dense rows `[start, stop)`, which are packed now."""
         left = self.dense.n_tokens - (stop - start)
         steady = max(self.n_sink + self.window + self.step, left)
-        self.dense.remove(start, stop, capacity=None if self.owned and self.dense.capacity <= steady else steady)
-        self.owned = True
+        self.dense.remove(start, stop, capacity=None if self.owns_storage and self.dense.capacity <= steady else steady)
+        self.owns_storage = True
 
     def fit(self) -> None:
         """Show the rows there are to codecs that have to see some before they can encode any."""
@@ -237,8 +237,10 @@ class UniformStore(Store):
     @property
     def nbytes(self) -> int:
         """Bytes allocated: rows, spare rows, metadata, and constants that were made for this cache."""
-        owned = [side for side in ("keys", "values") if self.keys is not None and getattr(self, side).is_owned]
-        constants = [t for side in owned for t in self.constants(side).values()]
+        sides = [
+            side for side in ("keys", "values") if self.keys is not None and getattr(self, side).constants_in_cache
+        ]
+        constants = [t for side in sides for t in self.constants(side).values()]
         return super().nbytes + sum(t.untyped_storage().nbytes() for t in constants)
 
     def constants(self, side: str) -> dict[str, torch.Tensor]:
@@ -246,13 +248,13 @@ class UniformStore(Store):
         codec = getattr(self, side)
         return {} if codec is None else codec.constants()
 
-    def _own(self) -> None:
+    def _copy_storage(self) -> None:
         """Leave the tensors that were adopted from the model for storages of our own."""
         if self.max_length is not None and self.keys is None:
             self.dense.reserve(self.max_length)
         else:
-            self.dense.own()
-        self.owned = True
+            self.dense.copy_storage()
+        self.owns_storage = True
 
     def crop(self, n_tokens: int) -> None:
         if n_tokens > self.dense.n_tokens - min(self.n_sink, self.dense.n_tokens) and self.n_packed:
