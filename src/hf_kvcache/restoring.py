@@ -322,8 +322,8 @@ def _probe(codec: Codec, n_kv_heads: int, head_dim: int, dtype: str) -> dict:
 def _encode(codec: Codec, row: torch.Tensor) -> dict[str, torch.Tensor]:
     if isinstance(codec, Chain):
         encoded = _encode(codec.first, row)
-        carried = _encode(codec.second, encoded.pop(codec.first.carrier))
-        return encoded | {f"second.{name}": t for name, t in carried.items()}
+        payload = _encode(codec.second, encoded.pop(codec.first.payload))
+        return encoded | {f"second.{name}": t for name, t in payload.items()}
     if isinstance(codec, LowRank):
         # its directions are constants, and whatever they are they give this
         return {"latents": row.new_zeros(1, max(row.shape[1] // codec.group_size, 1), row.shape[2], codec.rank)}

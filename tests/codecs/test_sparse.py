@@ -33,7 +33,7 @@ def test_exactly_the_largest_channels_stay(width, dtype, layout):
     x = rows(33, width, dtype=dtype)
     for sparsity in (0.5, 0.7):
         codec = kv.Sparse(sparsity, layout=layout)
-        back, keep = through(codec, x), codec.carrier_width(width)
+        back, keep = through(codec, x), codec.payload_width(width)
         assert ((back != 0).sum(-1) == keep).all()
         assert torch.equal(back[back != 0], x[back != 0])
         kept_least = torch.where(back != 0, x.abs(), torch.inf).amin(-1)
@@ -43,11 +43,11 @@ def test_exactly_the_largest_channels_stay(width, dtype, layout):
 
 def test_counts_of_the_paper():
     # the released code keeps 65 and 40 of 128 (and ties); rows of 64 and 40 are what its text says
-    assert [kv.Sparse(s).carrier_width(128) for s in (0.5, 0.7)] == [64, 40]
-    assert [kv.Sparse(0.7).carrier_width(d) for d in (64, 80, 96, 256)] == [20, 24, 32, 80]
+    assert [kv.Sparse(s).payload_width(128) for s in (0.5, 0.7)] == [64, 40]
+    assert [kv.Sparse(0.7).payload_width(d) for d in (64, 80, 96, 256)] == [20, 24, 32, 80]
     # 0.3 * 40 is 12 and a little in floating point
-    assert kv.Sparse(0.7).carrier_width(40) == 12
-    assert kv.Sparse(keep=37).carrier_width(128) == 37
+    assert kv.Sparse(0.7).payload_width(40) == 12
+    assert kv.Sparse(keep=37).payload_width(128) == 37
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -256,4 +256,4 @@ def test_balanced_prunes_keys_less():
     keys, values = kv.SparseCache("balanced").codec
     assert (keys.sparsity, values.sparsity) == (0.5, 0.7)
     keys, values = kv.SparseCache(keep_k=50, bits=8).codec
-    assert keys.first.carrier_width(128) == 50 and values.first.carrier_width(128) == 40
+    assert keys.first.payload_width(128) == 50 and values.first.payload_width(128) == 40

@@ -15,9 +15,9 @@ class Codec:
 
     Class attributes:
         format: name of the byte format, which picks the attention kernel.
-        carrier: the encoded tensor that a following codec may encode further, or None.
-        is_aligned: whether a channel of the carrier is the same channel of the model in every row.
-        carries_side: whether the carrier of keys has what makes keys special, outliers in fixed channels.
+        payload: the encoded tensor that a following codec may encode further, or None.
+        channels_fixed: whether a channel of the payload is the same channel of the model in every row.
+        keeps_key_layout: whether the payload of keys has what makes keys special, outliers in fixed channels.
         needs: what it reads beyond the rows: "queries", "positions", "model".
         shares_rows: whether several KV heads share a row.
         heads_per_row: how many (known once a layer has seen its first rows).
@@ -27,9 +27,9 @@ class Codec:
     """
 
     format: str = ""
-    carrier: str | None = None
-    is_aligned: bool = True
-    carries_side: bool = True
+    payload: str | None = None
+    channels_fixed: bool = True
+    keeps_key_layout: bool = True
     needs: frozenset[str] = frozenset()
     shares_rows: bool = False
     heads_per_row: int = 1
@@ -54,7 +54,7 @@ class Codec:
         """This codec with the defaults of keys (`side="k"`) or values (`"v"`) filled in."""
         return self
 
-    def before(self, second: Codec) -> Codec:
+    def when_followed_by(self, second: Codec) -> Codec:
         """This codec as it should be when `second` encodes what it leaves."""
         return self
 
@@ -81,9 +81,9 @@ class Codec:
         return self
 
     def check(self, row: torch.Tensor) -> torch.Tensor | None:
-        """Raise ValueError unless rows like these `[1, Hkv, n, D]` can be encoded; returns the carrier."""
+        """Raise ValueError unless rows like these `[1, Hkv, n, D]` can be encoded; returns the payload."""
         self.nbytes_per_token(row.shape[3], row.element_size())
-        return self.encode(row, row[:, :, :1].unsqueeze(3)).get(self.carrier)
+        return self.encode(row, row[:, :, :1].unsqueeze(3)).get(self.payload)
 
     def encode(
         self, x: torch.Tensor, queries: torch.Tensor | None = None, positions: torch.Tensor | None = None
@@ -109,8 +109,8 @@ class Codec:
         """Bytes of one encoded row of one head: the promise that tests hold the store to."""
         raise NotImplementedError
 
-    def carrier_width(self, head_dim: int) -> int:
-        """Channels of the carrier at this head size."""
+    def payload_width(self, head_dim: int) -> int:
+        """Channels of the payload at this head size."""
         raise NotImplementedError
 
     @property
@@ -140,17 +140,17 @@ class Codec:
 
 @dataclass(frozen=True)
 class Chain(Codec):
-    """`first >> second`: the carrier of the first codec is what the second one encodes."""
+    """`first >> second`: the payload of the first codec is what the second one encodes."""
 
     first: Codec
     second: Codec
 
     def __post_init__(self):
-        object.__setattr__(self, "first", self.first.before(self.second))
+        object.__setattr__(self, "first", self.first.when_followed_by(self.second))
         pair = f"{type(self.first).__name__} >> {type(self.second).__name__}"
-        if self.first.carrier is None:
+        if self.first.payload is None:
             raise ValueError(f"{pair}: {self.first} leaves nothing that another codec can encode; put it last")
-        if not self.first.is_aligned and (self.second.granularity > 1 or self.second.projects):
+        if not self.first.channels_fixed and (self.second.granularity > 1 or self.second.projects):
             raise ValueError(
                 f"{pair}: {self.second} treats a channel alike in several rows, and the channels that "
                 f"{self.first} leaves differ from row to row; use Quantize(axis='token', rotate=False)"
@@ -164,23 +164,23 @@ class Chain(Codec):
         return f"{self.first.format}>{self.second.format}"
 
     @property
-    def carrier(self) -> str | None:
-        return None if self.second.carrier is None else f"second.{self.second.carrier}"
+    def payload(self) -> str | None:
+        return None if self.second.payload is None else f"second.{self.second.payload}"
 
     @property
-    def is_aligned(self) -> bool:
-        return self.first.is_aligned and self.second.is_aligned
+    def channels_fixed(self) -> bool:
+        return self.first.channels_fixed and self.second.channels_fixed
 
     @property
     def needs(self) -> frozenset[str]:
         return self.first.needs
 
-    def carrier_width(self, head_dim):
-        return self.second.carrier_width(self.first.carrier_width(head_dim))
+    def payload_width(self, head_dim):
+        return self.second.payload_width(self.first.payload_width(head_dim))
 
     @property
     def fields(self) -> dict[str, int]:
-        own = {name: n for name, n in self.first.fields.items() if name != self.first.carrier}
+        own = {name: n for name, n in self.first.fields.items() if name != self.first.payload}
         return own | {f"second.{name}": n for name, n in self.second.fields.items()}
 
     @property
@@ -207,9 +207,9 @@ class Chain(Codec):
         return self.first.constants_in_cache
 
     def for_side(self, side: str) -> Codec:
-        # what follows works row by row, as codecs of values do, unless the carrier of keys still looks like keys
-        carries_side = self.first.is_aligned and self.first.carries_side
-        return Chain(self.first.for_side(side), self.second.for_side(side if carries_side else "v"))
+        # what follows works row by row, as codecs of values do, unless the payload of keys still looks like keys
+        keeps_key_layout = self.first.channels_fixed and self.first.keeps_key_layout
+        return Chain(self.first.for_side(side), self.second.for_side(side if keeps_key_layout else "v"))
 
     def for_shape(self, n_kv_heads, head_dim):
         return Chain(self.first.for_shape(n_kv_heads, head_dim), self.second)
@@ -230,23 +230,23 @@ class Chain(Codec):
         return self.second.check(self.first.check(row))
 
     def encode(self, x, queries=None, positions=None):
-        return self.follow(self.first.encode(x, queries, positions))
+        return self.encode_payload(self.first.encode(x, queries, positions))
 
-    def follow(self, encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def encode_payload(self, encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Encode what the first codec has left in `encoded` with the second one."""
-        carried = self.second.encode(encoded.pop(self.first.carrier))
-        return encoded | {f"second.{name}": t for name, t in carried.items()}
+        payload = self.second.encode(encoded.pop(self.first.payload))
+        return encoded | {f"second.{name}": t for name, t in payload.items()}
 
     def decode(self, encoded, dtype, head_dim, positions=None):
         inner = {name: encoded[f"second.{name}"] for name in self.second.fields}
-        outer = {name: encoded[name] for name in self.first.fields if name != self.first.carrier}
-        carried = self.second.decode(inner, dtype, self.first.carrier_width(head_dim))
-        return self.first.decode(outer | {self.first.carrier: carried}, dtype, head_dim, positions)
+        outer = {name: encoded[name] for name in self.first.fields if name != self.first.payload}
+        payload = self.second.decode(inner, dtype, self.first.payload_width(head_dim))
+        return self.first.decode(outer | {self.first.payload: payload}, dtype, head_dim, positions)
 
     def nbytes_per_token(self, head_dim, itemsize):
         whole = self.first.nbytes_per_token(head_dim, itemsize)
-        carried = self.first.carrier_width(head_dim)
-        change = self.second.nbytes_per_token(carried, itemsize) - carried * itemsize
+        payload = self.first.payload_width(head_dim)
+        change = self.second.nbytes_per_token(payload, itemsize) - payload * itemsize
         return whole + change / self.first.heads_per_row
 
     @property

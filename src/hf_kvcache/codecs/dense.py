@@ -13,7 +13,7 @@ class Dense(Codec):
     """Rows as they are: the neutral element of `>>`."""
 
     format = "dense"
-    carrier = "rows"
+    payload = "rows"
 
     @cached_property
     def fields(self):
@@ -28,7 +28,7 @@ class Dense(Codec):
     def nbytes_per_token(self, head_dim, itemsize):
         return head_dim * itemsize
 
-    def carrier_width(self, head_dim):
+    def payload_width(self, head_dim):
         return head_dim
 
     def __rshift__(self, other):

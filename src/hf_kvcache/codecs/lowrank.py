@@ -56,8 +56,8 @@ class LowRank(Codec):
     rotary: Rope | None = field(default=None, repr=False, compare=False)
     constants_in_cache: bool = field(default=False, repr=False)
 
-    carrier = "latents"
-    carries_side = False
+    payload = "latents"
+    keeps_key_layout = False
     projects = True
 
     def __post_init__(self):
@@ -115,7 +115,7 @@ class LowRank(Codec):
     def for_side(self, side):
         return replace(self, side=side)
 
-    def before(self, second):
+    def when_followed_by(self, second):
         return replace(self, mix=True) if self.mix is None and isinstance(second, Quantize) else self
 
     def for_shape(self, n_kv_heads, head_dim):
@@ -225,7 +225,7 @@ class LowRank(Codec):
             )
         return self.rotary
 
-    def carrier_width(self, head_dim):
+    def payload_width(self, head_dim):
         return self.rank
 
     def nbytes_per_token(self, head_dim, itemsize):

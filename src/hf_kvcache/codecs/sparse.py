@@ -36,7 +36,7 @@ class Sparse(Codec):
     axis: str = "token"
     group_size: int | None = None
 
-    is_aligned = False
+    channels_fixed = False
 
     def __post_init__(self):
         if (self.sparsity is None) == (self.keep is None):
@@ -56,7 +56,7 @@ class Sparse(Codec):
         return "sparse" if self.axis == "token" else "sparse/channel"
 
     @property
-    def carrier(self):
+    def payload(self):
         return "values" if self.axis == "token" else None
 
     @property
@@ -71,7 +71,7 @@ class Sparse(Codec):
     def for_side(self, side):
         return replace(self, rule=OF_VALUES.get(self.rule, self.rule)) if side == "v" else self
 
-    def carrier_width(self, head_dim):
+    def payload_width(self, head_dim):
         """Channels kept of `head_dim` (tokens kept of 32 with `axis="channel"`)."""
         if self.keep is not None:
             return self.keep
@@ -83,7 +83,7 @@ class Sparse(Codec):
         return min(kept, group) * among // group
 
     def encode(self, x, queries=None, positions=None):
-        knobs = {"keep": self.carrier_width(x.shape[-1]), "layout": self.layout, "group_size": self.group_size}
+        knobs = {"keep": self.payload_width(x.shape[-1]), "layout": self.layout, "group_size": self.group_size}
         if self.axis == "channel":
             columns = x.unflatten(2, (-1, BLOCK)).transpose(3, 4)  # [B, Hkv, n / 32, D, 32]
             packed = (t.unflatten(2, columns.shape[2:4]) for t in sparse_pack(columns.flatten(2, 3), **knobs))
@@ -98,7 +98,7 @@ class Sparse(Codec):
         return x if self.axis == "token" else x.transpose(3, 4).flatten(2, 3)
 
     def nbytes_per_token(self, head_dim, itemsize):
-        keep, among = self.carrier_width(head_dim), head_dim if self.axis == "token" else BLOCK
+        keep, among = self.payload_width(head_dim), head_dim if self.axis == "token" else BLOCK
         check_format(among, keep, self.layout, self.group_size)
         row = keep * itemsize + (keep if self.layout == "index" else ceil(among / 8))
         return row if self.axis == "token" else row * head_dim / BLOCK

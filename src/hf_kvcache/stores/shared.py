@@ -149,4 +149,4 @@ class SharedStore(UniformStore):
 
 def _followed(codec: Codec, encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the codecs behind the first one make of what it has encoded."""
-    return codec.follow(_followed(codec.first, encoded)) if isinstance(codec, Chain) else encoded
+    return codec.encode_payload(_followed(codec.first, encoded)) if isinstance(codec, Chain) else encoded
