@@ -245,8 +245,8 @@ class Chain(Codec):
 
     def nbytes_per_token(self, head_dim, itemsize):
         whole = self.first.nbytes_per_token(head_dim, itemsize)
-        payload = self.first.payload_width(head_dim)
-        change = self.second.nbytes_per_token(payload, itemsize) - payload * itemsize
+        width = self.first.payload_width(head_dim)
+        change = self.second.nbytes_per_token(width, itemsize) - width * itemsize
         return whole + change / self.first.heads_per_row
 
     @property
