@@ -125,7 +125,11 @@ CASES = [
     Case("quant8k-lowrankv-window8", lambda: kv.KVCache(codec=(kv.Quantize(8), kv.LowRank(bases=PRE)), window=8)),
     Case("snapkv-budget256", lambda: kv.EvictionCache("snapkv", budget=256), lossless=True),
     Case("adakv-budget256-window4", lambda: kv.EvictionCache("adakv", budget=256, window=4), lossless=True),
-    Case("adakv-ratio1-compact", lambda: kv.EvictionCache("adakv", ratio=1.0, window=4, compact=True), lossless=True),
+    Case(
+        "adakv-ratio1-rerotated",
+        lambda: kv.EvictionCache("adakv", ratio=1.0, window=4, rerotate_keys=True),
+        lossless=True,
+    ),
     Case("triattention-budget256", lambda: kv.EvictionCache("triattention", budget=256), lossless=True),
     Case("chunkkv-ratio1", lambda: kv.EvictionCache("chunkkv", ratio=1.0), lossless=True),
     # evicting
@@ -147,11 +151,19 @@ CASES = [
         lambda: kv.EvictionCache("chunkkv", budget=24, scorer="keydiff", chunk_size=5, **KNOBS),
         evicts=True,
     ),
-    Case("streaming-compact", lambda: kv.EvictionCache("streaming", budget=24, compact=True, **KNOBS), evicts=True),
+    Case(
+        "streaming-rerotated",
+        lambda: kv.EvictionCache("streaming", budget=24, rerotate_keys=True, **KNOBS),
+        evicts=True,
+    ),
     Case("keydiff-merge", lambda: kv.EvictionCache("keydiff", budget=24, merge=True, **KNOBS), evicts=True),
     # heads of different lengths
     Case("adakv-budget42", lambda: kv.EvictionCache("adakv", budget=42, scorer="keydiff", **KNOBS), evicts=True),
-    Case("adakv-ratio0.5-compact", lambda: kv.EvictionCache("adakv", ratio=0.5, compact=True, **KNOBS), evicts=True),
+    Case(
+        "adakv-ratio0.5-rerotated",
+        lambda: kv.EvictionCache("adakv", ratio=0.5, rerotate_keys=True, **KNOBS),
+        evicts=True,
+    ),
     Case("duo", lambda: kv.EvictionCache("duo", gates=[[1, 0], [0, 1]], window=4, **KNOBS), evicts=True),
     Case(
         "adakv-quant8",

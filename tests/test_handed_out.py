@@ -137,12 +137,12 @@ def test_what_cannot_be_is_refused_in_the_first_call(models, arch, policy):
     "make, match",
     [
         (lambda: kv.LowRankCache(0.5, window=8), "takes RoPE off keys; use LowRank.rope=.post"),
-        (lambda: kv.EvictionCache("streaming", budget=48, compact=True), "compact=True rotates keys"),
+        (lambda: kv.EvictionCache("streaming", budget=48, rerotate_keys=True), "rerotate_keys=True rotates keys"),
         (lambda: kv.SparseCache(0.5, rule="output_aware"), "goes by queries"),
         (lambda: kv.LocretCache(budget=48, local=8), "carries no retaining heads"),
         (lambda: kv.EvictionCache("keydiff", budget=48, merge=True), "merges rows"),
     ],
-    ids=["pre-rope", "compact", "queries", "locret", "merge"],
+    ids=["pre-rope", "rerotated", "queries", "locret", "merge"],
 )
 def test_what_latents_do_not_go_with(models, make, match):
     with pytest.raises(ValueError, match=match):

@@ -78,7 +78,7 @@ def test_every_tensor_is_counted(name):
 @pytest.mark.parametrize("name", ["streaming", "adakv"])
 def test_keys_that_are_kept_twice_are_counted_twice(name, dtype):
     model = tiny_model(dtype=dtype)
-    cache = kv.EvictionCache(name, budget=48, window=4, compact=True, **KNOBS)
+    cache = kv.EvictionCache(name, budget=48, window=4, rerotate_keys=True, **KNOBS)
     replay(model, cache, prompt(2, 90), [60] + [1] * 30)
     assert_all_is_counted(cache, model)
     held = {name for layer in cache.layers for name in layer.store.dense.tensors}

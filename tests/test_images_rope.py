@@ -41,8 +41,8 @@ CONFIGS = {
 }
 # what rotates keys or queries, and needs to know where they are
 NEEDY = {
-    "compact": lambda: kv.EvictionCache("streaming", budget=24, compact=True, **KNOBS),
-    "compact-ragged": lambda: kv.EvictionCache("adakv", budget=44, compact=True, window=2, **KNOBS),
+    "rerotated": lambda: kv.EvictionCache("streaming", budget=24, rerotate_keys=True, **KNOBS),
+    "rerotated-ragged": lambda: kv.EvictionCache("adakv", budget=44, rerotate_keys=True, window=2, **KNOBS),
     "expected": lambda: kv.EvictionCache("expected_attention", budget=24, **KNOBS),
     "expected-ragged": lambda: kv.EvictionCache("adakv", scorer="expected_attention", budget=44, window=2, **KNOBS),
     "lowrank-pre": lambda: kv.LowRankCache(1.0, window=8),
@@ -123,7 +123,7 @@ def test_text_is_rotated_as_the_model_does(name):
     model = model_of(name)
     ours, reference = (generate(model, c, text()) for c in (NEEDY["lowrank-pre"](), DynamicCache()))
     assert_close("logits", torch.stack(ours.logits), torch.stack(reference.logits), 1e-3)
-    cache, dense, positions = NEEDY["compact"](), DynamicCache(), torch.arange(50)
+    cache, dense, positions = NEEDY["rerotated"](), DynamicCache(), torch.arange(50)
     with torch.no_grad():
         model(**text(), **cache_argument(cache))
         model(**text(), position_ids=(positions + 26).expand(3, 1, -1), **cache_argument(dense))
@@ -134,7 +134,7 @@ def test_text_is_rotated_as_the_model_does(name):
 def test_left_padding_is_no_image():
     model, inputs = model_of("qwen2.5-vl"), text()
     inputs["attention_mask"][0, :7] = 0
-    for name in ("compact", "expected"):
+    for name in ("rerotated", "expected"):
         generate(model, NEEDY[name](), inputs)
     cache = NEEDY["lowrank-pre"]()
     generate(model, cache, inputs)
@@ -147,4 +147,4 @@ def test_what_cannot_be_seen_is_refused(monkeypatch):
 
     monkeypatch.setattr(rope_of_model, "embeddings_given", lambda module: rope_of_model.UNSEEN)
     with pytest.raises(ValueError, match="cannot be seen"):
-        generate(model_of("qwen2.5-vl"), NEEDY["compact"](), text())
+        generate(model_of("qwen2.5-vl"), NEEDY["rerotated"](), text())

@@ -21,7 +21,7 @@ KINDS = {
     "sparse-quant4": ("llama", lambda: kv.SparseCache(0.5, bits=4, layout="index", window=16)),
     "lowrank": ("llama", lambda: kv.LowRankCache(0.5, window=16)),
     "lowrank-shared": ("llama", lambda: kv.LowRankCache(0.25, bits=4, share_layers=2, window=8)),
-    "keydiff-compact": ("llama", lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, compact=True)),
+    "keydiff-rerotated": ("llama", lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, rerotate_keys=True)),
     "h2o": ("llama", lambda: kv.EvictionCache("h2o", budget=40, n_recent=8, interval=4)),
     "expected": ("llama", lambda: kv.EvictionCache("expected_attention", budget=40, n_recent=8)),
     "adakv": ("llama", lambda: kv.EvictionCache("adakv", budget=44, scorer="h2o", n_recent=8, window=4)),
@@ -195,7 +195,8 @@ def test_wrong_types_name_their_field(saved):
             with pytest.raises((Misfit, kv.CacheFileError), match=name):
                 assembled(raw, tensors, model.config)
     for name in names - {
-        "groups", "min_length", "exact_prefill", "compact", "edge_layers", "offloading", "records_past", "attributes"
+        "groups", "min_length", "exact_prefill", "rerotate_keys", "edge_layers", "offloading", "records_past",
+        "attributes",
     }:  # fmt: skip
         raw = json.loads(text)
         del raw[name]

@@ -42,7 +42,7 @@ CACHES = {
     "lowrank-post-quant4": lambda: kv.LowRankCache(0.5, bits=4, rope="post", group_size=(1, "all"), window=16),
     "lowrank-inexact": lambda: kv.LowRankCache(0.5, window=16, exact_prefill=False),
     "keydiff": lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, interval=4),
-    "compact": lambda: kv.EvictionCache("streaming", budget=40, n_recent=8, interval=4, compact=True),
+    "rerotated": lambda: kv.EvictionCache("streaming", budget=40, n_recent=8, interval=4, rerotate_keys=True),
     # what a policy remembers, per row and beside the rows, and the newest queries are part of the state
     "h2o": lambda: kv.EvictionCache("h2o", budget=40, n_recent=8, interval=4),
     "snapkv": lambda: kv.EvictionCache("snapkv", budget=40, n_recent=8, n_queries=8, interval=4),
@@ -50,7 +50,9 @@ CACHES = {
     "merge": lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, interval=4, merge=True),
     # and so are pages, and when heads were last looked at
     "adakv": lambda: kv.EvictionCache("adakv", budget=44, scorer="keydiff", n_recent=8, interval=12),
-    "adakv-compact": lambda: kv.EvictionCache("adakv", budget=44, scorer="h2o", n_recent=8, interval=4, compact=True),
+    "adakv-rerotated": lambda: kv.EvictionCache(
+        "adakv", budget=44, scorer="h2o", n_recent=8, interval=4, rerotate_keys=True
+    ),
     "adakv+quant8": lambda: kv.QuantCache(8, window=8, policy=kv.AdaKV(budget=48, scorer="keydiff", n_recent=8)),
     "fastgen": lambda: kv.EvictionCache("fastgen", recovery=0.5, n_recent=8, interval=4),
     "duo": lambda: kv.EvictionCache("duo", gates=[[1, 0], [0, 1], [1, 1]], n_recent=8, interval=4),

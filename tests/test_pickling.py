@@ -26,7 +26,7 @@ EVERY = CACHES | SHARED
 TRAVELLERS = {
     name: EVERY[name]
     for name in (
-        "dense", "quant4", "sparse", "lowrank", "lowrank-shared", "keydiff", "compact", "snapkv", "expected", "adakv",
+        "dense", "quant4", "sparse", "lowrank", "lowrank-shared", "keydiff", "rerotated", "snapkv", "expected", "adakv",
         "adakv+quant8", "duo",
     )
 }  # fmt: skip

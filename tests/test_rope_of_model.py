@@ -76,7 +76,7 @@ def prefill(model, cache, ids, shift=0):
 def test_compact_moves_keys_where_the_model_would_have_put_them(name):
     model, rotated = model_of(name)
     ids = prompt(1, 40)
-    cache = kv.EvictionCache("streaming", budget=24, compact=True, **KNOBS)
+    cache = kv.EvictionCache("streaming", budget=24, rerotate_keys=True, **KNOBS)
     prefill(model, cache, ids)
     ours = [layer for layer in cache.layers if isinstance(layer, kv.KVLayer)]
     assert [0 if layer.rope is None else 2 * layer.rope.inv_freq.shape[0] for layer in ours] == rotated
@@ -108,7 +108,7 @@ def test_an_interleaved_rope_is_refused_with_what_works(kind):
     for refused in (
         kv.LowRankCache(window=8),
         kv.EvictionCache("expected_attention", budget=24, **KNOBS),
-        kv.EvictionCache("streaming", budget=24, compact=True, **KNOBS),
+        kv.EvictionCache("streaming", budget=24, rerotate_keys=True, **KNOBS),
     ):
         with pytest.raises(ValueError, match=r'LowRank\(rope="post"\) does without' if calls_registry else own):
             generate(model, ids, refused)

@@ -30,10 +30,10 @@ WAYS = {
     "deepcopy": lambda cache, model, folder: copy.deepcopy(cache),
 }
 COMPACT = {
-    "streaming": lambda: kv.EvictionCache("streaming", budget=40, n_recent=8, interval=4, compact=True),
-    "keydiff": lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, interval=4, compact=True),
+    "streaming": lambda: kv.EvictionCache("streaming", budget=40, n_recent=8, interval=4, rerotate_keys=True),
+    "keydiff": lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, interval=4, rerotate_keys=True),
     "adakv": lambda: kv.EvictionCache(
-        "adakv", scorer="keydiff", budget=56, n_recent=8, interval=4, window=4, compact=True
+        "adakv", scorer="keydiff", budget=56, n_recent=8, interval=4, window=4, rerotate_keys=True
     ),
 }
 
@@ -140,7 +140,7 @@ def test_what_was_handed_out_stays_behind(latent_model, tmp_path):
     assert cache.handed is not None
 
 
-# -- compact=True in 16 bits -------------------------------------------------------------------------------------------
+# -- rerotate_keys=True in 16 bits -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bf16", "f16"])

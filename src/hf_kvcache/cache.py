@@ -42,10 +42,10 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         min_length: tokens below which nothing is packed: a short cache is small, and dense rows are read faster.
         exact_prefill: attend to new tokens as they are and compress them afterwards. False attends to what the codec
             makes of them from the start, as published evaluations of low-rank caches do.
-        compact: give the rows that stay neighbouring positions, as if the evicted ones had never been there: their keys
-            are rotated at every eviction. By default rows keep the positions of the text. In float16 and bfloat16 the
-            cache then keeps keys twice, as they were appended and as they stand, because a key that is rotated and
-            rounded again and again would lose its direction.
+        rerotate_keys: give the rows that stay neighbouring positions, as if the evicted ones had never been there:
+            their keys are rotated at every eviction. By default rows keep the positions of the text. In float16 and
+            bfloat16 the cache then keeps keys twice, as they were appended and as they stand, because a key that is
+            rotated and rounded again and again would lose its direction.
         max_length: tokens to make room for at the first call, instead of growing.
         config: the model's config. Only models with linear-attention layers need it (hybrids such as Qwen3-Next);
             others are recognised when the cache is first used.
@@ -67,7 +67,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         edge_codec: Codec | tuple[Codec, Codec] | None = None,
         min_length: int = 0,
         exact_prefill: bool = True,
-        compact: bool = False,
+        rerotate_keys: bool = False,
         max_length: int | None = None,
         config=None,
         offloading: bool = False,
@@ -75,7 +75,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         register_pass_throughs()
         self.policy, self.window, self.n_sink = policy, window, n_sink
         self.min_length, self.exact_prefill, self.max_length = min_length, exact_prefill, max_length
-        self.compact = compact
+        self.rerotate_keys = rerotate_keys
         # whether more of the prompt follows this call; None means that nobody has said (see `prefill`)
         self.prompt_incomplete: bool | None = None
         self.codec, self.edge_layers, self.edge_codec = codec_pair(codec), edge_layers, codec_pair(edge_codec)
@@ -237,7 +237,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
             from hf_kvcache.stateful import StatefulLayer
 
             kind, options = StatefulLayer, {"n_states": self._n_states[layer_idx]}
-        for name in ("window", "n_sink", "min_length", "max_length", "exact_prefill", "compact"):
+        for name in ("window", "n_sink", "min_length", "max_length", "exact_prefill", "rerotate_keys"):
             options[name] = getattr(self, name)
         return kind(layer_idx, *codec, self.policy, **options)
 

@@ -37,10 +37,10 @@ def check_options(cache, offloading: bool) -> None:
     _check_use(cache)
     for pair in (cache.codec, cache.edge_codec if cache.edge_layers else None):
         check_pair(cache, pair)
-    if cache.compact and policy is None:
-        raise ValueError("compact=True closes the gaps that eviction leaves, and without a policy there are none")
-    if cache.compact and cache.all_codecs:
-        raise ValueError(f"compact=True rotates keys again at every eviction, which {cache.all_codecs[0]} cannot")
+    if cache.rerotate_keys and policy is None:
+        raise ValueError("rerotate_keys=True closes the gaps that eviction leaves, and without a policy there are none")
+    if cache.rerotate_keys and cache.all_codecs:
+        raise ValueError(f"rerotate_keys=True rotates keys again at every eviction, which {cache.all_codecs[0]} cannot")
     if policy is not None:
         policy.check_cache(cache)
     _check_sharing(cache, offloading)

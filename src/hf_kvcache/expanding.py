@@ -20,7 +20,7 @@ def check_expandable(layer) -> None:
         f"{shown} goes by queries, which do not fit latents": "queries" in needs,
         f'{shown} takes RoPE off keys; use LowRank(rope="post")': "positions" in needs,
         "exact_prefill=False changes new rows before attention": not layer.exact_prefill,
-        "compact=True rotates keys": layer.compact,
+        "rerotate_keys=True rotates keys": layer.rerotate_keys,
     }
     for why, is_asked in refused.items():
         if is_asked:

@@ -26,7 +26,7 @@ class KVLayer(LayerContract):
         keys, values: codecs, or None to stay dense.
         policy: which tokens stay, or None for all.
         window, n_sink, min_length, max_length: see `UniformStore`.
-        exact_prefill, compact: see `KVCache`.
+        exact_prefill, rerotate_keys: see `KVCache`.
 
     Attributes:
         tokens_seen: tokens appended so far; the store says how many rows are kept of them.
@@ -50,12 +50,12 @@ class KVLayer(LayerContract):
         min_length: int = 0,
         max_length: int | None = None,
         exact_prefill: bool = True,
-        compact: bool = False,
+        rerotate_keys: bool = False,
     ):
         # not the base class's, which would hold tensors of its own
         self.is_initialized = False
         self.layer_idx, self.policy = layer_idx, policy
-        self.exact_prefill, self.compact = exact_prefill, compact
+        self.exact_prefill, self.rerotate_keys = exact_prefill, rerotate_keys
         sizes = dict(window=window, n_sink=n_sink, min_length=min_length, max_length=max_length)
         self.store = self._make_store(keys, values, **sizes)
         self._codecs, self.policy_at_reset = (self.store.keys, self.store.values), policy
@@ -66,7 +66,7 @@ class KVLayer(LayerContract):
         policy, kind = self.policy, None
         tracked = {} if policy is None else {"position": torch.int32, **policy.state}
         # where in RoPE a key is, as far as it is not where the token is in the text
-        tracked |= {"angle": torch.int32} if self.compact else {}
+        tracked |= {"angle": torch.int32} if self.rerotate_keys else {}
         for part in (policy, keys):
             kind = kind or (None if part is None else part.store_type())
         n_queries = 0 if policy is None else policy.n_queries
@@ -99,8 +99,8 @@ class KVLayer(LayerContract):
         self.is_initialized = True
 
     def keep_originals(self, dtype: torch.dtype) -> None:
-        """Keep keys as they were appended, where rows of this dtype and `compact` ask for it."""
-        keep_originals(self.store, self.compact, dtype)
+        """Keep keys as they were appended, where rows of this dtype and `rerotate_keys` ask for it."""
+        keep_originals(self.store, self.rerotate_keys, dtype)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append rows `[B, Hkv, S, D]`; returns a `KVView`, and its values."""
@@ -121,7 +121,7 @@ class KVLayer(LayerContract):
         self.store.append(k, v)
         if self.policy is not None:
             fresh = torch.arange(self.tokens_seen, self.tokens_seen + n, dtype=torch.int32, device=k.device)
-            for name in ("position", "angle") if self.compact else ("position",):
+            for name in ("position", "angle") if self.rerotate_keys else ("position",):
                 self.store.dense[name][:, :, -n:] = fresh
             if ORIGINAL in self.store.tracked:
                 self.store.dense[ORIGINAL][:, :, -n:] = k.detach()
@@ -149,7 +149,7 @@ class KVLayer(LayerContract):
     def needs_model(self) -> bool:
         """Whether a codec or the policy takes something from the model, which `bind` gives it."""
         parts = *self._codecs, self.policy_at_reset
-        is_asked = self.compact or any(part is not None and "model" in part.needs for part in parts)
+        is_asked = self.rerotate_keys or any(part is not None and "model" in part.needs for part in parts)
         return is_asked and not self.is_bound
 
     @property
@@ -181,12 +181,12 @@ class KVLayer(LayerContract):
                     f"the {side} is shared by {codec.heads_per_row} heads; use one with group_size=1"
                 )
             setattr(self.store, side, codec)
-        needs_rope = self.store.needs_positions or self.compact
+        needs_rope = self.store.needs_positions or self.rerotate_keys
         self.is_bound, self.rope = True, context.rope() if needs_rope else None
-        if self.compact and self.rope is None and not context.has_rotary_layers:
+        if self.rerotate_keys and self.rope is None and not context.has_rotary_layers:
             raise ValueError(
-                f"{type(context.module).__name__}: compact=True rotates keys to neighbouring positions, and this model "
-                "has no rotary positions; use compact=False"
+                f"{type(context.module).__name__}: rerotate_keys=True rotates keys to neighbouring positions, and this "
+                "model has no rotary positions; use rerotate_keys=False"
             )
         # a loaded cache holds rows already
         held = [buffer["rope"] for buffer in (self.store.packed, self.store.dense) if "rope" in buffer.tensors]
@@ -289,7 +289,7 @@ class KVLayer(LayerContract):
             return
         self.policy.merge_evicted(view, kept)
         store.keep(kept)
-        if self.rope is not None and self.compact:
+        if self.rope is not None and self.rerotate_keys:
             close_gaps(self)
         self.evicted_at = self.tokens_seen
 

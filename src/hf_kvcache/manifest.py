@@ -137,7 +137,7 @@ class Manifest:
     groups: list[list[int]] = field(default_factory=list)
     min_length: int = 0
     exact_prefill: bool = True
-    compact: bool = False
+    rerotate_keys: bool = False
     codec: dict | None = None
     edge_codec: dict | None = None
     edge_layers: int = 0

@@ -27,7 +27,8 @@ from hf_kvcache.typed import Misfit, class_named, shown
 
 MANIFEST = "manifest.json"
 MOST_BYTES = 2**26  # of a manifest
-OPTIONS = ("window", "n_sink", "min_length", "exact_prefill", "compact", "max_length", "edge_layers", "offloading")
+OPTIONS = ("window", "n_sink", "min_length", "exact_prefill", "rerotate_keys", "max_length", "edge_layers")
+OPTIONS += ("offloading",)
 
 
 def save(cache, directory: str | os.PathLike) -> Path:

@@ -187,7 +187,7 @@ class EvictionCache(KVCache):
         policy: name of an eviction method (`hf-kvcache methods`), or a `Policy`.
         codec: also encode what stays, with a row-granular codec.
         merge: let evicted rows leave their values to the kept rows most like them (see `Merge`).
-        compact: close the gaps in the positions (see `KVCache`).
+        rerotate_keys: close the gaps in the positions (see `KVCache`).
         window: newest rows that stay dense under a codec, or out of the pages of a policy with a length per head;
             None means 64 under a codec, `n_recent` of the policy otherwise.
         edge_layers, edge_codec, max_length, config, offloading: see `KVCache`.
@@ -200,7 +200,7 @@ class EvictionCache(KVCache):
         *,
         codec=None,
         merge: bool = False,
-        compact: bool = False,
+        rerotate_keys: bool = False,
         window: int | None = None,
         edge_layers: int = 0,
         edge_codec=None,
@@ -222,7 +222,7 @@ class EvictionCache(KVCache):
             policy,
             codec,
             window=_window(window, codec, policy),
-            compact=compact,
+            rerotate_keys=rerotate_keys,
             edge_layers=edge_layers,
             edge_codec=edge_codec,
             max_length=max_length,
@@ -251,7 +251,7 @@ class LocretCache(KVCache):
         n_sink: oldest rows that always stay (0 in the paper).
         decode: whether to evict while decoding, too.
         interval: tokens by which a decoding layer may overshoot its budget.
-        codec, window, compact, edge_layers, edge_codec, max_length, config, offloading: see `KVCache`.
+        codec, window, rerotate_keys, edge_layers, edge_codec, max_length, config, offloading: see `KVCache`.
     """
 
     def __init__(

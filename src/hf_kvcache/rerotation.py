@@ -1,4 +1,4 @@
-"""Keys of rows that move to other positions when their neighbours have gone (`compact=True`)."""
+"""Keys of rows that move to other positions when their neighbours have gone (`rerotate_keys=True`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 ORIGINAL = "original"  # keys as they were appended, beside those that have been rotated since
 LACKS_ORIGINALS = (
-    "the file has no keys as they were appended, which compact=True rotates in 16 bits; it is of an earlier "
+    "the file has no keys as they were appended, which rerotate_keys=True rotates in 16 bits; it is of an earlier "
     "release: make the cache again"
 )
 

@@ -144,14 +144,14 @@ def refuse_images(module: torch.nn.Module, ropes, is_real: torch.Tensor | None) 
         if steps is None:
             raise ValueError(
                 f"layer {module.layer_idx}: positions may be those of images, and what the model made of them cannot "
-                f"be seen (is it compiled?); {OTHERWISE}, and so do caches without compact=True"
+                f"be seen (is it compiled?); {OTHERWISE}, and so do caches without rerotate_keys=True"
             )
         if is_real is not None:
             steps |= ~(is_real[:, 1:] & is_real[:, :-1]).to(steps.device)
         if not steps.all():
             raise ValueError(
                 f"layer {module.layer_idx}: the positions of an image or a video do not count tokens, so keys and "
-                f"queries cannot be rotated by them; {OTHERWISE}, and so do other policies without compact=True"
+                f"queries cannot be rotated by them; {OTHERWISE}, and so do other policies without rerotate_keys=True"
             )
 
 

@@ -55,7 +55,7 @@ class Recorder:
             # what is no token goes to a place behind all tokens
             where = torch.where(positions < 0, total, positions)
             is_held.scatter_(2, where, True)
-            if layer.compact:
+            if layer.rerotate_keys:
                 angle.scatter_(2, where, layer.store.state("angle").long())
         fresh = torch.zeros(n_new, total, dtype=torch.bool)
         fresh[:, seen : seen + n_new] = torch.ones(n_new, n_new, dtype=torch.bool).tril()
@@ -174,7 +174,7 @@ def test_equals_the_explicit_mask_left_padded(name, sizes):
 @pytest.mark.parametrize("sizes", [SPLITS["7"], SPLITS["whole"]], ids=["7", "whole"])
 def test_compact_equals_rotated_keys(name, sizes):
     model, ids = tiny_model(), prompt(2, 90)
-    cache = kv.KVCache(POLICIES[name](), window=4, compact=True)
+    cache = kv.KVCache(POLICIES[name](), window=4, rerotate_keys=True)
     ours, recorder = record(model, cache, ids, sizes)
     inv_freq = model.model.rotary_emb.inv_freq
     assert_close("logits", ours, explicit(model, recorder, ids, sizes, inv_freq=inv_freq), 1e-6)

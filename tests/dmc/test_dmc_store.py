@@ -234,7 +234,7 @@ def test_pairs_that_cannot_work(cache, name, codec, what):
 
 @pytest.mark.parametrize(
     "knobs",
-    [dict(compact=True), dict(max_length=64), dict(n_sink=4), dict(min_length=64)],
+    [dict(rerotate_keys=True), dict(max_length=64), dict(n_sink=4), dict(min_length=64)],
     ids=lambda knobs: [*knobs][0],
 )
 def test_nothing_to_set_beside_the_decisions(knobs):

@@ -23,7 +23,7 @@ CONFIGS = ARCHITECTURES | {
 KINDS = {
     "queries of the newest tokens": ("llama", BY_ID["sparse0.5-think-window8"].make),
     "the model's RoPE, by the policy": ("llama", BY_ID["expected-budget24"].make),
-    "the model's RoPE, to close gaps": ("llama", BY_ID["streaming-compact"].make),
+    "the model's RoPE, to close gaps": ("llama", BY_ID["streaming-rerotated"].make),
     "places among the layers, pages": ("llama", BY_ID["duo"].make),
     "another policy's scores, heads of different lengths": ("llama", BY_ID["adakv-budget42"].make),
     "a side of which only some channels stay": ("llama", BY_ID["sparsek-densev-window8"].make),

@@ -158,9 +158,9 @@ MISTAKES = {
     "packs 32 tokens": lambda: kv.QuantCache(4, key_axis="channel", policy=kv.AdaKV(budget=256)),
     "n_sink=4 of the cache does not go with pages": lambda: kv.KVCache(kv.AdaKV(budget=256), kv.Sparse(0.5), n_sink=4),
     "leaves nothing to choose beside up to 96 dense rows": lambda: kv.KVCache(kv.AdaKV(budget=64)),
-    "compact=True closes the gaps": lambda: kv.KVCache(compact=True),
-    "compact=True rotates keys again": lambda: kv.EvictionCache(
-        "snapkv", budget=256, compact=True, codec=kv.Quantize(8, axis="token")
+    "rerotate_keys=True closes the gaps": lambda: kv.KVCache(rerotate_keys=True),
+    "rerotate_keys=True rotates keys again": lambda: kv.EvictionCache(
+        "snapkv", budget=256, rerotate_keys=True, codec=kv.Quantize(8, axis="token")
     ),
     "Merge changes rows that stay": lambda: kv.EvictionCache(
         "snapkv", budget=256, merge=True, codec=kv.Quantize(8, axis="token")

@@ -44,7 +44,7 @@ class TrainedEviction(Policy):
         super().check_cache(cache)
         check_pages(self, cache)
         given = {
-            "compact": cache.compact,
+            "rerotate_keys": cache.rerotate_keys,
             "max_length": cache.max_length is not None,
             "exact_prefill": not cache.exact_prefill,
         }

@@ -32,7 +32,7 @@ def roots_of(cache: KVCache, adapter: dict | None = None, *, is_model: bool = Tr
         roots.add(f"{PACKAGE}.attention.pages")
     # what is asked of the model: its RoPE, and bases that hang on it
     asking = [part for part in _parts(cache) if "model" in part.needs]
-    roots |= {f"{PACKAGE}.rope_of_model"} if asking or cache.compact else set()
+    roots |= {f"{PACKAGE}.rope_of_model"} if asking or cache.rerotate_keys else set()
     roots |= {f"{PACKAGE}.adapters.modules"} if any(isinstance(part, Codec) for part in asking) else set()
     return roots
 

@@ -6,7 +6,7 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import codec_from_spec
 from hf_kvcache.policies.base import policy_from_spec
 
-_PLAIN = ("window", "n_sink", "min_length", "exact_prefill", "compact", "edge_layers", "max_length")
+_PLAIN = ("window", "n_sink", "min_length", "exact_prefill", "rerotate_keys", "edge_layers", "max_length")
 
 
 def spec_of(cache: KVCache) -> dict:

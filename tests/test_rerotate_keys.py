@@ -1,4 +1,4 @@
-"""compact=True: kept keys are those that the model would have made at their new places, however often rows go."""
+"""rerotate_keys=True: kept keys are those that the model would have made at their new places, however often rows go."""
 
 import pytest
 import torch
@@ -20,10 +20,10 @@ SIZES = dict(
     pad_token_id=0,
 )
 POLICIES = {
-    "streaming": lambda: kv.EvictionCache("streaming", budget=40, n_recent=8, interval=4, compact=True),
-    "keydiff": lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, interval=4, compact=True),
+    "streaming": lambda: kv.EvictionCache("streaming", budget=40, n_recent=8, interval=4, rerotate_keys=True),
+    "keydiff": lambda: kv.EvictionCache("keydiff", budget=40, n_recent=8, interval=4, rerotate_keys=True),
     "adakv": lambda: kv.EvictionCache(
-        "adakv", budget=56, scorer="keydiff", n_recent=8, interval=4, window=4, compact=True
+        "adakv", budget=56, scorer="keydiff", n_recent=8, interval=4, window=4, rerotate_keys=True
     ),
 }
 
@@ -132,6 +132,6 @@ def test_a_file_without_originals_is_refused(tmp_path):
 
 def test_a_model_without_rotary_positions_is_refused():
     model = new_model(GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=128))
-    cache = kv.EvictionCache("streaming", budget=24, compact=True, **KNOBS)
+    cache = kv.EvictionCache("streaming", budget=24, rerotate_keys=True, **KNOBS)
     with pytest.raises(ValueError, match="no rotary positions"):
         replay(model, cache, prompt(1, 40), [40])
