@@ -14,15 +14,13 @@ class Accounting:
     def nbytes(self) -> int:
         """Bytes allocated by all layers: storages that exist, spare rows and metadata included."""
         ropes = set().union(*(layer.ropes for layer in self.layers if hasattr(layer, "store")))
-        layers = [layer.nbytes if hasattr(layer, "store") else compat.stock_nbytes(layer) for layer in self.layers]
+        layers = [layer.nbytes if hasattr(layer, "store") else compat.hf_nbytes(layer) for layer in self.layers]
         return sum(layers) + sum(rope.nbytes for rope in ropes)
 
     @property
     def nbytes_dense(self) -> int:
         """Bytes that a dense cache of the same tokens would hold."""
-        return sum(
-            layer.nbytes_dense if hasattr(layer, "store") else compat.stock_nbytes(layer) for layer in self.layers
-        )
+        return sum(layer.nbytes_dense if hasattr(layer, "store") else compat.hf_nbytes(layer) for layer in self.layers)
 
     @property
     def compression_ratio(self) -> float:
@@ -37,8 +35,8 @@ class Accounting:
                 "class": type(layer).__name__,
                 "tokens_seen": layer.get_seq_length() if hasattr(layer, "get_seq_length") else None,
                 "n_kept": layer.store.n_kept if hasattr(layer, "store") else None,
-                "nbytes": layer.nbytes if hasattr(layer, "store") else compat.stock_nbytes(layer),
-                "nbytes_dense": layer.nbytes_dense if hasattr(layer, "store") else compat.stock_nbytes(layer),
+                "nbytes": layer.nbytes if hasattr(layer, "store") else compat.hf_nbytes(layer),
+                "nbytes_dense": layer.nbytes_dense if hasattr(layer, "store") else compat.hf_nbytes(layer),
             }
             for i, layer in enumerate(self.layers)
         ]

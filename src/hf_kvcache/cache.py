@@ -82,7 +82,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         check_options(self, offloading)
         self._model: weakref.ref | None = None
         self._expected: dict | None = None
-        self._stock: list | None = None
+        self._hf_layers: list | None = None
         self._records_past, self.handed = False, None
         # layers hold them: when the last one forgets its text, they go
         self._ropes = weakref.WeakValueDictionary()
@@ -90,7 +90,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         if config is not None:
             self._learn_layers(config)
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=True)
-        self._add_layers(len(self._stock or ()))
+        self._add_layers(len(self._hf_layers or ()))
 
     @property
     def all_codecs(self) -> list[Codec]:
@@ -125,15 +125,15 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         """
         view, module = call.view, call.module
         layer, layer_idx = view.layer, view.layer.layer_idx
-        if self._stock is None:
+        if self._hf_layers is None:
             self._learn_layers(module.config)
         if layer_idx in self._n_states and not layer.has_states:
             # the first layer of such a model: attention comes before linear attention
             raise ValueError(self._lacks_config)
-        stock = self._stock_layer(layer_idx)
-        if stock is not None:
-            stock.update(view.new_k, view.new_v)
-            self.layers[layer_idx] = stock
+        hf_layer = self._hf_layer(layer_idx)
+        if hf_layer is not None:
+            hf_layer.update(view.new_k, view.new_v)
+            self.layers[layer_idx] = hf_layer
             return False
         layer.check_ready()
         if layer_idx == self.first_layer:
@@ -146,7 +146,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
 
     def holds(self, view: KVView) -> bool:
         """Whether the rows of `view` are in a layer that is ours, asked once the layer's own module has read it."""
-        return self._stock_layer(view.layer.layer_idx) is None
+        return self._hf_layer(view.layer.layer_idx) is None
 
     def attach(self, module: torch.nn.Module, layer: KVLayer, model: torch.nn.Module | None = None) -> None:
         """Let codecs and policy of a layer that has seen rows take from its attention module what they need.
@@ -154,10 +154,10 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         `model` is the one that it belongs to, where that is not running.
         """
         sizes = layer.n_kv_heads, layer.head_dim, layer.dtype, layer.device
-        stock = compat.stock_layers(module.config)
+        hf_layers = compat.hf_layers(module.config)
         # a model that runs its layers several times has more in its cache than its config says
-        n_layers = max(len(stock), layer.layer_idx + 1)
-        ours = [i for i in range(n_layers) if i >= len(stock) or stock[i] is None]
+        n_layers = max(len(hf_layers), layer.layer_idx + 1)
+        ours = [i for i in range(n_layers) if i >= len(hf_layers) or hf_layers[i] is None]
         depth = ours.index(layer.layer_idx), len(ours)
         layer.bind(LayerContext(module, layer.layer_idx, *sizes, self._ropes, depth, model))
 
@@ -176,12 +176,12 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         Raises:
             ValueError: a policy that does not go with layers that have states beside rows.
         """
-        self._stock, self._n_states = compat.stock_layers(config), compat.n_states(config)
+        self._hf_layers, self._n_states = compat.hf_layers(config), compat.n_states(config)
         if self._n_states and self.policy is not None:
             self.policy.check_states()
         does_something = self.policy is not None or self.codec is not None
-        if does_something and all(layer is not None for layer in self._stock):
-            kinds = sorted({type(layer).__name__ for layer in self._stock})
+        if does_something and all(layer is not None for layer in self._hf_layers):
+            kinds = sorted({type(layer).__name__ for layer in self._hf_layers})
             warn_once(
                 f"none of this model's layers is compressed: all of them keep what transformers has for them "
                 f"({', '.join(kinds)}), such as a sliding window"
@@ -197,13 +197,12 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
 
     def layers_with_codec(self) -> list[int]:
         """Layers that have `codec`, once the model is known."""
-        n_layers = len(self._stock)
-        ours = [i for i in range(n_layers) if self._stock[i] is None]
-        return [i for i in ours if self.codec_of_layer(i, n_layers) is self.codec]
+        ours = [i for i, layer in enumerate(self._hf_layers) if layer is None]
+        return [i for i in ours if self.codec_of_layer(i, len(self._hf_layers)) is self.codec]
 
     def layer_for(self, module: torch.nn.Module) -> KVLayer:
         """The layer that an attention module will fill, before it does."""
-        if self._stock is None:
+        if self._hf_layers is None:
             self._learn_layers(module.config)
         self._add_layers(module.layer_idx + 1)
         layer = self.layers[module.layer_idx]
@@ -216,15 +215,16 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
             self.layers.append(self._new_layer(len(self.layers)))
 
     def _new_layer(self, layer_idx: int):
-        stock = self._stock_layer(layer_idx)
-        if stock is not None:
-            return stock
-        if self._stock is not None and layer_idx >= len(self._stock) and any(self._stock):
+        hf_layer = self._hf_layer(layer_idx)
+        if hf_layer is not None:
+            return hf_layer
+        n_layers = None if self._hf_layers is None else len(self._hf_layers)
+        if n_layers is not None and layer_idx >= n_layers and any(self._hf_layers):
             raise ValueError(
-                f"the model has {len(self._stock)} layers by its config and asks for layer {layer_idx} of the cache: "
-                f"construct {type(self).__name__}(..., config=model.config), so that it can add what it needs"
+                f"the model has {n_layers} layers by its config and asks for layer {layer_idx} of the cache: construct "
+                f"{type(self).__name__}(..., config=model.config), so that it can add what it needs"
             )
-        codec = self.codec_of_layer(layer_idx, None if self._stock is None else len(self._stock)) or (None, None)
+        codec = self.codec_of_layer(layer_idx, n_layers) or (None, None)
         layer = self.make_layer(layer_idx, codec)
         if self._records_past:
             layer.activate_past_recording()
@@ -241,12 +241,13 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
             options[name] = getattr(self, name)
         return kind(layer_idx, *codec, self.policy, **options)
 
-    def _stock_layer(self, layer_idx: int):
+    def _hf_layer(self, layer_idx: int):
         """transformers' own layer for this index, or None where ours serves (or the model is not known yet)."""
-        stock = self._stock[layer_idx] if self._stock is not None and layer_idx < len(self._stock) else None
-        if self._records_past and hasattr(stock, "activate_past_recording"):
-            stock.activate_past_recording()
-        return stock
+        hf_layers = self._hf_layers or ()
+        hf_layer = hf_layers[layer_idx] if layer_idx < len(hf_layers) else None
+        if self._records_past and hasattr(hf_layer, "activate_past_recording"):
+            hf_layer.activate_past_recording()
+        return hf_layer
 
     @property
     def first_layer(self) -> int:

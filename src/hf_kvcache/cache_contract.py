@@ -107,7 +107,7 @@ class CacheContract(Cache):
         sizes = {
             (layer.batch_size if layer.is_initialized else -1)
             if isinstance(layer, LayerContract)
-            else compat.stock_batch_size(layer)
+            else compat.hf_batch_size(layer)
             for layer in self.layers
         } - {-1}
         if len(sizes) > 1:
@@ -152,9 +152,9 @@ class CacheContract(Cache):
         Raises:
             ValueError: the layers are not known yet.
         """
-        if self._stock is None:
+        if self._hf_layers is None:
             raise ValueError(self._lacks_config)
-        while len(self.layers) < len(self._stock):
+        while len(self.layers) < len(self._hf_layers):
             self.layers.append(self._new_layer(len(self.layers)))
 
     @property

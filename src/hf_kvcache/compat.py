@@ -42,7 +42,7 @@ __all__ = [
     "register_mask",
     "sdpa_attention_forward",
     "sdpa_mask",
-    "stock_layers",
+    "hf_layers",
 ]
 
 
@@ -167,7 +167,7 @@ def crop_states(layer: LinearAttentionLayer, tokens_to_remove: int) -> None:
         LinearAttentionLayer.crop(layer, tokens_to_remove)
 
 
-def stock_batch_size(layer) -> int:
+def hf_batch_size(layer) -> int:
     """Rows of the batch that one of transformers' own layers holds; -1 before the first token."""
     held = [getattr(layer, "keys", None)]
     if isinstance(layer, LinearAttentionLayer):
@@ -202,7 +202,7 @@ def leaves_cache_at(module: torch.nn.Module) -> int | None:
     return length if switches else None
 
 
-def stock_layers(config) -> list[CacheLayerMixin | None]:
+def hf_layers(config) -> list[CacheLayerMixin | None]:
     """transformers' own cache layer for every layer of a model, None where it has the rows of full attention."""
     layers = DynamicCache(config=config).layers
     return [None if type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer) else layer for layer in layers]
@@ -214,7 +214,7 @@ def n_states(config) -> dict[int, int]:
     return {i: layer.number_of_states for i, layer in layers if type(layer) is LinearAttentionAndFullAttentionLayer}
 
 
-def stock_nbytes(layer: CacheLayerMixin) -> int:
+def hf_nbytes(layer: CacheLayerMixin) -> int:
     """Bytes of what one of transformers' own cache layers holds itself, by unique storages."""
     storages = {}
     for value in vars(layer).values():

@@ -79,4 +79,4 @@ class Lending:
     def _end_handing_out(self) -> None:
         """The next rows come: a layer whose tensors no attention function has got is of a model with its own."""
         layer, self.handed = self.layers[self.handed.layer_idx], None
-        check_served(layer, self.edge_layers, self._stock is not None)
+        check_served(layer, self.edge_layers, self._hf_layers is not None)

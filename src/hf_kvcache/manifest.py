@@ -17,7 +17,7 @@ TENSORS_NAME = re.compile(r"cache-[0-9a-f]{16}\.safetensors")
 
 
 @dataclass(frozen=True)
-class StockEntry:
+class HFLayerEntry:
     """One of transformers' own layers.
 
     Attributes:
@@ -41,7 +41,7 @@ class LayerEntry:
         batch_size, n_kv_heads, head_dim, dtype: of the rows; None before the first.
         v_head_dim: of the values; None in files of earlier releases, where it is `head_dim`.
         window: that a retrofitted model made them with.
-        states: of linear attention in the same layer, as in `StockEntry.state`; None for layers without.
+        states: of linear attention in the same layer, as in `HFLayerEntry.state`; None for layers without.
         the others: attributes of `KVLayer`.
     """
 
@@ -117,7 +117,7 @@ class Manifest:
         tensors: name of the file that holds the tensors.
         sha256: its checksum.
         shapes: dtype and shape of every tensor in it.
-        layers: a `LayerEntry` or a `StockEntry` for every layer.
+        layers: a `LayerEntry` or a `HFLayerEntry` for every layer.
         groups: layers that share their packed rows.
         the others: arguments of `KVCache`.
     """
@@ -192,12 +192,12 @@ def read_manifest(raw) -> Manifest:
         raise Misfit(str(error).removeprefix(":").removeprefix(".").strip()) from None
 
 
-def read_entry(raw, i: int) -> LayerEntry | StockEntry:
+def read_entry(raw, i: int) -> LayerEntry | HFLayerEntry:
     """The entry of layer `i`; raises `Misfit` as `read_manifest`."""
     where = f"layers[{i}]"
     is_ours = isinstance(raw, dict) and raw.get("class") == "KVLayer"
     try:
-        return build(LayerEntry if is_ours else StockEntry, raw, where)
+        return build(LayerEntry if is_ours else HFLayerEntry, raw, where)
     except Misfit as error:
         text = str(error)
         raise Misfit(text if text.startswith(where) else f"{where}.{text}") from None

@@ -64,7 +64,7 @@ def describe(cache) -> tuple[dict, dict[str, torch.Tensor]]:
     """
     tensors, layers = {}, []
     for i, layer in enumerate(cache.layers):
-        entry, own = (restoring.describe if isinstance(layer, KVLayer) else restoring.describe_stock)(layer)
+        entry, own = (restoring.describe if isinstance(layer, KVLayer) else restoring.describe_hf_layer)(layer)
         layers.append(entry)
         tensors |= {f"{i}.{name}": t for name, t in own.items()}
     described = {
@@ -159,7 +159,7 @@ def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], co
             raise Misfit(f"attributes.{shown(name)[1:-1]}: a {kind.__name__} has that already")
         setattr(cache, name, value)
     cache._records_past = manifest.records_past
-    stock, cache.layers = cache.layers, []
+    hf_layers, cache.layers = cache.layers, []
     shared = [f"constants.{side}.down" for side in ("keys", "values")]
     for leader, *others in manifest.groups:
         there = [name for name in shared if f"{leader}.{name}" in tensors]
@@ -173,20 +173,21 @@ def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], co
     for i, entry in enumerate(manifest.layers):
         own = by_layer[str(i)]
         if isinstance(entry, LayerEntry):
-            if i < len(stock) and not isinstance(stock[i], KVLayer):
-                raise Misfit(f"layers[{i}].class: the model has a {type(stock[i]).__name__} there, which holds its own")
+            if i < len(hf_layers) and not isinstance(hf_layers[i], KVLayer):
+                kind = type(hf_layers[i]).__name__
+                raise Misfit(f"layers[{i}].class: the model has a {kind} there, which holds its own")
             cache.layers.append(restoring.restore(i, entry, own, cache, i in manifest.followers))
-        elif i < len(stock) and type(stock[i]).__name__ == entry.kind:
-            cache.layers.append(restoring.restore_stock(i, stock[i], entry, own))
+        elif i < len(hf_layers) and type(hf_layers[i]).__name__ == entry.kind:
+            cache.layers.append(restoring.restore_hf_layer(i, hf_layers[i], entry, own))
         else:
             raise Misfit(
                 f"layers[{i}].class: layer {i} is a {shown(entry.kind)}; load it with model= that has one there"
             )
     restoring.join_groups(cache.layers, manifest.groups)
-    if cache._stock is not None:
+    if cache._hf_layers is not None:
         for i, layer in enumerate(cache.layers):
-            if i < len(cache._stock) and cache._stock[i] is not None:
-                cache._stock[i] = layer
+            if i < len(cache._hf_layers) and cache._hf_layers[i] is not None:
+                cache._hf_layers[i] = layer
     cache.expect(manifest.model)
     return cache
 

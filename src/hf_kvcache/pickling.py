@@ -49,7 +49,7 @@ def reduced(cache) -> tuple:
         "attributes": persist.own_attributes(cache),
         "records_past": cache._records_past,
         "model": persist.model_of(cache),
-        "stock": copy.deepcopy(cache._stock, memo),
+        "hf_layers": copy.deepcopy(cache._hf_layers, memo),
         "n_states": dict(cache._n_states),
         "layers": layers,
         "groups": persist.groups_of(cache),
@@ -62,7 +62,8 @@ def rebuilt(kind: type, state: dict):
     cache = kind.__new__(kind)
     persist.begin(cache, **state["options"])
     vars(cache).update(state["attributes"])
-    cache._records_past, cache._stock, cache._n_states = state["records_past"], state["stock"], state["n_states"]
+    cache._records_past, cache._hf_layers = state["records_past"], state["hf_layers"]
+    cache._n_states = state["n_states"]
     for i, item in enumerate(state["layers"]):
         if not isinstance(item, tuple):
             cache.layers.append(item)

@@ -12,7 +12,7 @@ from hf_kvcache.codecs.base import ROWS, Chain, Codec
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.described import SIDES, describe_pair, described_codec, described_pair
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.manifest import MOST_CHANNELS, MOST_TOKENS, LayerEntry, StockEntry
+from hf_kvcache.manifest import MOST_CHANNELS, MOST_TOKENS, HFLayerEntry, LayerEntry
 from hf_kvcache.rerotation import LACKS_ORIGINALS, ORIGINAL
 from hf_kvcache.stateful import StatefulLayer
 from hf_kvcache.stores.buffer import RowBuffer
@@ -333,7 +333,7 @@ def _encode(codec: Codec, row: torch.Tensor) -> dict[str, torch.Tensor]:
 # -- transformers' own layers ----------------------------------------------------------------------------------------
 
 
-def describe_stock(layer) -> tuple[dict, dict[str, torch.Tensor]]:
+def describe_hf_layer(layer) -> tuple[dict, dict[str, torch.Tensor]]:
     """One of transformers' own layers: its class, flags and numbers, and its tensors.
 
     Raises:
@@ -355,7 +355,7 @@ def _numbers_and_tensors(layer, leaves) -> tuple[dict, dict[str, torch.Tensor]]:
     return state, tensors
 
 
-def restore_stock(i: int, fresh, entry: StockEntry, tensors: dict[str, torch.Tensor]):
+def restore_hf_layer(i: int, fresh, entry: HFLayerEntry, tensors: dict[str, torch.Tensor]):
     """A new layer of that class as it was described.
 
     Raises:
@@ -365,7 +365,7 @@ def restore_stock(i: int, fresh, entry: StockEntry, tensors: dict[str, torch.Ten
     _check_leaves(dict(_leaves(vars(layer))), entry.state | tensors, entry.kind, f"{where}.state")
     for name, value in (entry.state | tensors).items():
         _put(vars(layer), name, value)
-    _check_stock(layer, entry, tensors, where)
+    _check_hf_layer(layer, entry, tensors, where)
     held = next((t for t in tensors.values() if t.is_floating_point()), None)
     if held is not None:
         layer.dtype, layer.device = held.dtype, held.device
@@ -410,7 +410,7 @@ def _check_flag(state: dict, flag: str, name: str, tensors: dict, where: str) ->
         raise Misfit(f"{where}.{flag}: {state.get(flag)}, where {name} is {name in tensors} in the file")
 
 
-def _check_stock(layer, entry: StockEntry, tensors: dict, where: str) -> None:
+def _check_hf_layer(layer, entry: HFLayerEntry, tensors: dict, where: str) -> None:
     flags = {"is_initialized": "keys"}
     for kind in ("conv", "recurrent"):
         of_kind = getattr(layer, f"is_{kind}_states_initialized", {})

@@ -60,8 +60,8 @@ def full_attentions(model: torch.nn.Module) -> dict[int, Attention]:
     found = attentions(model)
     if not found:
         return {}
-    stock = compat.stock_layers(next(iter(found.values())).module.config)
-    return {i: attention for i, attention in found.items() if i >= len(stock) or stock[i] is None}
+    hf_layers = compat.hf_layers(next(iter(found.values())).module.config)
+    return {i: attention for i, attention in found.items() if i >= len(hf_layers) or hf_layers[i] is None}
 
 
 def attached_basis(module: torch.nn.Module, side: str) -> tuple[Basis, str] | None:

@@ -148,7 +148,7 @@ class Through(KVCache):
         self._kind, self._arguments = kind, arguments
 
     def _new_layer(self, layer_idx):
-        return self._stock_layer(layer_idx) or self._kind(layer_idx, *self._arguments)
+        return self._hf_layer(layer_idx) or self._kind(layer_idx, *self._arguments)
 
 
 @torch.no_grad()

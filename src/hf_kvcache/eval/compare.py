@@ -188,8 +188,8 @@ def prepare(model, spec: CacheSpec, settings: Settings) -> None:
     transformers' own caches get the attention that they have without this package. A retrofitted model compresses for
     the cache of its method only: all others, and the baseline, have the same weights without compression.
     """
-    stock = "sdpa" if settings.attention == "hf_kvcache" else settings.attention
-    wanted = stock if spec.is_peer else settings.attention
+    plain = "sdpa" if settings.attention == "hf_kvcache" else settings.attention
+    wanted = plain if spec.is_peer else settings.attention
     if model.config._attn_implementation != wanted:
         model.set_attn_implementation(wanted)
     for child in retrofits(model).values():
