@@ -1,7 +1,7 @@
 // Keys rebuilt from latents: `rotate(latent @ up + mean, position)`, a few rows and all channels at a time.
 #pragma once
 
-#include "soon.h"
+#include "prefetch.h"
 
 namespace expansion {
 
@@ -199,13 +199,13 @@ __attribute__((noinline)) void block_of_keys(const Packed<X>& packed, int64_t he
 // Keys `[from, from + n)` of a chunk, `[n, width]`; n is at most TILE.
 template <class X>
 void rebuild_keys(const Packed<X>& packed, int64_t head, const latents::Rows<X>& rows, const float* cosines, int from,
-                  int n, float* keys, latents::Soon& soon) {
+                  int n, float* keys, latents::Prefetch& prefetch) {
     blocks(packed.channels, [&](int64_t first, auto count, auto rotated) {
         constexpr int C = decltype(count)::value;
         constexpr bool ROTATED = decltype(rotated)::value;
         int t = 0;
         for (; n - t > 2; t += ROWS) {
-            soon.did(ROWS * C * LANES * packed.steps * Factor<X>::DEPTH);
+            prefetch.did(ROWS * C * LANES * packed.steps * Factor<X>::DEPTH);
             block_of_keys<ROWS, C, ROTATED>(packed, head, first, rows, cosines, from, t, n, keys);
         }
         if (t < n) block_of_keys<2, C, ROTATED>(packed, head, first, rows, cosines, from, t, n, keys);

@@ -69,7 +69,7 @@ struct Item {
     State& state;
     int64_t b, first_head;
     Room room;
-    latents::Soon soon;
+    latents::Prefetch prefetch;
 
     Item(const Call& call, const expansion::Packed<X>& packed, State& state, int64_t b, int64_t unit, int64_t start,
          int64_t stop)
@@ -79,7 +79,7 @@ struct Item {
           b(b),
           first_head(unit * call.span),
           room(call, state.scratch + CHUNK * std::max(state.width, state.v_width)),
-          soon(call.k, call.v, sizeof(T), b, first_head, call.span, start, stop, work()) {
+          prefetch(call.k, call.v, sizeof(T), b, first_head, call.span, start, stop, work()) {
         if (!call.absorbed()) arrange_queries();
 #if defined(__AVX512BF16__)
         if (PAIRS && call.absorbed()) narrow_queries();
@@ -183,7 +183,7 @@ struct Item {
         part.width = packed.channels.width(), part.q = room.q + index(part) * part.width;
         for (int from = 0; from < n; from += TILE, part.scores += TILE) {
             const int count = std::min(TILE, n - from);
-            expansion::rebuild_keys(packed, head, rows, room.cosines, from, count, room.keys, soon);
+            expansion::rebuild_keys(packed, head, rows, room.cosines, from, count, room.keys, prefetch);
             attention::score(part, room.keys, part.width, count);
         }
     }
@@ -194,7 +194,7 @@ struct Item {
             const latents::Rows<X> rows = latents::rows<T, X>(call.k, b, group, first, n, 32, room.rows);
             const int64_t width = latents::padded(call.k.rank);
             return pairs::score(part, reinterpret_cast<X*>(room.q) + index(part) * width, width,
-                                float(call.queries.scaling), rows, n, soon);
+                                float(call.queries.scaling), rows, n, prefetch);
         }
 #endif
         const auto score = [&](const auto* rows, int64_t stride) {
@@ -213,7 +213,7 @@ struct Item {
         for (int from = 0; from < n; from += attention::SUB_CHUNK, part.scores += attention::SUB_CHUNK) {
             const int count = std::min(attention::SUB_CHUNK, n - from);
             f(part, from, count);
-            soon.did(part.n_q * work * count);
+            prefetch.did(part.n_q * work * count);
         }
     }
 
@@ -237,7 +237,7 @@ struct Item {
 #if defined(__AVX512BF16__)
         if constexpr (PAIRS) {
             return pairs::add_values<T>(part, call.v, b, group, first, n, room.rows, reinterpret_cast<X*>(room.weights),
-                                        reinterpret_cast<X*>(room.block), soon);
+                                        reinterpret_cast<X*>(room.block), prefetch);
         }
 #endif
         const auto add = [&](const auto* rows, int64_t stride) {

@@ -1,7 +1,7 @@
 // Scores and weighted sums of latents as pairs of bfloat16 (`dpbf16`); sums are float32.
 #pragma once
 
-#include "soon.h"
+#include "prefetch.h"
 
 namespace pairs {
 
@@ -38,10 +38,10 @@ __attribute__((noinline)) void score_tile(const bf16* q, int64_t width, const bf
 
 template <int Q>
 void score_block(const State& state, int first, const bf16* q, int64_t width, const Rows<bf16>& rows, int n,
-                 latents::Soon& soon) {
+                 latents::Prefetch& prefetch) {
     constexpr int R = LANES / Q;
     for (int t = 0; t < n; t += R) {
-        soon.did(LANES * (width + latents::DOT));
+        prefetch.did(LANES * (width + latents::DOT));
         const bf16* at[R];
         // past the end the last row is scored again; `soften` overwrites those scores
         for (int r = 0; r < R; r++) at[r] = rows.first + std::min(t + r, n - 1) * rows.stride;
@@ -67,15 +67,15 @@ inline void finish_scores(const State& state, const bf16* q, int64_t width, floa
 
 // `q`: queries as they came, `[n_q, width]`, zeros from the rank on; so are the rows.
 inline void score(const State& state, const bf16* q, int64_t width, float scaling, const Rows<bf16>& rows, int n,
-                  latents::Soon& soon) {
+                  latents::Prefetch& prefetch) {
     for (int i = 0; i < state.n_q;) {
         const int left = state.n_q - i;
         if (left >= 4) {
-            score_block<4>(state, i, q, width, rows, n, soon), i += 4;
+            score_block<4>(state, i, q, width, rows, n, prefetch), i += 4;
         } else if (left >= 2) {
-            score_block<2>(state, i, q, width, rows, n, soon), i += 2;
+            score_block<2>(state, i, q, width, rows, n, prefetch), i += 2;
         } else {
-            score_block<1>(state, i, q, width, rows, n, soon), i += 1;
+            score_block<1>(state, i, q, width, rows, n, prefetch), i += 1;
         }
     }
     finish_scores(state, q, width, scaling, rows, n);
@@ -119,10 +119,10 @@ alignas(64) constexpr Turns TURNS;
 
 // Channels `[d, d + COLUMNS)` of rows side by side in pairs: `[n / 2, 4 registers]`.
 inline void interleave(const Rows<bf16>& rows, int64_t rank, int64_t d, int n, int n_q, bf16* out,
-                       latents::Soon& soon) {
+                       latents::Prefetch& prefetch) {
     const __m512i low = _mm512_load_si512(TURNS.low), high = _mm512_load_si512(TURNS.high);
     for (int t = 0; t < n; t += 2) {
-        soon.did(2 * COLUMNS * n_q);
+        prefetch.did(2 * COLUMNS * n_q);
         for (int64_t i = 0; i < COLUMNS; i += 32, out += 64) {
             const int64_t left = rank - d - i;
             const __mmask32 some = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
@@ -139,12 +139,12 @@ inline void interleave(const Rows<bf16>& rows, int64_t rank, int64_t d, int n, i
 // words take turns before they are decoded.
 template <int BITS>
 void interleave_codes(const uint16_t* words, int64_t stride, int64_t rank, int n, int n_q, bf16* out,
-                      latents::Soon& soon) {
+                      latents::Prefetch& prefetch) {
     const __m512i low = _mm512_load_si512(TURNS.low), table = latents::code_table<BITS>(),
                   mask = _mm512_set1_epi16((1 << BITS) - 1);
     const int64_t W = rank * BITS / 16, steps = (n + 1) / 2;
     for (int step = 0; step < steps; step++, words += 2 * stride) {
-        soon.did(2 * rank * n_q);
+        prefetch.did(2 * rank * n_q);
         for (int64_t j = 0; j < W; j += 16) {
             const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + j));
             // past the end the last row takes both turns: its second weight is zero
@@ -202,7 +202,7 @@ inline void add_queries(const State& state, const bf16* weights, int64_t d, cons
 // Adds rows `[first, first + n)` of a group to the outputs of its queries. `block` holds CHUNK rows of whole blocks.
 template <class T>
 void add_values(const State& state, const latents::Side& side, int64_t b, int64_t group, int64_t first, int n,
-                const latents::Room& room, bf16* weights, bf16* block, latents::Soon& soon) {
+                const latents::Room& room, bf16* weights, bf16* block, latents::Prefetch& prefetch) {
     const int64_t rank = side.rank, steps = (n + 1) / 2, bits = side.plane.bits;
     const bool coded = (bits == 4 || bits == 2) && side.plane.n_groups == 1 && rank * bits % 256 == 0;
     Rows<bf16> rows{};
@@ -211,14 +211,14 @@ void add_values(const State& state, const latents::Side& side, int64_t b, int64_
         const uint16_t* words = latents::at<uint16_t>(side, b, group, first);
         latents::read_grid(packed, first, n, room);
         rows.scale = room.scale, rows.zero = room.zero;
-        bits == 4 ? interleave_codes<4>(words, side.plane.row, rank, n, state.n_q, block, soon)
-                  : interleave_codes<2>(words, side.plane.row, rank, n, state.n_q, block, soon);
+        bits == 4 ? interleave_codes<4>(words, side.plane.row, rank, n, state.n_q, block, prefetch)
+                  : interleave_codes<2>(words, side.plane.row, rank, n, state.n_q, block, prefetch);
     } else {
         rows = latents::rows<T, bf16>(side, b, group, first, n, 1, room);
     }
     weigh(state, rows, n, weights);
     for (int64_t d = 0; d < rank; d += COLUMNS) {
-        if (!coded) interleave(rows, rank, d, n, state.n_q, block, soon);
+        if (!coded) interleave(rows, rank, d, n, state.n_q, block, prefetch);
         const int64_t registers = (std::min<int64_t>(COLUMNS, state.v_width - d) + LANES - 1) / LANES;
         if (registers == 4) {
             add_queries<4>(state, weights, d, block, steps);

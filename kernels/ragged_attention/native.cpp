@@ -56,9 +56,9 @@ struct Table {
 };
 
 // Memory of rows `[row, stop)` of one side, requested a few rows at a time.
-class Soon {
+class Prefetch {
   public:
-    Soon(const Side& side, int64_t element, const Table& table, int64_t row, int64_t stop)
+    Prefetch(const Side& side, int64_t element, const Table& table, int64_t row, int64_t stop)
         : table_(table), entry_(row / table.page), inside_(row % table.page), left_(stop - row) {
         const packed_rows::Plane& p = side.plane;
         const int64_t bytes = p.bits ? 2 : element;
@@ -113,18 +113,18 @@ class Run {
     }
 
     void add(int64_t start, int64_t stop) {
-        if (!state_.turn->foreseen()) soon(call_.k, table_, start, stop).fetch(0, CHUNK);
+        if (!state_.turn->foreseen()) prefetch(call_.k, table_, start, stop).fetch(0, CHUNK);
         for (int64_t first = start; first < stop; first += CHUNK) {
             const int n = int(std::min<int64_t>(CHUNK, stop - first));
-            Soon values_soon = soon(call_.v, table_, first, stop);
-            Soon keys_soon = first + n < stop ? soon(call_.k, table_, first + n, stop) : next_item();
+            Prefetch values_ahead = prefetch(call_.v, table_, first, stop);
+            Prefetch keys_ahead = first + n < stop ? prefetch(call_.k, table_, first + n, stop) : next_item();
             table_.parts(first, n, [&](int64_t page, int64_t row, int count, int at) {
-                score(keys_of(page), row, count, at, values_soon);
+                score(keys_of(page), row, count, at, values_ahead);
             });
             attention::weigh(item_.outputs(call_.v), call_.queries, nullptr, n);
-            add_values(first, n, keys_soon);
+            add_values(first, n, keys_ahead);
             // the next item may begin with more rows than this one ended with
-            keys_soon.fetch(0, CHUNK);
+            keys_ahead.fetch(0, CHUNK);
         }
         item_.end<T>(call_.v, call_.queries.Dv);
 #if defined(__AVX512VNNI__)
@@ -135,16 +135,16 @@ class Run {
   private:
     static bool of_codes(const Side& side) { return side.plane.bits && side.layout == sparse_rows::ALL; }
 
-    Soon soon(const Side& side, const Table& table, int64_t first, int64_t stop) const {
+    Prefetch prefetch(const Side& side, const Table& table, int64_t first, int64_t stop) const {
         return {side, sizeof(T), table, first, std::min<int64_t>(stop, first + CHUNK)};
     }
 
     // The first keys of what this thread does next.
-    Soon next_item() const {
+    Prefetch next_item() const {
         const int64_t i = state_.turn->next(), n_heads = call_.queries.Hkv;
-        if (i >= part_.n_items) return soon(call_.k, table_, 0, 0);
+        if (i >= part_.n_items) return prefetch(call_.k, table_, 0, 0);
         const attention::Partition::Item next = part_.item(i);
-        return soon(call_.k, Table(call_.pages, next.head / n_heads, next.head % n_heads), next.start, next.stop);
+        return prefetch(call_.k, Table(call_.pages, next.head / n_heads, next.head % n_heads), next.start, next.stop);
     }
 
     Rows keys_of(int64_t page) const { return page_of(call_.k, page, call_.queries.D); }
@@ -157,31 +157,31 @@ class Run {
         return {side, page, 0, D, table_.page + behind};
     }
 
-    void score(const Rows& k, int64_t row, int count, int at, Soon& soon) {
+    void score(const Rows& k, int64_t row, int count, int at, Prefetch& prefetch) {
 #if defined(__AVX512VNNI__)
         if (keys_are_integers_)
             return integer_rows::with_format(call_.k.plane, call_.queries, [&](auto bits, auto limbs) {
                 integer_rows::score<decltype(bits)::value, decltype(limbs)::value>(sparse_item::later(state_, at), k.codes, row,
-                                                                                   count, &prepared_, soon);
+                                                                                   count, &prepared_, prefetch);
             });
 #endif
-        sparse_item::score<T>(item_, k, row, count, at, soon);
+        sparse_item::score<T>(item_, k, row, count, at, prefetch);
     }
 
-    void add_values(int64_t first, int n, Soon& soon) {
+    void add_values(int64_t first, int n, Prefetch& prefetch) {
 #if defined(__AVX512VNNI__)
         if (values_are_integers_)
             return integer_rows::with_format(call_.v.plane, call_.queries, [&](auto bits, auto limbs) {
                 integer_rows::Values values(state_, n);
                 table_.parts(first, n, [&](int64_t page, int64_t row, int count, int at) {
-                    soon.fetch(at, count);
+                    prefetch.fetch(at, count);
                     values.read<decltype(bits)::value>(values_of(page).codes, row, count, at);
                 });
                 values.add<decltype(bits)::value, decltype(limbs)::value>(state_, values_of(0).codes);
             });
 #endif
         table_.parts(first, n, [&](int64_t page, int64_t row, int count, int at) {
-            sparse_item::add_values<T>(item_, values_of(page), row, count, at, soon);
+            sparse_item::add_values<T>(item_, values_of(page), row, count, at, prefetch);
         });
     }
 

@@ -16,7 +16,7 @@ struct Call {
 };
 
 // Memory of rows that are needed next, prefetched a few rows at a time.
-struct Soon {
+struct Prefetch {
     const char* at[2] = {};
     const char* end[2] = {};
     int64_t step[2] = {};
@@ -26,8 +26,8 @@ struct Soon {
         if (!address || n <= 0 || stride > 2 * size) return;
         at[i] = reinterpret_cast<const char*>(address), end[i] = at[i] + n * stride, step[i] = stride;
     }
-    Soon() = default;
-    Soon(const Rows& rows, int64_t element, int64_t first, int64_t stop) {
+    Prefetch() = default;
+    Prefetch(const Rows& rows, int64_t element, int64_t first, int64_t stop) {
         const packed_rows::Plane& p = rows.side->plane;
         const int64_t width = p.bits ? rows.keep * p.bits / 16 : rows.keep;
         if (p.bits) element = 2;
@@ -55,10 +55,10 @@ void add_packed(State& state, const Call& call, int64_t b, int64_t h, int64_t st
     for (int64_t first = start; first < stop; first += CHUNK) {
         const int n = int(std::min<int64_t>(CHUNK, stop - first));
         const int64_t next = first + n;
-        Soon values_soon(v, sizeof(T), first, next), keys_soon(k, sizeof(T), next, std::min<int64_t>(stop, next + CHUNK));
-        sparse_item::score<T>(item, k, first, n, 0, values_soon);
+        Prefetch values_ahead(v, sizeof(T), first, next), keys_ahead(k, sizeof(T), next, std::min<int64_t>(stop, next + CHUNK));
+        sparse_item::score<T>(item, k, first, n, 0, values_ahead);
         attention::weigh(item.outputs(call.v), queries, mask ? mask + first : nullptr, n);
-        sparse_item::add_values<T>(item, v, first, n, 0, keys_soon);
+        sparse_item::add_values<T>(item, v, first, n, 0, keys_ahead);
     }
     item.end<T>(call.v, queries.Dv);
 }

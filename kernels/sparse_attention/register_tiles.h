@@ -72,11 +72,11 @@ constexpr bool unscaled() {
 #endif
 }
 
-template <int Q, class T, class Soon>
-void score_block(const State& state, int first, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, [[maybe_unused]] float scaling, Soon& soon) {
+template <int Q, class T, class Prefetch>
+void score_block(const State& state, int first, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, [[maybe_unused]] float scaling, Prefetch& prefetch) {
     constexpr int R = LANES / Q;
     for (int t = 0; t < n; t += R) {
-        soon.fetch(t, R);
+        prefetch.fetch(t, R);
         const T* at[R];
         const uint64_t* mask[R];
         // past the end the last row is scored again; `soften` overwrites those scores
@@ -93,16 +93,16 @@ void score_block(const State& state, int first, const Kept<T>& kept, const uint6
     }
 }
 
-template <class T, class Soon>
-void score(const State& state, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, [[maybe_unused]] float scaling, Soon& soon) {
+template <class T, class Prefetch>
+void score(const State& state, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, [[maybe_unused]] float scaling, Prefetch& prefetch) {
     for (int i = 0; i < state.n_q;) {
         const int left = state.n_q - i;
         if (left >= 4) {
-            score_block<4>(state, i, kept, masks, words, n, scaling, soon), i += 4;
+            score_block<4>(state, i, kept, masks, words, n, scaling, prefetch), i += 4;
         } else if (left >= 2) {
-            score_block<2>(state, i, kept, masks, words, n, scaling, soon), i += 2;
+            score_block<2>(state, i, kept, masks, words, n, scaling, prefetch), i += 2;
         } else {
-            score_block<1>(state, i, kept, masks, words, n, scaling, soon), i += 1;
+            score_block<1>(state, i, kept, masks, words, n, scaling, prefetch), i += 1;
         }
     }
 }
@@ -110,15 +110,15 @@ void score(const State& state, const Kept<T>& kept, const uint64_t* masks, int64
 // ---- values ----
 
 // Blocks of channels of `n` rows from `at` on, which moves on to the next block.
-template <int Q, int BLOCKS, class T, class Soon>
+template <int Q, int BLOCKS, class T, class Prefetch>
 inline void add_tile(float* out, int64_t width, const float* p, const T** at, const uint64_t* masks, int64_t words,
-                     int64_t first, int n, Soon& soon) {
+                     int64_t first, int n, Prefetch& prefetch) {
     constexpr int C = 2 * BLOCKS;
     vfloat sums[Q][C];
     for (int i = 0; i < Q; i++)
         for (int c = 0; c < C; c++) sums[i][c] = simd::load(out + i * width + c * LANES);
     for (int t = 0; t < n; t++) {
-        if (t % attention::PACE == 0) soon.fetch(t, attention::PACE);
+        if (t % attention::PACE == 0) prefetch.fetch(t, attention::PACE);
         const T* from = at[t];
         vfloat x[C];
 #pragma GCC unroll 4
@@ -137,8 +137,8 @@ inline void add_tile(float* out, int64_t width, const float* p, const T** at, co
         for (int c = 0; c < C; c++) simd::store(out + i * width + c * LANES, sums[i][c]);
 }
 
-template <int Q, class T, class Soon>
-void add_block(const State& state, int first, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, Soon& soon) {
+template <int Q, class T, class Prefetch>
+void add_block(const State& state, int first, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, Prefetch& prefetch) {
     // accumulators, values and a weight stay below the number of registers: 32 with AVX-512, else 16
     constexpr int BLOCKS = (LANES == 16 ? 2 : 1) * (Q == 4 ? 1 : 2);
     const int64_t width = state.v_width, n_blocks = width / BLOCK;
@@ -151,7 +151,7 @@ void add_block(const State& state, int first, const Kept<T>& kept, const uint64_
         add_tile<Q, decltype(blocks)::value>(out + b * BLOCK, width, p, at, masks, words, b, n, once);
     };
     const auto tiles = [&](auto blocks, int64_t b) {
-        b ? tile(blocks, b, nothing) : tile(blocks, b, soon);
+        b ? tile(blocks, b, nothing) : tile(blocks, b, prefetch);
         return decltype(blocks)::value;
     };
     int64_t b = 0;
@@ -159,15 +159,15 @@ void add_block(const State& state, int first, const Kept<T>& kept, const uint64_
     while (b < n_blocks) b += tiles(std::integral_constant<int, 1>(), b);
 }
 
-template <class T, class Soon>
-void add_values(const State& state, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, Soon& soon) {
+template <class T, class Prefetch>
+void add_values(const State& state, const Kept<T>& kept, const uint64_t* masks, int64_t words, int n, Prefetch& prefetch) {
     const auto block = [&](int i, int left, auto& once) {
         if (left >= 4) return add_block<4>(state, i, kept, masks, words, n, once), 4;
         if (left >= 2) return add_block<2>(state, i, kept, masks, words, n, once), 2;
         return add_block<1>(state, i, kept, masks, words, n, once), 1;
     };
     const attention::Nothing nothing;
-    for (int i = block(0, state.n_q, soon); i < state.n_q;) i += block(i, state.n_q - i, nothing);
+    for (int i = block(0, state.n_q, prefetch); i < state.n_q;) i += block(i, state.n_q - i, nothing);
 }
 
 }  // namespace register_tiles

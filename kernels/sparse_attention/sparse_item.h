@@ -139,34 +139,34 @@ void with_sparse_rows(Item& item, const Rows& rows, int64_t start, int n, F f) {
     }
 }
 
-// Scores of rows `[start, start + n)`, those of the chunk from `at` on. `soon` as in attention.h.
-template <class T, class Soon>
-void score(Item& item, const Rows& k, int64_t start, int n, int at, Soon& soon) {
+// Scores of rows `[start, start + n)`, those of the chunk from `at` on. `prefetch` as in attention.h.
+template <class T, class Prefetch>
+void score(Item& item, const Rows& k, int64_t start, int n, int at, Prefetch& prefetch) {
     if (k.side->layout == sparse_rows::ALL)
         return with_whole_rows<T>(item, k, start, n, [&](const auto* rows, int64_t stride, int from, int count) {
-            attention::score(later(item.state, at + from), rows, stride, count, soon);
+            attention::score(later(item.state, at + from), rows, stride, count, prefetch);
         });
     with_sparse_rows<T>(item, k, start, n, [&](const auto& kept, const uint64_t* masks, int from, int count) {
         const State keys = later(item.keys, at + from);
 #if defined(__AVX2__)
-        if (keys.n_q <= most_in_registers<T>(*k.side)) return register_tiles::score(keys, kept, masks, k.words, count, item.scaling, soon);
+        if (keys.n_q <= most_in_registers<T>(*k.side)) return register_tiles::score(keys, kept, masks, k.words, count, item.scaling, prefetch);
 #endif
-        attention::score(keys, expanded(item, k, kept, masks, start + from, count, keys.width), keys.width, count, soon);
+        attention::score(keys, expanded(item, k, kept, masks, start + from, count, keys.width), keys.width, count, prefetch);
     });
 }
 
-template <class T, class Soon>
-void add_values(Item& item, const Rows& v, int64_t start, int n, int at, Soon& soon) {
+template <class T, class Prefetch>
+void add_values(Item& item, const Rows& v, int64_t start, int n, int at, Prefetch& prefetch) {
     if (v.side->layout == sparse_rows::ALL)
         return with_whole_rows<T>(item, v, start, n, [&](const auto* rows, int64_t stride, int from, int count) {
-            attention::add_values(later(item.state, at + from), rows, stride, count, soon);
+            attention::add_values(later(item.state, at + from), rows, stride, count, prefetch);
         });
     with_sparse_rows<T>(item, v, start, n, [&](const auto& kept, const uint64_t* masks, int from, int count) {
         const State values = later(item.values, at + from);
 #if defined(__AVX2__)
-        if (values.n_q <= most_in_registers<T>(*v.side)) return register_tiles::add_values(values, kept, masks, v.words, count, soon);
+        if (values.n_q <= most_in_registers<T>(*v.side)) return register_tiles::add_values(values, kept, masks, v.words, count, prefetch);
 #endif
-        attention::add_values(values, expanded(item, v, kept, masks, start + from, count, values.v_width), values.v_width, count, soon);
+        attention::add_values(values, expanded(item, v, kept, masks, start + from, count, values.v_width), values.v_width, count, prefetch);
     });
 }
 

@@ -9,10 +9,10 @@ namespace latents {
 constexpr int64_t DOT = 96;  // what a dot product costs on top of its products, in products
 
 // The latents of an item, chunk after chunk: those of its key groups, then those of its value groups.
-class Soon {
+class Prefetch {
   public:
     // `work`: what is passed to `did` in the course of one chunk, products say.
-    Soon(const Side& k, const Side& v, int64_t element, int64_t b, int64_t first_head, int64_t span, int64_t start,
+    Prefetch(const Side& k, const Side& v, int64_t element, int64_t b, int64_t first_head, int64_t span, int64_t start,
          int64_t stop, int64_t work)
         : sides_{&k, &v},
           element_(element),
