@@ -26,7 +26,7 @@ CODECS = {
 BASELINE = "DynamicCache + sdpa, padded"
 
 
-class Spread(kv.HeadSplit):
+class Spread(kv.Duo):
     """Keeps as many of the newest rows per head as it is told, for measuring."""
 
     lengths: tuple = ()

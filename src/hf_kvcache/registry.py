@@ -260,7 +260,7 @@ METHODS = (
     ),
     Method(
         "random",
-        "hf_kvcache.policies.at_random:Random",
+        "hf_kvcache.policies.random:Random",
         "tokens",
         "Tokens at random: the baseline",
         "",
@@ -270,7 +270,7 @@ METHODS = (
     ),
     Method(
         "duo",
-        "hf_kvcache.policies.head_split:HeadSplit",
+        "hf_kvcache.policies.duo:Duo",
         "tokens",
         "Retrieval heads keep all tokens, the others sinks and recent ones: ragged",
         "DuoAttention, Xiao et al. 2024",

@@ -25,7 +25,7 @@ POLICIES = {
     "adakv": lambda: kv.AdaKV(budget=40, scorer=kv.SnapKV(budget=40, n_queries=6, **KNOBS), **KNOBS),
     "adakv-keydiff": lambda: kv.AdaKV(ratio=0.5, scorer="keydiff", **KNOBS),
     "threshold": lambda: kv.Threshold(scorer="h2o", share=0.8, **KNOBS),
-    "head_split": lambda: kv.HeadSplit(gates=GATES, **KNOBS),
+    "duo": lambda: kv.Duo(gates=GATES, **KNOBS),
     "fastgen": lambda: kv.FastGen(recovery=0.6, n_queries=6, **KNOBS),
 }
 
@@ -161,7 +161,7 @@ def test_equals_the_explicit_mask(name, sizes):
 
 
 @pytest.mark.parametrize("sizes", [[40, 7, 16] + [1] * 19 + [8], splits(90, 1)], ids=["mixed", "1"])
-@pytest.mark.parametrize("name", ["streaming", "keydiff", "snapkv", "adakv", "expected", "head_split", "unequal"])
+@pytest.mark.parametrize("name", ["streaming", "keydiff", "snapkv", "adakv", "expected", "duo", "unequal"])
 def test_equals_the_explicit_mask_left_padded(name, sizes):
     model, (ids, mask, _), cache = tiny_model(), padded([90, 61, 33]), CACHES[name]()
     ours, recorder = record(model, cache, ids, sizes, mask)
@@ -170,7 +170,7 @@ def test_equals_the_explicit_mask_left_padded(name, sizes):
     assert_close("logits", ours[real], expected[real], 1e-6)
 
 
-@pytest.mark.parametrize("name", ["streaming", "keydiff", "snapkv", "adakv", "head_split"])
+@pytest.mark.parametrize("name", ["streaming", "keydiff", "snapkv", "adakv", "duo"])
 @pytest.mark.parametrize("sizes", [SPLITS["7"], SPLITS["whole"]], ids=["7", "whole"])
 def test_compact_equals_rotated_keys(name, sizes):
     model, ids = tiny_model(), prompt(2, 90)

@@ -87,7 +87,7 @@ def test_a_share_of_negative_scores_is_refused():
 
 
 def test_head_split_keeps_all_or_the_ends():
-    toy = feed(kv.HeadSplit(gates=torch.tensor([[0.2, 0.9]]), n_sink=2, n_recent=6), n=60)
+    toy = feed(kv.Duo(gates=torch.tensor([[0.2, 0.9]]), n_sink=2, n_recent=6), n=60)
     for b in range(2):
         n = 60 - toy.pads[b]
         assert kept(toy, b, 0) == [0, 1, *range(n - 6, n)]
@@ -139,8 +139,8 @@ def test_heads_are_looked_at_once_in_an_interval():
 
 
 def test_wrappers_refuse_what_has_no_scores():
-    with pytest.raises(ValueError, match="HeadSplit chooses by itself"):
-        kv.AdaKV(budget=64, scorer=kv.HeadSplit(gates=[[1]]))
+    with pytest.raises(ValueError, match="Duo chooses by itself"):
+        kv.AdaKV(budget=64, scorer=kv.Duo(gates=[[1]]))
     with pytest.raises(ValueError, match="'quant' is not an eviction method"):
         kv.AdaKV(budget=64, scorer="quant")
     with pytest.raises(TypeError, match="scorer must be a Policy"):
@@ -152,7 +152,7 @@ MISTAKES = {
     r"share=2 is not in \(0, 1\]": lambda: kv.Threshold(share=2),
     r"floor=2 is not in \[0, 1\]": lambda: kv.AdaKV(budget=64, floor=2),
     "takes neither budget= nor ratio=": lambda: kv.FastGen(budget=64),
-    "gates= says which heads": lambda: kv.HeadSplit(),
+    "gates= says which heads": lambda: kv.Duo(),
     "recovery=0 is not": lambda: kv.FastGen(recovery=0),
     "pages that serve any head": lambda: kv.LowRankCache(0.5, n_sink=0, policy=kv.AdaKV(budget=256)),
     "packs 32 tokens": lambda: kv.QuantCache(4, key_axis="channel", policy=kv.AdaKV(budget=256)),

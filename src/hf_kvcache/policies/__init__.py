@@ -2,13 +2,12 @@
 
 from hf_kvcache.dmc.policies import DMC, DMS
 from hf_kvcache.policies.adakv import AdaKV
-from hf_kvcache.policies.at_random import Random
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.chunkkv import ChunkKV
+from hf_kvcache.policies.duo import Duo
 from hf_kvcache.policies.expected_attention import ExpectedAttention
 from hf_kvcache.policies.fastgen import FastGen
 from hf_kvcache.policies.h2o import H2O
-from hf_kvcache.policies.head_split import HeadSplit
 from hf_kvcache.policies.keydiff import KeyDiff
 from hf_kvcache.policies.l2norm import L2Norm
 from hf_kvcache.policies.lagkv import LagKV
@@ -16,6 +15,7 @@ from hf_kvcache.policies.locret import Locret
 from hf_kvcache.policies.merge import Merge
 from hf_kvcache.policies.nacl import NACL
 from hf_kvcache.policies.pyramidkv import PyramidKV
+from hf_kvcache.policies.random import Random
 from hf_kvcache.policies.rkv import RKV
 from hf_kvcache.policies.snapkv import SnapKV
 from hf_kvcache.policies.streaming import Streaming
@@ -31,7 +31,7 @@ __all__ = [
     "ExpectedAttention",
     "FastGen",
     "H2O",
-    "HeadSplit",
+    "Duo",
     "KeyDiff",
     "L2Norm",
     "LagKV",

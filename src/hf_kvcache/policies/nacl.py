@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_kvcache.policies.at_random import uniform
 from hf_kvcache.policies.base import topk_indices
+from hf_kvcache.policies.random import uniform
 from hf_kvcache.policies.window import WindowPolicy
 
 

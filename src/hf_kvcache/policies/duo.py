@@ -10,7 +10,7 @@ from hf_kvcache.policies.ragged import Ragged
 
 
 @dataclass
-class HeadSplit(Ragged):
+class Duo(Ragged):
     """Retrieval heads keep every token, streaming heads sinks and recent tokens (DuoAttention, Xiao et al. 2024).
 
     The gates, one per KV head, are learned elsewhere: this policy serves them.
@@ -31,14 +31,14 @@ class HeadSplit(Ragged):
     def __post_init__(self):
         super().__post_init__()
         if self.gates is None:
-            raise ValueError("HeadSplit: gates= says which heads keep everything, [L, Hkv]")
+            raise ValueError("Duo: gates= says which heads keep everything, [L, Hkv]")
         self.gates = self.gates.tolist() if isinstance(self.gates, torch.Tensor) else [list(g) for g in self.gates]
 
     def for_model(self, context):
         place, n_places = context.depth
         n_heads = context.n_kv_heads * context.shard.count
         if len(self.gates) != n_places or any(len(own) != n_heads for own in self.gates):
-            raise ValueError(f"HeadSplit: gates must be [{n_places}, {n_heads}] for this model")
+            raise ValueError(f"Duo: gates must be [{n_places}, {n_heads}] for this model")
         bound = super().for_model(context)
         bound.place = place
         return bound
