@@ -83,7 +83,7 @@ def promised(layer, n_dense):
             + state
         )
     # positions in RoPE are shared by the heads, and so is a basis by the rows
-    rope = 4 * layer.batch_size * (n_dense * store.has_rope + store.n_packed * store.needs_positions)
+    rope = 4 * layer.batch_size * (n_dense * store.has_position_ids + store.n_packed * store.needs_positions)
     basis = [t.nbytes for codec in (store.keys, store.values) if codec is not None for t in codec.constants().values()]
     return heads * (packed + n_dense * (2 * layer.head_dim * itemsize + state)) + rope + sum(basis)
 

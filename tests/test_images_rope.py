@@ -139,7 +139,7 @@ def test_left_padding_is_no_image():
     cache = NEEDY["lowrank-pre"]()
     generate(model, cache, inputs)
     # 50 tokens of the prompt and 7 generated ones, without 7 pads
-    assert cache.layers[0].store.dense["rope"][0, 0, -1] == 49
+    assert cache.layers[0].store.dense["position_ids"][0, 0, -1] == 49
 
 
 def test_what_cannot_be_seen_is_refused(monkeypatch):

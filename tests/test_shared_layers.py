@@ -321,7 +321,8 @@ def test_the_packed_bytes_are_those_of_layers_apart_at_the_same_share():
     together, apart = filled(shared(0.5)), filled(kv.LowRankCache(0.5, group_size="all", window=8, n_sink=2))
     latents = [sum(t.nbytes for at, t in state(cache).items() if "latents" in at[2]) for cache in (together, apart)]
     positions = [
-        sum(t.nbytes for at, t in state(cache).items() if at[1:] == ("packed", "rope")) for cache in (together, apart)
+        sum(t.nbytes for at, t in state(cache).items() if at[1:] == ("packed", "position_ids"))
+        for cache in (together, apart)
     ]
     assert latents[0] == latents[1] and 2 * positions[0] == positions[1] > 0
 
@@ -363,7 +364,7 @@ def test_reordering_moves_shared_rows_once():
     cache = filled(shared(), prompt(3, N))
     before = {where: t.clone() for where, t in state(cache).items()}
     assert {where for where in before if where[1] == "packed"} == {
-        (0, "packed", f) for f in ("k.latents", "v.latents", "rope")
+        (0, "packed", f) for f in ("k.latents", "v.latents", "position_ids")
     }
     order = torch.tensor([2, 2, 0])
     cache.reorder_cache(order)

@@ -189,7 +189,8 @@ class KVLayer(LayerContract):
                 "model has no rotary positions; use rerotate_keys=False"
             )
         # a loaded cache holds rows already
-        held = [buffer["rope"] for buffer in (self.store.packed, self.store.dense) if "rope" in buffer.tensors]
+        buffers = [b for b in (self.store.packed, self.store.dense) if "position_ids" in b.tensors]
+        held = [buffer["position_ids"] for buffer in buffers]
         self.rope_limit = max((int(rows.max()) + 1 for rows in held if rows.numel()), default=0)
         if self.rope is not None:
             self.rope.cover(self.rope_limit, context.device)
@@ -211,7 +212,7 @@ class KVLayer(LayerContract):
             check_images(self, call)
         if self.policy is not None and not call.sees_all:
             note_padding(self, call)
-        if self.store.has_rope:
+        if self.store.has_position_ids:
             note_positions(self, call)
         if not self.exact_prefill:
             self.store.project(call.n_new)

@@ -277,7 +277,7 @@ def _check_rows(own: dict, buffer: RowBuffer, n: int, lead: tuple, expected: dic
             raise Misfit(f"{path}: {n}, where {name} is {list(t.shape)} for a batch of {lead[0]}")
         if name in expected and (t.dtype != dtype or (tail is not None and tuple(t.shape[3:]) != tail)):
             raise Misfit(f"{where}.{name}: {t.dtype} {list(t.shape)} are no rows of {dtype} {list(tail or ())}")
-        is_shared = name == "rope" or name.endswith("latents") or name.startswith(("k.second.", "v.second."))
+        is_shared = name == "position_ids" or name.endswith("latents") or name.startswith(("k.second.", "v.second."))
         if t.shape[1] != lead[1] and not is_shared:
             raise Misfit(f"{where}.{name}: {t.shape[1]} heads, where n_kv_heads is {lead[1]}")
 

@@ -38,7 +38,7 @@ def note_positions(layer, call) -> None:
             rotated by them.
     """
     n_new, position_ids = call.n_new, call.position_ids
-    rows = layer.store.dense["rope"][:, :, -n_new:]
+    rows = layer.store.dense["position_ids"][:, :, -n_new:]
     if not layer.store.needs_positions:
         # which rows are real is all there is to note
         position_ids = None

@@ -375,7 +375,7 @@ def test_padding_without_positions_is_refused(bases):
     layer = kv.LowRankCache(bases=bases)._new_layer(0)
     view = layer.append(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16))
     layer.prepare(AttentionCall(view, None))
-    assert layer.store.dense["rope"][1, 0].tolist() == [0, 1, 2, 3, 4]
+    assert layer.store.dense["position_ids"][1, 0].tolist() == [0, 1, 2, 3, 4]
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
     with pytest.raises(ValueError, match="the batch is padded, and the model does not say"):
         layer.prepare(AttentionCall(view, None, mask))
@@ -383,7 +383,7 @@ def test_padding_without_positions_is_refused(bases):
     layer = kv.LowRankCache(rope="post")._new_layer(0)
     view = layer.append(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16))
     layer.prepare(AttentionCall(view, None, mask, position_ids=torch.zeros(3, 2, 5, dtype=torch.long)))
-    assert layer.store.dense["rope"][0, 0].tolist() == [-1, 1, 2, 3, 4]
+    assert layer.store.dense["position_ids"][0, 0].tolist() == [-1, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("implementation", [NAMED, "sdpa"])

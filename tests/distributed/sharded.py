@@ -49,7 +49,7 @@ def run(make, model, work=None, rows=2, **options) -> dict:
 
 def common_bytes(buffer) -> int:
     """Bytes of what a layer has once for all heads: where its rows are in the text."""
-    rows = buffer.tensors.get("rope")
+    rows = buffer.tensors.get("position_ids")
     return 0 if rows is None or rows.shape[1] > 1 else rows.untyped_storage().nbytes()
 
 

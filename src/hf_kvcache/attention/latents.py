@@ -17,7 +17,7 @@ def attend_lowrank(q, store, dense, *, scaling, mask, softcap):
     if first.format == "lowrank/rope":
         basis, rope = first.basis, first.rotary
         tables = rope.tables(q.device)
-        expansion = KeyExpansion(basis.up_by_head, basis.mean_by_head, store.packed["rope"], tables)
+        expansion = KeyExpansion(basis.up_by_head, basis.mean_by_head, store.packed["position_ids"], tables)
         q = rope.scale_query(q)
     return lowrank_attention(q, keys, values, expansion, scaling=scaling, mask=mask, softcap=softcap)
 

@@ -109,11 +109,11 @@ class SharedStore(UniformStore):
         own = super().constants(side)
         return own if self.is_leader else {name: t for name, t in own.items() if name != "down"}
 
-    def _encode(self, codec: Codec, side: str, start: int, stop: int, queries, rope) -> dict[str, torch.Tensor]:
+    def _encode(self, codec: Codec, side: str, start: int, stop: int, queries, position_ids) -> dict[str, torch.Tensor]:
         chunks = []
         for at in range(start, stop, CHUNK):
             rows = slice(at, min(at + CHUNK, stop))
-            where = None if rope is None else rope[:, :, rows.start - start : rows.stop - start]
+            where = None if position_ids is None else position_ids[:, :, rows.start - start : rows.stop - start]
             # float32, because the parts are rounded once they have been added up
             parts = (s.lowrank(side).encode(s.dense[side][:, :, rows].float(), None, where) for s in self.group)
             chunks.append(sum(part["latents"] for part in parts).to(self.dtype))
@@ -140,10 +140,10 @@ class SharedStore(UniformStore):
         moments = Moments(1, self._width(side), self.dense[side].device)
         for at in range(start, self.dense.n_tokens, CHUNK):
             span = slice(at, min(at + CHUNK, self.dense.n_tokens))
-            rope = self.dense["rope"][:, :, span]
-            parts = (s.lowrank(side).grouped(s.dense[side][:, :, span], rope.clamp(min=0)) for s in self.group)
+            position_ids = self.dense["position_ids"][:, :, span]
+            parts = (s.lowrank(side).grouped(s.dense[side][:, :, span], position_ids.clamp(min=0)) for s in self.group)
             rows = torch.cat(list(parts), 3)[:, 0]  # [B, n, W]
-            moments.add(rows[(rope[:, 0] >= 0) & rows.isfinite().all(-1)].unsqueeze(0))
+            moments.add(rows[(position_ids[:, 0] >= 0) & rows.isfinite().all(-1)].unsqueeze(0))
         return moments
 
 

@@ -51,12 +51,12 @@ class UniformStore(Store):
         self.needs_queries, self.needs_positions = "queries" in needs, "positions" in needs
         self.n_queries = max(n_queries, QUERIES if self.needs_queries else 0)
         # positions in RoPE, the same for all heads, -1 for padding: a codec that is fitted to rows asks which are real
-        self.has_rope = bool(needs & {"positions", "model"})
+        self.has_position_ids = bool(needs & {"positions", "model"})
         state = dict.fromkeys(self.tracked, 1)
-        self.dense = RowBuffer({"k": 1, "v": 1, **state} | ({"rope": 1} if self.has_rope else {}))
+        self.dense = RowBuffer({"k": 1, "v": 1, **state} | ({"position_ids": 1} if self.has_position_ids else {}))
         fields = {f"{side}.{name}": per_row for side, codec in sides for name, per_row in codec.fields.items()}
-        rope = {"rope": 1} if self.needs_positions else {}
-        self.packed = RowBuffer({**fields, **state, **rope} if sides else {})
+        position_ids = {"position_ids": 1} if self.needs_positions else {}
+        self.packed = RowBuffer({**fields, **state, **position_ids} if sides else {})
         self.queries = RowBuffer({"q": 1})
         self.layer_state = RowBuffer({})
         self.step = max(PACK_STEP, self.packed.unit)
@@ -87,8 +87,8 @@ class UniformStore(Store):
         for name, dtype in self.tracked.items():
             shape = k.shape if name in self.wide else k.shape[:3]
             rows[name] = torch.zeros(shape, dtype=dtype, device=k.device)
-        if self.has_rope:
-            rows["rope"] = torch.zeros(k.shape[0], 1, n, dtype=torch.int32, device=k.device)
+        if self.has_position_ids:
+            rows["position_ids"] = torch.zeros(k.shape[0], 1, n, dtype=torch.int32, device=k.device)
         self.dense.append(rows, n)
 
     def track(self, name: str, dtype: torch.dtype) -> None:
@@ -178,16 +178,16 @@ class UniformStore(Store):
         """What the packed buffer holds of the dense rows `[start, stop)`: codes, tracked state, positions."""
         queries = self.newest_queries(QUERIES) if self.needs_queries else None
         rows = {name: self.dense[name][:, :, start:stop].clone() for name in self.tracked}
-        rope = self.dense["rope"][:, :, start:stop].clamp(min=0) if self.needs_positions else None
-        rows |= {} if rope is None else {"rope": rope}
+        position_ids = self.dense["position_ids"][:, :, start:stop].clamp(min=0) if self.needs_positions else None
+        rows |= {} if position_ids is None else {"position_ids": position_ids}
         for side, codec in (("k", self.keys), ("v", self.values)):
-            encoded = self._encode(codec, side, start, stop, queries, rope)
+            encoded = self._encode(codec, side, start, stop, queries, position_ids)
             rows |= {f"{side}.{name}": t for name, t in encoded.items()}
         return rows
 
-    def _encode(self, codec: Codec, side: str, start: int, stop: int, queries, rope) -> dict[str, torch.Tensor]:
+    def _encode(self, codec: Codec, side: str, start: int, stop: int, queries, position_ids) -> dict[str, torch.Tensor]:
         """The dense rows `[start, stop)` of one side, encoded."""
-        return codec.encode(self.dense[side][:, :, start:stop], queries, rope)
+        return codec.encode(self.dense[side][:, :, start:stop], queries, position_ids)
 
     def _drop(self, start: int, stop: int) -> None:
         """Free the dense rows `[start, stop)`, which are packed now."""
@@ -201,12 +201,12 @@ class UniformStore(Store):
         if not self.is_unfitted:
             return
         start = min(self.n_sink, self.dense.n_tokens - 1)
-        rope = self.dense["rope"][:, :, start:]
+        position_ids = self.dense["position_ids"][:, :, start:]
         # heads may have kept different rows: padding is what is padding for all of them
-        is_real = (rope >= 0).any(1)
+        is_real = (position_ids >= 0).any(1)
         for side, codec in (("k", self.keys), ("v", self.values)):
             if codec.is_unfitted:
-                codec = codec.fitted(self.dense[side][:, :, start:], rope.clamp(min=0), is_real)
+                codec = codec.fitted(self.dense[side][:, :, start:], position_ids.clamp(min=0), is_real)
             setattr(self, "keys" if side == "k" else "values", codec)
 
     def project(self, n_new: int) -> None:
@@ -214,11 +214,11 @@ class UniformStore(Store):
         if self.keys is None:
             return
         self.fit()
-        rope = self.dense["rope"][:, :, -n_new:].clamp(min=0) if self.needs_positions else None
+        position_ids = self.dense["position_ids"][:, :, -n_new:].clamp(min=0) if self.needs_positions else None
         for side, codec in (("k", self.keys), ("v", self.values)):
             rows = self.dense[side][:, :, -n_new:]
-            encoded = codec.encode(rows, None, rope)
-            rows.copy_(codec.decode(encoded, rows.dtype, rows.shape[-1], rope))
+            encoded = codec.encode(rows, None, position_ids)
+            rows.copy_(codec.decode(encoded, rows.dtype, rows.shape[-1], position_ids))
 
     def on_bound(self, cache, layer_idx: int) -> None:
         """Codecs of the layer have got from the model what they need: called once per text."""
@@ -273,11 +273,12 @@ class UniformStore(Store):
     def _restore(self, start: int) -> None:
         """Decode the packed rows from `start` on into the dense tail."""
         n = self.n_packed - start
-        back = dict(zip("kv", self.rows(start, self.n_packed)))
+        k, v = self.rows(start, self.n_packed)
+        back = {"k": k, "v": v}
         back |= {name: self.packed[name][:, :, start:] for name in self.tracked}
-        if self.has_rope:
-            rope = self.packed["rope"][:, :, start:] if self.needs_positions else back["k"].new_zeros(1, 1, 1).int()
-            back["rope"] = rope.expand(back["k"].shape[0], -1, n)
+        if self.has_position_ids:
+            source = self.packed["position_ids"][:, :, start:] if self.needs_positions else k.new_zeros(1, 1, 1).int()
+            back["position_ids"] = source.expand(k.shape[0], -1, n)
         after = {name: t[:, :, self.n_sink :].clone() for name, t in self.dense.views().items()}
         n_after = self.dense.n_tokens - self.n_sink
         self.dense.truncate(self.n_sink)
@@ -299,7 +300,7 @@ class UniformStore(Store):
 
     def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed rows `[start, stop)`, decoded: K and V `[B, Hkv, stop - start, D]` in the dtype of the cache."""
-        rope = self.packed["rope"][:, :, start:stop] if self.needs_positions else None
+        position_ids = self.packed["position_ids"][:, :, start:stop] if self.needs_positions else None
         return tuple(
             codec.decode(
                 {
@@ -308,7 +309,7 @@ class UniformStore(Store):
                 },
                 self.dtype,
                 self.dense.tensors[side].shape[-1],
-                rope,
+                position_ids,
             )
             for side, codec in (("k", self.keys), ("v", self.values))
         )
