@@ -286,7 +286,7 @@ class TestNothingIsLost:
         cache = kv.DMSCache()
         layer = cache._new_layer(0)
         cache.layers.append(layer)
-        layer.begin(decided(5))
+        layer.start_call(decided(5))
         with pytest.raises(ValueError, match="layer 0 is in the middle of a forward pass"):
             cache.save(tmp_path)
         layer.call = None
@@ -296,7 +296,7 @@ class TestNothingIsLost:
         layer = cache._new_layer(0)
         cache.layers.append(layer)
         for _ in range(3):
-            layer.begin(decided(1))
+            layer.start_call(decided(1))
             k, v = torch.randn(2, 2, 2, 1, 16)
             view = layer.append(k, v)
             layer.place(view)
@@ -304,7 +304,7 @@ class TestNothingIsLost:
         for other in (self.both(None, cache, tmp_path), pickle.loads(pickle.dumps(cache))):
             assert_same_state(other, cache)
             with pytest.raises(ValueError, match="made with window=4"):
-                other.layers[0].begin(decided(1, window=8))
+                other.layers[0].start_call(decided(1, window=8))
 
     def test_two_classes_of_one_name(self, model, tmp_path):
         fill(model, kv.EvictionCache("keydiff", budget=48), prompt()).save(tmp_path)

@@ -9,8 +9,8 @@ def unavailable(device) -> None:
     return None
 
 
-def merge_step(x, weights, taps, cell):
-    taps[:, :, cell] = x
-    weights = weights.to(torch.promote_types(weights.dtype, taps.dtype))
-    total = (weights.unsqueeze(-1) * taps.to(weights.dtype)).sum(2)
+def merge_step(x, weights, segment, cell):
+    segment[:, :, cell] = x
+    weights = weights.to(torch.promote_types(weights.dtype, segment.dtype))
+    total = (weights.unsqueeze(-1) * segment.to(weights.dtype)).sum(2)
     return (total / weights.sum(-1, keepdim=True)).to(x.dtype)

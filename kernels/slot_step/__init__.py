@@ -10,7 +10,7 @@ __all__ = ["place_rows", "slot_step"]
 
 
 def slot_step(
-    alpha: torch.Tensor, is_real: torch.Tensor | None, ring: torch.Tensor, lengths: torch.Tensor, position: int
+    alpha: torch.Tensor, is_real: torch.Tensor | None, pending: torch.Tensor, lengths: torch.Tensor, position: int
 ) -> torch.Tensor:
     """Choose the row of a token: that of a condemned one whose time is up, or a new one.
 
@@ -21,8 +21,8 @@ def slot_step(
     Args:
         alpha: decisions of this token, boolean `[B, Hkv]`.
         is_real: rows of the batch whose token is no padding, boolean `[B]`; None when all are.
-        ring: rows of the newest `delay + 1` tokens, int32 `[B, Hkv, delay + 1]`; the token at position `t` is in cell
-            `t % (delay + 1)` as `2 * row + is_condemned`, or -1 where it has none. Written to.
+        pending: rows of the newest `delay + 1` tokens, int32 `[B, Hkv, delay + 1]`, a ring: the token at position `t`
+            is in cell `t % (delay + 1)` as `2 * row + is_condemned`, or -1 where it has none. Written to.
         lengths: rows in use of every head, int32 `[B, Hkv]`. Written to.
         position: of this token in the text.
 
@@ -32,8 +32,8 @@ def slot_step(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    check_slots(alpha, is_real, ring, lengths)
-    return select("slot_step", alpha.device)(alpha, is_real, ring, lengths, position)
+    check_slots(alpha, is_real, pending, lengths)
+    return select("slot_step", alpha.device)(alpha, is_real, pending, lengths, position)
 
 
 def place_rows(
@@ -41,7 +41,7 @@ def place_rows(
     v: torch.Tensor,
     alpha: torch.Tensor,
     is_real: torch.Tensor | None,
-    ring: torch.Tensor,
+    pending: torch.Tensor,
     lengths: torch.Tensor,
     position: int,
     k_pages: torch.Tensor,
@@ -53,7 +53,7 @@ def place_rows(
     Args:
         k: dense row of the token, `[B, Hkv, 1, D]`.
         v: likewise; its head size may be another.
-        alpha, is_real, ring, lengths, position: see `slot_step`.
+        alpha, is_real, pending, lengths, position: see `slot_step`.
         k_pages: pages in the dtype of `k`, contiguous `[P, 1, page, D]`. Written to, but not for padding.
         v_pages: likewise of `v`, with the same `P` and `page`.
         table: pages of every head in the order of its rows, int32 `[B, Hkv, M]`; there is one for a new row.
@@ -61,27 +61,27 @@ def place_rows(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    check_places(k, v, alpha, is_real, ring, lengths, k_pages, v_pages, table)
+    check_places(k, v, alpha, is_real, pending, lengths, k_pages, v_pages, table)
     place = select("slot_step", alpha.device, name="place_rows")
-    place(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table)
+    place(k, v, alpha, is_real, pending, lengths, position, k_pages, v_pages, table)
 
 
-def check_slots(alpha, is_real, ring, lengths):
-    if ring.dim() != 3 or ring.shape[:2] != alpha.shape or lengths.shape != alpha.shape or not ring.shape[2]:
+def check_slots(alpha, is_real, pending, lengths):
+    if pending.dim() != 3 or pending.shape[:2] != alpha.shape or lengths.shape != alpha.shape or not pending.shape[2]:
         raise ValueError(
-            f"alpha {list(alpha.shape)}, ring {list(ring.shape)} and lengths {list(lengths.shape)} must be [B, Hkv], "
-            "[B, Hkv, delay + 1] and [B, Hkv]"
+            f"alpha {list(alpha.shape)}, pending {list(pending.shape)} and lengths {list(lengths.shape)} must be "
+            "[B, Hkv], [B, Hkv, delay + 1] and [B, Hkv]"
         )
-    if {ring.dtype, lengths.dtype} != {torch.int32} or alpha.dtype != torch.bool:
-        raise ValueError(f"ring {ring.dtype} and lengths {lengths.dtype} must be int32, alpha {alpha.dtype} bool")
+    if {pending.dtype, lengths.dtype} != {torch.int32} or alpha.dtype != torch.bool:
+        raise ValueError(f"pending {pending.dtype} and lengths {lengths.dtype} must be int32, alpha {alpha.dtype} bool")
     if is_real is not None and (is_real.shape != alpha.shape[:1] or is_real.dtype != torch.bool):
         raise ValueError(
             f"is_real {is_real.dtype} {list(is_real.shape)} must be bool [B], alpha is {list(alpha.shape)}"
         )
 
 
-def check_places(k, v, alpha, is_real, ring, lengths, k_pages, v_pages, table):
-    check_slots(alpha, is_real, ring, lengths)
+def check_places(k, v, alpha, is_real, pending, lengths, k_pages, v_pages, table):
+    check_slots(alpha, is_real, pending, lengths)
     for name, x, pages in (("k", k, k_pages), ("v", v, v_pages)):
         fits = x.shape[:3] == (*alpha.shape, 1) and pages.shape[1::2] == (1, x.shape[3]) and pages.dtype == x.dtype
         if not fits or not pages.is_contiguous():

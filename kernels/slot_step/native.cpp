@@ -8,7 +8,7 @@ namespace {
 struct Call {
     int64_t alpha, alpha_batch, alpha_head;        // bool
     int64_t is_real, is_real_batch;                // bool; address 0: all are
-    int64_t ring, ring_batch, ring_head;           // int32
+    int64_t pending, pending_batch, pending_head;           // int32
     int64_t lengths, lengths_batch, lengths_head;  // int32
     int64_t slot;                                  // int32, contiguous
     int64_t before, cell;                          // of the token before and of this one, from the first cell of a ring
@@ -38,10 +38,10 @@ extern "C" void slot_step(const char* packed) {
         const bool here = is_real == nullptr || is_real[b * call.is_real_batch];
         for (int64_t h = 0; h < call.H; h++) {
             const bool alpha = reinterpret_cast<const bool*>(call.alpha)[b * call.alpha_batch + h * call.alpha_head];
-            int32_t* ring = reinterpret_cast<int32_t*>(call.ring) + b * call.ring_batch + h * call.ring_head;
+            int32_t* pending = reinterpret_cast<int32_t*>(call.pending) + b * call.pending_batch + h * call.pending_head;
             int32_t& length = reinterpret_cast<int32_t*>(call.lengths)[b * call.lengths_batch + h * call.lengths_head];
             int32_t& slot = reinterpret_cast<int32_t*>(call.slot)[b * call.H + h];
-            slot = take(alpha, here, ring[call.before], ring[call.cell], length);
+            slot = take(alpha, here, pending[call.before], pending[call.cell], length);
         }
     }
 }

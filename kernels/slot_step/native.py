@@ -18,12 +18,12 @@ def unavailable(device) -> str | None:
     return native.unavailable("slot_step", device)
 
 
-def slot_step(alpha, is_real, ring, lengths, position):
-    (B, H), n_cells, apart = alpha.shape, ring.shape[2], ring.stride(2)
+def slot_step(alpha, is_real, pending, lengths, position):
+    (B, H), n_cells, apart = alpha.shape, pending.shape[2], pending.stride(2)
     slot = torch.empty(B, H, dtype=torch.int32)
     real = (0, 0) if is_real is None else (is_real.data_ptr(), is_real.stride(0))
     fields = (
-        alpha.data_ptr(), *alpha.stride(), *real, ring.data_ptr(), *ring.stride()[:2],
+        alpha.data_ptr(), *alpha.stride(), *real, pending.data_ptr(), *pending.stride()[:2],
         lengths.data_ptr(), *lengths.stride(), slot.data_ptr(),
         (position - 1) % n_cells * apart, position % n_cells * apart, B, H,
     )  # fmt: skip

@@ -9,10 +9,10 @@ def unavailable(device) -> None:
     return None
 
 
-def slot_step(alpha, is_real, ring, lengths, position):
-    n_cells = ring.shape[-1]
+def slot_step(alpha, is_real, pending, lengths, position):
+    n_cells = pending.shape[-1]
     is_real = torch.ones_like(alpha) if is_real is None else is_real.unsqueeze(-1).expand_as(alpha)
-    before, cell = ring[..., (position - 1) % n_cells], ring[..., position % n_cells]
+    before, cell = pending[..., (position - 1) % n_cells], pending[..., position % n_cells]
     before |= (alpha & is_real & (before >= 0)).int()
     # with one cell both are the same, so what was just condemned is taken at once
     is_free = (cell >= 0) & (cell % 2 == 1)
@@ -23,8 +23,8 @@ def slot_step(alpha, is_real, ring, lengths, position):
     return row
 
 
-def place_rows(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table):
-    row, page = slot_step(alpha, is_real, ring, lengths, position), k_pages.shape[2]
+def place_rows(k, v, alpha, is_real, pending, lengths, position, k_pages, v_pages, table):
+    row, page = slot_step(alpha, is_real, pending, lengths, position), k_pages.shape[2]
     entry = (row.clamp(min=0) // page).unsqueeze(-1).long()
     at = table.gather(2, entry).squeeze(-1).long() * page + row % page  # [B, Hkv]
     # picking by a mask would wait for the device

@@ -15,20 +15,20 @@ CONFIG = {"num_warps": 1}
 STRIDES = ["H", "before", "cell", "sa_b", "sa_h", "sm_b", "sr_b", "sr_h", "sr_c", "sl_b", "sl_h"]
 
 
-def slot_step(alpha, is_real, ring, lengths, position):
+def slot_step(alpha, is_real, pending, lengths, position):
     slot = torch.empty(alpha.shape, dtype=torch.int32, device=alpha.device)
     if slot.numel():
         slot_step_fwd_kernel[(slot.numel(),)](
-            *decisions(alpha, is_real, ring, lengths, position), slot, PADDED=is_real is not None, **CONFIG
+            *decisions(alpha, is_real, pending, lengths, position), slot, PADDED=is_real is not None, **CONFIG
         )
     return slot
 
 
-def place_rows(k, v, alpha, is_real, ring, lengths, position, k_pages, v_pages, table):
+def place_rows(k, v, alpha, is_real, pending, lengths, position, k_pages, v_pages, table):
     if alpha.numel():
         k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
         place_rows_fwd_kernel[(alpha.numel(),)](
-            *decisions(alpha, is_real, ring, lengths, position), k, v, k_pages, v_pages, table,
+            *decisions(alpha, is_real, pending, lengths, position), k, v, k_pages, v_pages, table,
             *k.stride()[:2], *v.stride()[:2], *table.stride(),
             PADDED=is_real is not None, **place_config(k_pages.shape[2], k.shape[3], v.shape[3]),
         )  # fmt: skip
@@ -40,26 +40,26 @@ def place_config(page, k_size, v_size):
     return {"PAGE": page, **sizes, **CONFIG}
 
 
-def decisions(alpha, is_real, ring, lengths, position):
+def decisions(alpha, is_real, pending, lengths, position):
     """Arguments that both kernels begin with; alpha stands in for a mask that is not there."""
-    n_cells = ring.shape[2]
+    n_cells = pending.shape[2]
     alpha = alpha.view(torch.uint8)
     mask, mask_stride = (alpha, 0) if is_real is None else (is_real.view(torch.uint8), is_real.stride(0))
     return (
-        alpha, mask, ring, lengths, alpha.shape[1], (position - 1) % n_cells, position % n_cells,
-        *alpha.stride(), mask_stride, *ring.stride(), *lengths.stride(),
+        alpha, mask, pending, lengths, alpha.shape[1], (position - 1) % n_cells, position % n_cells,
+        *alpha.stride(), mask_stride, *pending.stride(), *lengths.stride(),
     )  # fmt: skip
 
 
 @triton.jit
 def take(
-    alpha, mask, ring, lengths, i_b, i_h, before, cell, sa_b, sa_h, sm_b, sr_b, sr_h, sr_c, sl_b, sl_h,
+    alpha, mask, pending, lengths, i_b, i_h, before, cell, sa_b, sa_h, sm_b, sr_b, sr_h, sr_c, sl_b, sl_h,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """The row of the token of one head, -1 for padding; ring and length of the head go on."""
     p_length = lengths + i_b * sl_b + i_h * sl_h
-    p_before = ring + i_b * sr_b + i_h * sr_h + before * sr_c
-    p_cell = ring + i_b * sr_b + i_h * sr_h + cell * sr_c
+    p_before = pending + i_b * sr_b + i_h * sr_h + before * sr_c
+    p_cell = pending + i_b * sr_b + i_h * sr_h + cell * sr_c
     b_is_real = tl.full((), True, tl.int1)
     if PADDED:
         b_is_real = tl.load(mask + i_b * sm_b) != 0
@@ -78,12 +78,12 @@ def take(
 
 @triton.jit(do_not_specialize=STRIDES)
 def slot_step_fwd_kernel(
-    alpha, mask, ring, lengths, H, before, cell, sa_b, sa_h, sm_b, sr_b, sr_h, sr_c, sl_b, sl_h, slot,
+    alpha, mask, pending, lengths, H, before, cell, sa_b, sa_h, sm_b, sr_b, sr_h, sr_c, sl_b, sl_h, slot,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     i_head = tl.program_id(0).to(tl.int64)
     b_row = take(
-        alpha, mask, ring, lengths, i_head // H, i_head % H, before, cell,
+        alpha, mask, pending, lengths, i_head // H, i_head % H, before, cell,
         sa_b, sa_h, sm_b, sr_b, sr_h, sr_c, sl_b, sl_h, PADDED,
     )  # fmt: skip
     tl.store(slot + i_head, b_row)
@@ -91,7 +91,7 @@ def slot_step_fwd_kernel(
 
 @triton.jit(do_not_specialize=STRIDES + ["sk_b", "sk_h", "sv_b", "sv_h", "st_b", "st_h", "st_m"])
 def place_rows_fwd_kernel(
-    alpha, mask, ring, lengths, H, before, cell, sa_b, sa_h, sm_b, sr_b, sr_h, sr_c, sl_b, sl_h,
+    alpha, mask, pending, lengths, H, before, cell, sa_b, sa_h, sm_b, sr_b, sr_h, sr_c, sl_b, sl_h,
     k, v, k_pages, v_pages, table, sk_b, sk_h, sv_b, sv_h, st_b, st_h, st_m,
     PADDED: tl.constexpr, PAGE: tl.constexpr,
     KD: tl.constexpr, KP: tl.constexpr, VD: tl.constexpr, VP: tl.constexpr,
@@ -103,7 +103,7 @@ def place_rows_fwd_kernel(
     b_k = tl.load(k + i_b * sk_b + i_h * sk_h + o_k, mask=o_k < KD, other=0)
     b_v = tl.load(v + i_b * sv_b + i_h * sv_h + o_v, mask=o_v < VD, other=0)
     b_row = take(
-        alpha, mask, ring, lengths, i_b, i_h, before, cell,
+        alpha, mask, pending, lengths, i_b, i_h, before, cell,
         sa_b, sa_h, sm_b, sr_b, sr_h, sr_c, sl_b, sl_h, PADDED,
     )  # fmt: skip
     i_page = tl.load(table + i_b * st_b + i_h * st_h + b_row // PAGE * st_m, mask=b_row >= 0, other=0).to(tl.int64)

@@ -148,7 +148,7 @@ def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], co
     later = {} if manifest.format_version > 1 else {n: options.pop(n) for n in ("min_length", "exact_prefill")}
     cache = kind.__new__(kind)
     try:
-        begin(cache, policy=policy, codec=codec, edge_codec=edge_codec, config=config, **options)
+        construct(cache, policy=policy, codec=codec, edge_codec=edge_codec, config=config, **options)
     except Exception as error:
         # options that never were may break a constructor anywhere
         raise Misfit(f"policy, codec, {', '.join(OPTIONS)}: {str(error)[:300]}") from error
@@ -192,7 +192,7 @@ def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], co
     return cache
 
 
-def begin(cache, **options) -> None:
+def construct(cache, **options) -> None:
     """Initialise an instance of any class of caches by the arguments of `KVCache`."""
     _plain(type(cache)).__init__(cache, **options)
 

@@ -60,7 +60,7 @@ def reduced(cache) -> tuple:
 def rebuilt(kind: type, state: dict):
     """The cache that `reduced` took apart, which will look for its model."""
     cache = kind.__new__(kind)
-    persist.begin(cache, **state["options"])
+    persist.construct(cache, **state["options"])
     vars(cache).update(state["attributes"])
     cache._records_past, cache._hf_layers = state["records_past"], state["hf_layers"]
     cache._n_states = state["n_states"]

@@ -24,7 +24,7 @@ def method(request):
 @pytest.fixture(scope="module")
 def model(method):
     """Never changed by a test."""
-    return retrofitted(method, n_layers=2, lean=[0.3, 0.0], **KNOBS[method])
+    return retrofitted(method, n_layers=2, bias=[0.3, 0.0], **KNOBS[method])
 
 
 def new_cache(method, **options):
@@ -338,7 +338,7 @@ def test_a_disabled_retrofit_is_the_model(model, method, monkeypatch):
     with torch.no_grad():
         plain = llama(2)
         with torch.no_grad():
-            # `lean` has changed weights
+            # `bias` has changed weights
             state = {name: t for name, t in own.state_dict().items() if "kv_dmc" not in name}
             plain.load_state_dict(state)
         assert torch.equal(whole(own, *inputs), whole(plain, *inputs))
@@ -374,7 +374,7 @@ def test_several_texts_in_one_row_are_refused(is_trained):
 @pytest.mark.parametrize("window", [0, 4])
 def test_gradients_flow_within_a_call_and_end_at_what_is_cached(method, window):
     knobs = dict(window=window) if method == "dmc" else KNOBS[method]
-    model = retrofitted(method, n_layers=2, lean=[0.3, 0.0], **knobs).requires_grad_(True)
+    model = retrofitted(method, n_layers=2, bias=[0.3, 0.0], **knobs).requires_grad_(True)
     ids, _, _ = batch([20])
 
     def gradients(new, **kwargs):

@@ -11,22 +11,22 @@ FORMS = {
     "dmc-w12-g1-borrowed": dict(G=1),
     "dmc-w1-g4-borrowed": dict(window=1, G=4),
     "dmc-w0-g2-borrowed": dict(window=0),
-    "dmc-w3-g4-rows": dict(window=3, G=4, decision="rows", lean=[0.1]),
-    "dmc-w0-g1-rows": dict(window=0, G=1, decision="rows", lean=[0.3, 0.1, -0.1, -0.3]),
-    "dmc-w12-g4-linear": dict(G=4, decision="linear", lean=[0.2]),
-    "dmc-w2-g2-linear": dict(window=2, decision="linear", lean=[0.2, -0.2]),
-    "dmc-w3-g1-borrowed-mixed": dict(window=3, G=1, lean=[0.6, 0.2, -0.2, -0.6]),
+    "dmc-w3-g4-rows": dict(window=3, G=4, decision="rows", bias=[0.1]),
+    "dmc-w0-g1-rows": dict(window=0, G=1, decision="rows", bias=[0.3, 0.1, -0.1, -0.3]),
+    "dmc-w12-g4-linear": dict(G=4, decision="linear", bias=[0.2]),
+    "dmc-w2-g2-linear": dict(window=2, decision="linear", bias=[0.2, -0.2]),
+    "dmc-w3-g1-borrowed-mixed": dict(window=3, G=1, bias=[0.6, 0.2, -0.2, -0.6]),
     "dmc-w3-g2-borrowed-zero": dict(window=3, zero_after_rope=True),
-    "dmc-w3-g2-borrowed-layer": dict(window=3, per="layer", lean=[0.4, -0.2]),
+    "dmc-w3-g2-borrowed-layer": dict(window=3, per="layer", bias=[0.4, -0.2]),
     "dmc-w12-g2-borrowed-neuron0": dict(neuron=0),
     "dms-w0-g2-borrowed": dict(method="dms", window=0),
     "dms-w1-g4-borrowed": dict(method="dms", window=1, G=4),
     "dms-w5-g1-borrowed-zero": dict(method="dms", window=5, G=1, zero_after_rope=True),
     "dms-w2-g4-borrowed-zero": dict(method="dms", window=2, G=4, zero_after_rope=True),
-    "dms-w5-g4-rows": dict(method="dms", window=5, G=4, decision="rows", lean=[0.05]),
-    "dms-w1-g2-rows-layer": dict(method="dms", window=1, decision="rows", per="layer", lean=[0.2, -0.05]),
-    "dms-w2-g1-linear-mixed": dict(method="dms", window=2, G=1, decision="linear", lean=[0.5, 0.1, -0.1, -0.5]),
-    "dms-w14-g2-linear": dict(method="dms", window=14, decision="linear", lean=[0.5, 0.0]),
+    "dms-w5-g4-rows": dict(method="dms", window=5, G=4, decision="rows", bias=[0.05]),
+    "dms-w1-g2-rows-layer": dict(method="dms", window=1, decision="rows", per="layer", bias=[0.2, -0.05]),
+    "dms-w2-g1-linear-mixed": dict(method="dms", window=2, G=1, decision="linear", bias=[0.5, 0.1, -0.1, -0.5]),
+    "dms-w14-g2-linear": dict(method="dms", window=14, decision="linear", bias=[0.5, 0.0]),
     "dms-w40-g2-borrowed": dict(method="dms", window=40),
 }
 
@@ -118,7 +118,7 @@ def test_layers_in_a_row(method):
 @pytest.mark.parametrize("method, window", [("dmc", 12), ("dmc", 0), ("dms", 30)])
 def test_longer_than_a_block(method, window):
     # bands of 64 tokens in `merge`, blocks of 256 queries in attention, pages of 32 rows
-    model = retrofitted(method, window=window, lean=[0.5, 0.0])
+    model = retrofitted(method, window=window, bias=[0.5, 0.0])
     inputs = batch([300, 230])
     is_real = inputs[1].bool()
     with recorded(model) as seen:
@@ -140,7 +140,7 @@ def test_without_waiting_for_lengths(method, window, monkeypatch):
     from hf_kvcache.dmc.store import TrainedStore
 
     monkeypatch.setattr(TrainedStore, "is_at_hand", property(lambda self: False))
-    model = retrofitted(method, window=window, lean=[0.5, 0.2])
+    model = retrofitted(method, window=window, bias=[0.5, 0.2])
     inputs = batch([120, 90])
     cache, is_real = CACHES[method](), inputs[1].bool()
     logits = feed(model, cache, *inputs, [7] + [1] * 80 + [9] + [1] * 24)

@@ -24,7 +24,7 @@ def method(request):
 
 
 def model_of(method, implementation="hf_kvcache", **knobs):
-    model = retrofitted(method, n_layers=2, lean=[0.3, 0.1], **dict(window=4) | knobs)
+    model = retrofitted(method, n_layers=2, bias=[0.3, 0.1], **dict(window=4) | knobs)
     model.set_attn_implementation(implementation)
     return model
 

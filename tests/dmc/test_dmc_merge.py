@@ -216,7 +216,7 @@ def test_gradients_through_attention(method, window, softcap):
     "knobs",
     [
         dict(G=4),
-        dict(window=3, decision="rows", lean=[0.1]),
+        dict(window=3, decision="rows", bias=[0.1]),
         dict(window=0, decision="linear"),
         dict(method="dms", window=3, G=4),
         dict(method="dms", window=0, per="layer", zero_after_rope=True),

@@ -178,7 +178,7 @@ def test_the_channel_fades(method):
 def test_folded_rows_decide_the_same(method, zero_after_rope):
     inputs = batch([25, 9])
     is_real = inputs[1].bool()
-    knobs = dict(window=3, decision="rows", lean=[0.1], zero_after_rope=zero_after_rope)
+    knobs = dict(window=3, decision="rows", bias=[0.1], zero_after_rope=zero_after_rope)
     model = retrofitted(method, n_layers=2, G=4, **knobs)
     before, cache = whole(model, *inputs), CACHES[method]()
     merge_weights(model)
@@ -207,7 +207,7 @@ def test_own_weights_start_by_keeping_everything(method, decision):
 
 
 def test_a_copy_of_a_model_decides_for_itself():
-    model, inputs = retrofitted(decision="linear", lean=[0.1]), batch([25, 9])
+    model, inputs = retrofitted(decision="linear", bias=[0.1]), batch([25, 9])
     twin = copy.deepcopy(model)
     with torch.no_grad():
         before = whole(model, *inputs)

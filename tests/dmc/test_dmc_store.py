@@ -33,17 +33,17 @@ def promised(layer, window, merges):
     ring = 4 * B * H * (1 if merges else window + 1)
     # float32 where a mean is summed up for long
     member = max(size, 4) if not window else size
-    taps = B * H * max(window, 1) * (2 * D * member + max(size, 4)) if merges else 0
+    segment = B * H * max(window, 1) * (2 * D * member + max(size, 4)) if merges else 0
     # so are the beginnings, on the device for every head
     first = 4 * B * H + 8 * B
-    return pages + index + ring + taps + first
+    return pages + index + ring + segment + first
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("method, window", [("dmc", 12), ("dmc", 0), ("dms", 20)])
 def test_bytes(method, window, dtype):
-    model = retrofitted(method, n_layers=2, window=window, lean=[0.6, 0.3], dtype=dtype)
+    model = retrofitted(method, n_layers=2, window=window, bias=[0.6, 0.3], dtype=dtype)
     inputs, cache, dense = batch([400, 300]), CACHES[method](), DynamicCache()
     feed(model, cache, *inputs, [350] + [1] * 50)
     rows = int((-(-lengths(cache) // 32)).sum())
@@ -64,7 +64,7 @@ def test_bytes(method, window, dtype):
 @pytest.mark.parametrize("sizes", [[1] * 40, [33, 1, 1, 5]], ids=["decoded", "chunks"])
 @pytest.mark.parametrize("window", [3, 0])
 def test_merging_everything_leaves_one_row(window, sizes):
-    model = retrofitted(window=window, decision="linear", lean=[50.0])
+    model = retrofitted(window=window, decision="linear", bias=[50.0])
     inputs, cache = batch([40, 20]), CACHES["dmc"]()
     logits = feed(model, cache, *inputs, sizes)
     assert lengths(cache).tolist() == [[[1, 1], [1, 1]]]
@@ -74,7 +74,7 @@ def test_merging_everything_leaves_one_row(window, sizes):
 @torch.no_grad()
 @pytest.mark.parametrize("window", [0, 40])
 def test_dropping_everything_leaves_the_window(window):
-    model = retrofitted("dms", window=window, decision="linear", lean=[50.0])
+    model = retrofitted("dms", window=window, decision="linear", bias=[50.0])
     ids, mask, positions = batch([280, 220])
     cache, seen = CACHES["dms"](), []
     feed(model, cache, ids[:, :100], mask[:, :100], positions[:, :100], [100])
@@ -93,7 +93,7 @@ def test_dropping_everything_leaves_the_window(window):
 @torch.no_grad()
 def test_rows_are_used_again_where_they_are():
     # keys of tokens that stay do not move while others go
-    model = retrofitted("dms", window=4, lean=[0.3, 0.1])
+    model = retrofitted("dms", window=4, bias=[0.3, 0.1])
     inputs, cache = batch([60]), CACHES["dms"]()
     ids, mask, positions = inputs
     feed(model, cache, ids[:, :20], mask[:, :20], positions[:, :20], [20])
@@ -117,7 +117,7 @@ def test_rows_are_used_again_where_they_are():
 def estimated(n_steps=100, page=4):
     """Pages into which heads were fed one row at a time, some of which they did not need, without a look."""
     paged, generator = PagedBuffer(["x"], page), torch.Generator().manual_seed(0)
-    paged.begin(2, 2, "cpu")
+    paged.allocate(2, 2, "cpu")
     lists = [[[] for _ in range(2)] for _ in range(2)]
     for step in range(n_steps):
         rows = {"x": torch.full((2, 2, 1, 3), float(step))}
@@ -189,7 +189,7 @@ CODECS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_over_a_codec(method, name):
     make, tolerance, share = CODECS[name]
-    model = retrofitted(method, n_layers=2, window=4, lean=[0.3, 0.1], dtype=torch.float32)
+    model = retrofitted(method, n_layers=2, window=4, bias=[0.3, 0.1], dtype=torch.float32)
     inputs, plain, cache = batch([200, 150]), CACHES[method](), CACHES[method](codec=make())
     is_real = inputs[1].bool()
     dense = feed(model, plain, *inputs, [160] + [1] * 40)
@@ -251,7 +251,7 @@ def test_nothing_to_set_beside_the_decisions(knobs):
 def test_other_dtypes(dtype, tolerance, window):
     # decisions by the exact model's, so that rounding has no say in them
     for method in METHODS:
-        model = retrofitted(method, window=window or 3, decision="linear", lean=[0.3, 0.1], scale=1e4).to(dtype)
+        model = retrofitted(method, window=window or 3, decision="linear", bias=[0.3, 0.1], scale=1e4).to(dtype)
         inputs = batch([40, 21])
         is_real = inputs[1].bool()
         logits = whole(model, *inputs)

@@ -27,8 +27,8 @@ def llama(n_layers=1, G=2, dtype=torch.float64, seed=0):
     return model
 
 
-def retrofitted(method="dmc", n_layers=1, G=2, dtype=torch.float64, lean=None, seed=0, model=None, **knobs):
-    """A random model that decides at random: `lean` per KV head is how much it likes to merge or drop."""
+def retrofitted(method="dmc", n_layers=1, G=2, dtype=torch.float64, bias=None, seed=0, model=None, **knobs):
+    """A random model that decides at random: `bias` per KV head is how much it likes to merge or drop."""
     model = llama(n_layers, G, dtype, seed) if model is None else model
     chosen = settings(method, **knobs)
     retrofit(model, chosen)
@@ -38,17 +38,17 @@ def retrofitted(method="dmc", n_layers=1, G=2, dtype=torch.float64, lean=None, s
             for rows, std in ((child.decision, 0.15), (child.importance, 0.3)):
                 if rows is not None:
                     rows.copy_(torch.randn(rows.shape, generator=generator) * std)
-        if lean is not None:
-            lean_to(model, chosen, lean)
+        if bias is not None:
+            bias_decisions(model, chosen, bias)
     return model.requires_grad_(False)
 
 
-def lean_to(model, chosen, lean):
+def bias_decisions(model, chosen, bias):
     """Add to the logits of every KV head by way of the channel that all embeddings share."""
     for i, child in retrofits(model).items():
         attention = model.model.layers[i].self_attn
         H, D, G = model.config.num_key_value_heads, attention.head_dim, attention.num_key_value_groups
-        by = torch.tensor(lean).expand(H)
+        by = torch.tensor(bias).expand(H)
         if child.decision is not None:
             child.decision[:, 0] += by
         elif chosen.merges:

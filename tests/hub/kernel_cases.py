@@ -119,25 +119,25 @@ def merge_states(kernel):
 def merge_step(kernel):
     for dtype in (torch.float32, torch.float16):
         torch.manual_seed(3)
-        x, taps, weights = torch.randn(B, H, D).to(dtype), torch.randn(B, H, 12, D).to(dtype), torch.rand(B, H, 12)
-        yield kernel.merge_step(x, weights, taps, 5)
-        yield taps
+        x, segment, weights = torch.randn(B, H, D).to(dtype), torch.randn(B, H, 12, D).to(dtype), torch.rand(B, H, 12)
+        yield kernel.merge_step(x, weights, segment, 5)
+        yield segment
 
 
 def slot_step(kernel):
     torch.manual_seed(4)
     delay, page = 2, 16
-    ring, lengths = torch.full((B, H, delay + 1), -1, dtype=torch.int32), torch.zeros(B, H, dtype=torch.int32)
+    pending, lengths = torch.full((B, H, delay + 1), -1, dtype=torch.int32), torch.zeros(B, H, dtype=torch.int32)
     table = torch.arange(2 * B * H, dtype=torch.int32).view(B, H, 2)
     k_pages, v_pages = torch.zeros(2, 2 * B * H, 1, page, D).half()
     for t in range(20):
         alpha, is_real = torch.rand(B, H) < 0.5, torch.tensor([t >= 3, True])
         if t % 2:
-            yield kernel.slot_step(alpha, is_real, ring, lengths, t)
+            yield kernel.slot_step(alpha, is_real, pending, lengths, t)
         else:
             k, v = torch.randn(2, B, H, 1, D).half()
-            kernel.place_rows(k, v, alpha, is_real, ring, lengths, t, k_pages, v_pages, table)
-    yield from (ring, lengths, k_pages, v_pages)
+            kernel.place_rows(k, v, alpha, is_real, pending, lengths, t, k_pages, v_pages, table)
+    yield from (pending, lengths, k_pages, v_pages)
 
 
 CASES = {

@@ -155,16 +155,16 @@ def lowrank():
 def steps():
     for w, D in ((1, 8), (12, 128), (5, 47), (64, 255), (3, 9), (17, 80)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            x, weights, taps = exact(2, 3, D).to(dtype), torch.rand(2, 3, w), exact(2, 3, w, D)
+            x, weights, segment = exact(2, 3, D).to(dtype), torch.rand(2, 3, w), exact(2, 3, w, D)
             weights[..., w // 2 :] *= torch.rand(2, 3, w - w // 2) < 0.5
-            for held in (taps.to(dtype), taps):
+            for held in (segment.to(dtype), segment):
                 weights[..., w - 1] = 1.0
                 merge_step(x, weights, held, w - 1)
     for delay in (0, 1, 5, 256):
-        ring, lengths = torch.full((2, 3, delay + 1), -1, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
+        pending, lengths = torch.full((2, 3, delay + 1), -1, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
         for t in range(300):
             is_real = torch.rand(2) < 0.9 if t % 2 else None
-            slot_step(torch.rand(2, 3) < 0.5, is_real, ring, lengths, t)
+            slot_step(torch.rand(2, 3) < 0.5, is_real, pending, lengths, t)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from hf_kvcache.kernels.sparse_pack import sparse_pack, sparse_unpack
 
 def test_merge_step():
     torch.manual_seed(0)
-    x, taps = torch.randn(2, 3, 16).double(), torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    x, segment = torch.randn(2, 3, 16).double(), torch.randn(2, 3, 5, 16, dtype=torch.float64)
     weights = torch.rand(2, 3, 5)
-    expected = taps.clone()
+    expected = segment.clone()
     expected[:, :, 2] = x
     share = weights.double() / weights.double().sum(-1, keepdim=True)
     expected = (share.unsqueeze(-1) * expected).sum(2)
-    mean = merge_step(x, weights, taps, 2)
+    mean = merge_step(x, weights, segment, 2)
     assert mean.dtype == torch.float64
     assert torch.allclose(mean, expected, rtol=0, atol=1e-14)
 
@@ -56,8 +56,8 @@ def test_slots():
     torch.manual_seed(0)
     pages = [torch.zeros(4, 1, 16, width, dtype=torch.float64) for width in (8, 6)]
     k, v = (torch.randn(1, 2, 1, width, dtype=torch.float64) for width in (8, 6))
-    ring, lengths = torch.full((1, 2, 1), -1, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+    pending, lengths = torch.full((1, 2, 1), -1, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
     table = torch.tensor([[[3], [1]]], dtype=torch.int32)
-    place_rows(k, v, torch.zeros(1, 2, dtype=torch.bool), None, ring, lengths, 0, *pages, table)
+    place_rows(k, v, torch.zeros(1, 2, dtype=torch.bool), None, pending, lengths, 0, *pages, table)
     for x, held in zip((k, v), pages):
         assert torch.equal(held[[3, 1], 0, 0], x[0, :, 0])

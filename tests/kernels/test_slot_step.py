@@ -23,8 +23,8 @@ def isa(request, monkeypatch):
 
 def empty(B, H, delay):
     """Ring and lengths of heads that have seen nothing, as a store keeps them."""
-    ring = torch.full((B, H, 1, delay + 1), -1, dtype=torch.int32)
-    return ring[:, :, 0], torch.zeros(B, H, dtype=torch.int32)
+    pending = torch.full((B, H, 1, delay + 1), -1, dtype=torch.int32)
+    return pending[:, :, 0], torch.zeros(B, H, dtype=torch.int32)
 
 
 def text(B, H, S, p=0.5, n_padding=()):
@@ -49,11 +49,11 @@ def test_rows_hold_the_live_tokens_and_nothing_else(backend, delay, n_padding):
     B, H, S = 2, 2, 150
     torch.manual_seed(delay)
     alpha, is_real = text(B, H, S, 0.7, n_padding)
-    ring, lengths = empty(B, H, delay)
+    pending, lengths = empty(B, H, delay)
     held = {(b, h): {} for b in range(B) for h in range(H)}
     with use_backend(backend):
         for t in range(S):
-            slot = slot_step(alpha[..., t], is_real[:, t] if n_padding else None, ring, lengths, t)
+            slot = slot_step(alpha[..., t], is_real[:, t] if n_padding else None, pending, lengths, t)
             assert slot.dtype == torch.int32 and slot.shape == (B, H)
             for (b, h), rows in held.items():
                 row = int(slot[b, h])
@@ -70,9 +70,9 @@ def test_rows_hold_the_live_tokens_and_nothing_else(backend, delay, n_padding):
 
 def test_delay_0_merges_into_the_newest_row():
     alpha = torch.tensor([[[0, 1, 1, 0, 1, 0, 0]]], dtype=torch.bool)
-    ring, lengths = empty(1, 1, 0)
+    pending, lengths = empty(1, 1, 0)
     with use_backend("reference"):
-        slots = [int(slot_step(alpha[..., t], None, ring, lengths, t)) for t in range(7)]
+        slots = [int(slot_step(alpha[..., t], None, pending, lengths, t)) for t in range(7)]
     assert slots == [0, 0, 0, 1, 1, 2, 3] and int(lengths) == 4
 
 
@@ -93,7 +93,7 @@ def test_native_is_the_reference_step_by_step(run):
         expected = reference.slot_step(alpha[..., t], real, *want, t)
         with use_backend("native"):
             slot = slot_step(alpha[..., t], real, *got, t)
-        for name, a, b in zip(("slot", "ring", "lengths"), (expected, *want), (slot, *got), strict=True):
+        for name, a, b in zip(("slot", "pending", "lengths"), (expected, *want), (slot, *got), strict=True):
             assert torch.equal(a, b), f"{name} at {t}"
 
 
@@ -124,22 +124,22 @@ def test_rows_are_placed_as_the_buffer_does(n_padding):
     alpha, is_real = text(B, H, S, 0.5, n_padding)
     k, v = rows(S, B, H, 5), -rows(S, B, H, 3)
     buffer = PagedBuffer(("k", "v"), page)
-    buffer.begin(B, H, alpha.device)
+    buffer.allocate(B, H, alpha.device)
     P = B * H * -(-S // page)
     table = torch.randperm(P).int().view(B, H, -1)
     pages = torch.zeros(P, 1, page, 5), torch.zeros(P, 1, page, 3)
-    ring, (other_ring, lengths) = empty(B, H, 2)[0], empty(B, H, 2)
+    pending, (other_ring, lengths) = empty(B, H, 2)[0], empty(B, H, 2)
     for t in range(S):
         real = is_real[:, t] if n_padding else None
         row = {"k": k[t], "v": v[t]}
-        slot = reference.slot_step(alpha[..., t], real, ring, buffer.lengths, t)
+        slot = reference.slot_step(alpha[..., t], real, pending, buffer.lengths, t)
         buffer.follow_lengths(row)
         buffer.put(row, slot, real is None)
         with use_backend("reference"):
             place_rows(k[t], v[t], alpha[..., t], real, other_ring, lengths, t, *pages, table)
         n_written = [held.any(-1).sum() for held in pages]
         assert n_written == [lengths.sum()] * 2, f"written where no row is, token {t}"
-    assert torch.equal(ring, other_ring) and torch.equal(buffer.lengths, lengths)
+    assert torch.equal(pending, other_ring) and torch.equal(buffer.lengths, lengths)
     for name, held in zip("kv", pages, strict=True):
         in_order = held.flatten(0, 2)[table.long().unsqueeze(-1) * page + torch.arange(page)].flatten(2, 3)
         n = buffer.n_tokens
@@ -156,33 +156,33 @@ def test_a_store_that_does_not_wait_holds_the_same(monkeypatch, delay):
     k, v = rows(S, B, H, 8), -rows(S, B, H, 8)
     for is_at_hand, store in zip((True, False), stores, strict=True):
         monkeypatch.setattr(TrainedStore, "is_at_hand", is_at_hand)
-        store.begin(B, H, delay, alpha.device, torch.float32)
+        store.allocate(B, H, delay, alpha.device, torch.float32)
         store.head_dim = 8
         for t in range(S):
             store.place(k[t], v[t], alpha[..., t], is_real[:, t] if t < 9 else None, t)
         store.packed.look()
     (a, b), n = stores, stores[0].packed.n_tokens
-    assert torch.equal(a.packed.lengths, b.packed.lengths) and torch.equal(a.ring, b.ring)
+    assert torch.equal(a.packed.lengths, b.packed.lengths) and torch.equal(a.pending, b.pending)
     for x, y in zip(a.rows(0, n), b.rows(0, n), strict=True):
         assert x.any() and torch.equal(x, y)
 
 
 def test_operands_that_do_not_fit_are_refused():
-    alpha, (ring, lengths) = torch.zeros(2, 3, dtype=torch.bool), empty(2, 3, 1)
+    alpha, (pending, lengths) = torch.zeros(2, 3, dtype=torch.bool), empty(2, 3, 1)
     for bad in (
-        (alpha[:1], None, ring, lengths),
-        (alpha, None, ring[..., :0], lengths),
-        (alpha, None, ring, lengths[0]),
+        (alpha[:1], None, pending, lengths),
+        (alpha, None, pending[..., :0], lengths),
+        (alpha, None, pending, lengths[0]),
     ):
         with pytest.raises(ValueError, match="delay \\+ 1"):
             slot_step(*bad, 0)
     with pytest.raises(ValueError, match="int32"):
-        slot_step(alpha, None, ring.long(), lengths, 0)
+        slot_step(alpha, None, pending.long(), lengths, 0)
     with pytest.raises(ValueError, match="is_real"):
-        slot_step(alpha, torch.ones(3, dtype=torch.bool), ring, lengths, 0)
+        slot_step(alpha, torch.ones(3, dtype=torch.bool), pending, lengths, 0)
     k, pages, table = torch.zeros(2, 3, 1, 8), torch.zeros(6, 1, 4, 8), torch.zeros(2, 3, 1, dtype=torch.int32)
     for bad in ((pages.half(), pages), (pages[..., :7], pages), (pages, pages.mT.contiguous().mT), (pages, pages[:5])):
         with pytest.raises(ValueError, match="pages"):
-            place_rows(k, k, alpha, None, ring, lengths, 0, *bad, table)
+            place_rows(k, k, alpha, None, pending, lengths, 0, *bad, table)
     with pytest.raises(ValueError, match="table"):
-        place_rows(k, k, alpha, None, ring, lengths, 0, pages, pages, table.long())
+        place_rows(k, k, alpha, None, pending, lengths, 0, pages, pages, table.long())

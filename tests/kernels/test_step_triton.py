@@ -27,46 +27,46 @@ def test_in_the_interpreter(pytestconfig):
 
 
 @runs_kernels
-@pytest.mark.parametrize("taps", telling(["own", "fp32"], "own"))
+@pytest.mark.parametrize("segment", telling(["own", "fp32"], "own"))
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(
     "case", [(1, 8, 12, 128), (2, 3, 5, 80), (2, 1, 1, 8), (1, 2, 64, 256), (1, 1, 17, 47)], ids=str
 )
-def test_mean(case, dtype, taps):
+def test_mean(case, dtype, segment):
     B, H, w, D = case
     torch.manual_seed(w)
     dtype = DTYPES[dtype]
     x = torch.randn(B, D, H, device=DEVICE).to(dtype).mT
     weights = torch.rand(B, H, w, device=DEVICE) * (torch.rand(B, H, w, device=DEVICE) < 0.6)
-    taps = torch.randn(B, H, 1, w, D, device=DEVICE).to(dtype if taps == "own" else torch.float32)[:, :, 0]
+    segment = torch.randn(B, H, 1, w, D, device=DEVICE).to(dtype if segment == "own" else torch.float32)[:, :, 0]
     for cell in {0, w // 2, w - 1}:
         weights[..., cell] = 0.7
-        seen = taps.clone()
+        seen = segment.clone()
         seen[:, :, cell] = x
         want = (weights.unsqueeze(-1).double() * seen.double()).sum(2) / weights.double().sum(-1, keepdim=True)
         # what is not part of the segment is not read
-        taps = taps.masked_fill((weights == 0).unsqueeze(-1), float("nan"))
+        segment = segment.masked_fill((weights == 0).unsqueeze(-1), float("nan"))
         with use_backend("triton"):
-            out = merge_step(x, weights, taps, cell)
+            out = merge_step(x, weights, segment, cell)
         assert out.dtype == dtype and out.shape == x.shape
         assert_close("mean", want, out, OUT[dtype])
         is_in = (weights != 0).unsqueeze(-1)
-        assert torch.equal(taps.masked_fill(~is_in, 0), seen.masked_fill(~is_in, 0))
-        taps = seen
+        assert torch.equal(segment.masked_fill(~is_in, 0), seen.masked_fill(~is_in, 0))
+        segment = seen
 
 
 @runs_kernels
 def test_what_the_kernel_cannot_do_is_said():
-    x, weights, taps = (torch.rand(1, 2, *shape, device=DEVICE) for shape in ((8,), (4,), (4, 8)))
+    x, weights, segment = (torch.rand(1, 2, *shape, device=DEVICE) for shape in ((8,), (4,), (4, 8)))
     with use_backend("triton"), pytest.raises(BackendUnavailable, match="not contiguous"):
-        merge_step(x, weights, taps.mT.contiguous().mT, 1)
+        merge_step(x, weights, segment.mT.contiguous().mT, 1)
     with use_backend("triton"), pytest.raises(BackendUnavailable, match="float64"):
-        merge_step(x, weights.double(), taps, 1)
+        merge_step(x, weights.double(), segment, 1)
 
 
 def empty(B, H, delay):
-    ring = torch.full((B, H, 1, delay + 1), -1, dtype=torch.int32, device=DEVICE)
-    return ring[:, :, 0], torch.zeros(B, H, dtype=torch.int32, device=DEVICE)
+    pending = torch.full((B, H, 1, delay + 1), -1, dtype=torch.int32, device=DEVICE)
+    return pending[:, :, 0], torch.zeros(B, H, dtype=torch.int32, device=DEVICE)
 
 
 # delay, B, Hkv, share of decisions, share of padding anywhere, steps
@@ -85,7 +85,7 @@ def test_slots_step_by_step(run):
         expected = reference.slot_step(alpha[..., t], real, *want, t)
         with use_backend("triton"):
             slot = slot_step(alpha[..., t], real, *got, t)
-        for name, a, b in zip(("slot", "ring", "lengths"), (expected, *want), (slot, *got), strict=True):
+        for name, a, b in zip(("slot", "pending", "lengths"), (expected, *want), (slot, *got), strict=True):
             assert torch.equal(a, b), f"{name} at {t}"
 
 
@@ -107,8 +107,8 @@ def test_rows_are_placed(case, dtype):
     ]
     for t in range(S):
         row = k[:, :, t : t + 1], v[:, :, t : t + 1], alpha[..., t], is_real[:, t] if padding else None
-        for backend, (ring, lengths, *pages) in zip(("reference", "triton"), states, strict=True):
+        for backend, (pending, lengths, *pages) in zip(("reference", "triton"), states, strict=True):
             with use_backend(backend):
-                place_rows(*row, ring, lengths, t, *pages, table)
-    for name, a, b in zip(("ring", "lengths", "k", "v"), *states, strict=True):
+                place_rows(*row, pending, lengths, t, *pages, table)
+    for name, a, b in zip(("pending", "lengths", "k", "v"), *states, strict=True):
         assert a.any() and torch.equal(a, b), name

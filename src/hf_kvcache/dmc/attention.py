@@ -47,8 +47,8 @@ def attend_trained(call: AttentionCall, retrofit) -> torch.Tensor:
     start = layer.tokens_seen - call.n_new
     position = torch.arange(start, layer.tokens_seen, dtype=torch.int32, device=q.device)
     k, v, until, where = view.new_k, view.new_v, layer.seen_until, position
-    if layer.held is not None:
-        old_k, old_v, old_until = layer.held
+    if layer.cached_rows is not None:
+        old_k, old_v, old_until = layer.cached_rows
         k, v, until = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2), torch.cat([old_until, until], 2)
         # whatever is held is older than the new tokens
         where = torch.cat([position.new_full((old_k.shape[2],), -1), position])

@@ -251,7 +251,7 @@ class Hooks:
     def _resolve(self, call: Call, decision, importance) -> None:
         call.resolve(decision, importance, self.owner.noise, self._shard(call, decision.shape[1]))
         if call.layer is not None:
-            call.layer.begin(call)
+            call.layer.start_call(call)
 
     def _on_q(self, module, inputs, output):
         if self.running is None:

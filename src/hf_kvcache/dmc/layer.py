@@ -21,7 +21,7 @@ from hf_kvcache.view import KVView
 
 
 class TrainedLayer(KVLayer):
-    """Rows of one layer under `DMC` or `DMS`; hooks on the model's projections bring the decisions (`begin`).
+    """Rows of one layer under `DMC` or `DMS`; hooks on the model's projections bring the decisions (`start_call`).
 
     A call changes nothing before its tokens are taken in, whole: `place` and `settle` do, and after an exception
     `abandon` finds the layer as it was.
@@ -30,7 +30,7 @@ class TrainedLayer(KVLayer):
         first: position of every row's first token that is no padding, int64 `[B]` on the CPU; None before there are
             rows.
         call: the call of the attention module that is under way, or None.
-        held: what `TrainedStore.held` has found for a call of many tokens, or None.
+        cached_rows: what `TrainedStore.cached_rows` has found for a call of many tokens, or None.
         seen_until: last position at which its rows are seen, int32 `[B, Hkv, S]`.
         window: that its rows were made with, or None.
         all_begun: whether every row of the batch is known to have seen a real token.
@@ -44,7 +44,7 @@ class TrainedLayer(KVLayer):
     def _forget(self) -> None:
         super()._forget()
         self.call: Call | None = None
-        self.held = self.seen_until = self.window = self.first = None
+        self.cached_rows = self.seen_until = self.window = self.first = None
         self.all_begun = False
 
     @property
@@ -54,7 +54,7 @@ class TrainedLayer(KVLayer):
 
     # -- what the hooks ask ------------------------------------------------------------------------------------------
 
-    def begin(self, call: Call) -> None:
+    def start_call(self, call: Call) -> None:
         """Decisions of new tokens are there; their rows will follow.
 
         Raises:
@@ -69,7 +69,7 @@ class TrainedLayer(KVLayer):
             )
         self.window = call.settings.window
         if self.has_begun is None:
-            self.store.begin(B, H, call.settings.delay, call.alpha.device, call.logits.dtype)
+            self.store.allocate(B, H, call.settings.delay, call.alpha.device, call.logits.dtype)
         elif self.store.packed.table.shape[:2] != (B, H):
             held = list(self.store.packed.table.shape[:2])
             raise ValueError(
@@ -116,15 +116,15 @@ class TrainedLayer(KVLayer):
     def merge(self, side: str, x: torch.Tensor, call: Call) -> torch.Tensor:
         """Running means of new tokens `[B, S, Hkv, D]`, the open segment going on; the same shape."""
         window, store = call.settings.window, self.store
-        taps, weights = store.taps(side, x, window), store.tap_weights(window, call.omega)
+        segment, weights = store.open_segment(side, x, window), store.segment_weights(window, call.omega)
         # models project keys first, or values
         call.n_merged += 1
         if x.shape[1] == 1:
-            return self._merge_one(side, x, call, taps, weights).unsqueeze(1)
-        w, S = taps.shape[2], x.shape[1]
+            return self._merge_one(side, x, call, segment, weights).unsqueeze(1)
+        w, S = segment.shape[2], x.shape[1]
         # oldest first: all but the one that the first new token takes the place of, or the mean so far
         order = (self.tokens_seen + torch.arange(min(window, 1), max(window, 1), device=x.device)) % w
-        past = Past(taps[:, :, order], weights[..., order])
+        past = Past(segment[:, :, order], weights[..., order])
         rows = x.transpose(1, 2)
         means = merge(rows, call.omega, call.alpha, window, past)
         # how much every token still counts in the segment that is open at the end
@@ -132,17 +132,17 @@ class TrainedLayer(KVLayer):
         chain = going_on.flip(-1).cumprod(-1).flip(-1)
         left, before = call.omega * chain, chain[..., :1] * call.alpha[..., :1]
         if not window:
-            newest = means[:, :, -1:].to(taps.dtype, copy=True)
+            newest = means[:, :, -1:].to(segment.dtype, copy=True)
             ends = left.sum(-1, keepdim=True) + weights * before
         else:
             n = min(S, w)
             cells = torch.arange(self.tokens_seen + S - n, self.tokens_seen + S, device=x.device) % w
-            newest = taps.index_copy(2, cells, rows[:, :, -n:].to(taps.dtype))
+            newest = segment.index_copy(2, cells, rows[:, :, -n:].to(segment.dtype))
             ends = (weights * before).index_copy(-1, cells, left[..., -n:])
-        call.open_segment |= {f"{side}.taps": newest, "weights": ends}
+        call.open_segment |= {f"{side}.open_segment": newest, "weights": ends}
         return means.transpose(1, 2)
 
-    def _merge_one(self, side, x, call, taps, weights) -> torch.Tensor:
+    def _merge_one(self, side, x, call, segment, weights) -> torch.Tensor:
         alpha, omega, rows = call.alpha, call.omega, x[:, 0]
         if not call.settings.window:
             # the mean so far counts as one member
@@ -150,18 +150,18 @@ class TrainedLayer(KVLayer):
                 total = weights * alpha + omega
                 call.share = omega / total
                 call.open_segment["weights"] = total
-            mean = taps[:, :, 0].lerp(rows.to(taps.dtype), call.share.to(taps.dtype))
-            call.open_segment[f"{side}.taps"] = mean.unsqueeze(2)
+            mean = segment[:, :, 0].lerp(rows.to(segment.dtype), call.share.to(segment.dtype))
+            call.open_segment[f"{side}.open_segment"] = mean.unsqueeze(2)
             return mean.to(x.dtype)
-        cell = self.tokens_seen % taps.shape[2]
+        cell = self.tokens_seen % segment.shape[2]
         if call.n_merged == 1:
             weights = weights * alpha
             weights[..., cell] = omega[..., 0]
             call.open_segment["weights"] = weights
         if x.requires_grad:
-            taps = call.open_segment[f"{side}.taps"] = taps.clone()
+            segment = call.open_segment[f"{side}.open_segment"] = segment.clone()
         # what this cell held does not count beside any next token, so it may be written at once
-        return merge_step(rows.contiguous(), call.open_segment["weights"], taps, cell)
+        return merge_step(rows.contiguous(), call.open_segment["weights"], segment, cell)
 
     # -- append, attend, compress ------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class TrainedLayer(KVLayer):
         self.tokens_seen += k.shape[2]
         self.call.n_appended = k.shape[2]
         if k.shape[2] > 1:
-            self.held = store.held(start, alpha[..., 0])
+            self.cached_rows = store.cached_rows(start, alpha[..., 0])
             self.seen_until = expiry(alpha, is_real, start, self.call.settings.delay)
         return KVView(self, k, v, is_prefill=False)
 
@@ -210,7 +210,7 @@ class TrainedLayer(KVLayer):
         """A call is over: if its rows have not been taken in, because of an exception, it has never been."""
         if self.call is call:
             self.tokens_seen -= call.n_appended
-            self.call = self.held = self.seen_until = None
+            self.call = self.cached_rows = self.seen_until = None
             if not self.tokens_seen:
                 self.reset()
 
@@ -242,10 +242,10 @@ class TrainedLayer(KVLayer):
         if view.new_k.requires_grad or view.new_v.requires_grad:
             self._end_gradients()
         if self.seen_until is not None:
-            start, until = self.tokens_seen - view.n_new, None if self.held is None else self.held[2]
+            start, until = self.tokens_seen - view.n_new, None if self.cached_rows is None else self.cached_rows[2]
             self.store.commit(view.new_k, view.new_v, self.seen_until, until, start, self.call.alpha[..., 0])
             self._taken_in(self.call)
-        self.call = self.held = self.seen_until = None
+        self.call = self.cached_rows = self.seen_until = None
 
     # -- what transformers asks of a layer ---------------------------------------------------------------------------
 

@@ -41,30 +41,30 @@ def merge(x: torch.Tensor, omega: torch.Tensor, p: torch.Tensor, window: int, pa
     Returns:
         Means `[B, Hkv, S, D]` in the dtype of `x`; float32 inside.
     """
-    run = _scan if not window else _taps
+    run = _scan if not window else _windowed
     # autocast would multiply in half precision
     with torch.autocast(x.device.type, enabled=False):
         return run(precise(x), precise(omega), precise(p), window, past).to(x.dtype)
 
 
-def _taps(x, omega, p, window, past):
+def _windowed(x, omega, p, window, past):
     if past is not None:
         n = past.x.shape[2]
         x, omega = torch.cat([past.x.to(x.dtype), x], 2), torch.cat([past.weight.to(omega.dtype), omega], 2)
         p = torch.cat([torch.ones_like(p[..., :1]).expand(-1, -1, n), p], 2)
-    weights = tap_weights(omega, p, window)  # [B, Hkv, S, w]
+    weights = segment_weights(omega, p, window)  # [B, Hkv, S, w]
     means = _banded(weights / weights.sum(-1, keepdim=True), x)
     return means if past is None else means[:, :, n:]
 
 
-def tap_weights(omega: torch.Tensor, p: torch.Tensor, window: int) -> torch.Tensor:
+def segment_weights(omega: torch.Tensor, p: torch.Tensor, window: int) -> torch.Tensor:
     """Weight of the token `d` places before every token, `C_{t,d} omega_{t-d}`: `[B, Hkv, S, window]`, newest last."""
-    chain, taps = torch.ones_like(p), []
+    chain, members = torch.ones_like(p), []
     for d in range(min(window, p.shape[-1])):
-        taps.append(chain * _shift(omega, d))
+        members.append(chain * _shift(omega, d))
         chain = chain * _shift(p, d)
-    taps = torch.stack(taps[::-1], -1)
-    return torch.nn.functional.pad(taps, (window - taps.shape[-1], 0))
+    members = torch.stack(members[::-1], -1)
+    return torch.nn.functional.pad(members, (window - members.shape[-1], 0))
 
 
 def _shift(t: torch.Tensor, d: int) -> torch.Tensor:

@@ -41,12 +41,12 @@ class TrainedStore(RaggedStore):
         """Whether looking at lengths costs nothing."""
         return self.packed.lengths.device.type == "cpu"
 
-    def begin(self, batch: int, n_heads: int, delay: int, device, dtype) -> None:
+    def allocate(self, batch: int, n_heads: int, delay: int, device, dtype) -> None:
         """Make an empty store ready for a batch."""
         self.dtype = dtype
-        self.packed.begin(batch, n_heads, device)
+        self.packed.allocate(batch, n_heads, device)
         self.layer_state.tokens_per_row = {}
-        self.put_layer_state({"ring": torch.full((batch, n_heads, delay + 1), -1, dtype=torch.int32, device=device)})
+        self.put_layer_state({"pending": torch.full((batch, n_heads, delay + 1), -1, dtype=torch.int32, device=device)})
 
     def put_layer_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep these `[B, Hkv, ...]`, by name, in place of what was there."""
@@ -61,22 +61,22 @@ class TrainedStore(RaggedStore):
         return None if held is None else held[:, 0, 0, 0].cpu().long()
 
     @property
-    def ring(self) -> torch.Tensor:
+    def pending(self) -> torch.Tensor:
         """See `slot_step`: int32 `[B, Hkv, delay + 1]`."""
-        return self.layer_state.tensors["ring"][:, :, 0]
+        return self.layer_state.tensors["pending"][:, :, 0]
 
     # -- the open segment of DMC -------------------------------------------------------------------------------------
 
-    def taps(self, side: str, like: torch.Tensor, window: int) -> torch.Tensor:
+    def open_segment(self, side: str, like: torch.Tensor, window: int) -> torch.Tensor:
         """The newest members of the open segment of a side, in a ring `[B, Hkv, w, D]`; a float32 mean without one."""
-        name = f"{side}.taps"
+        name = f"{side}.open_segment"
         if name not in self.layer_state.tensors:
             B, _, H, D = like.shape
             dtype = like.dtype if window else torch.promote_types(like.dtype, torch.float32)
             self.put_layer_state({name: torch.zeros(B, H, max(window, 1), D, dtype=dtype, device=like.device)})
         return self.layer_state.tensors[name][:, :, 0]
 
-    def tap_weights(self, window: int, like: torch.Tensor) -> torch.Tensor:
+    def segment_weights(self, window: int, like: torch.Tensor) -> torch.Tensor:
         """Weights of those cells, float32 `[B, Hkv, w]`, zero for what is not part of the segment."""
         if "weights" not in self.layer_state.tensors:
             B, H = like.shape[:2]
@@ -97,7 +97,7 @@ class TrainedStore(RaggedStore):
         """
         packed, rows = self.packed, self._encode_rows(k, v)
         if self.is_at_hand:
-            slot = slot_step(alpha, is_real, self.ring, packed.lengths, position)
+            slot = slot_step(alpha, is_real, self.pending, packed.lengths, position)
             packed.follow_lengths(rows)
         else:
             # nobody waits for the device: pages are there for as many rows as there can be
@@ -108,15 +108,15 @@ class TrainedStore(RaggedStore):
             packed.make_room(rows)
             if self.keys.format == self.values.format == "dense":
                 pages = [packed.tensors[name] for name in ("k.rows", "v.rows")]
-                where = alpha, is_real, self.ring, packed.lengths, position, *pages, packed.table
+                where = alpha, is_real, self.pending, packed.lengths, position, *pages, packed.table
                 place_rows(rows["k.rows"], rows["v.rows"], *where)
                 return
-            slot = slot_step(alpha, is_real, self.ring, packed.lengths, position)
+            slot = slot_step(alpha, is_real, self.pending, packed.lengths, position)
         packed.put(rows, slot, is_real is None)
 
     # -- many tokens -------------------------------------------------------------------------------------------------
 
-    def held(self, position: int, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def cached_rows(self, position: int, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Rows of earlier tokens, dense, and how long they are seen: K and V `[B, Hkv, N, D]`, int32 `[B, Hkv, N]`.
 
         Args:
@@ -125,7 +125,7 @@ class TrainedStore(RaggedStore):
         """
         if not self.packed.n_tokens:
             return None
-        n_cells, packed = self.ring.shape[-1], self.packed
+        n_cells, packed = self.pending.shape[-1], self.packed
         k, v = self.rows(0, packed.n_tokens)
         until = torch.where(packed.is_row, FOREVER, -1).int()
         at = (position - 1 - torch.arange(n_cells, device=k.device)) % n_cells  # newest first
@@ -138,16 +138,16 @@ class TrainedStore(RaggedStore):
 
     def _condemned(self, position: int, alpha: torch.Tensor) -> torch.Tensor:
         """The ring with the first decision of a call, which is about the last token of the one before."""
-        ring, before = self.ring.clone(), (position - 1) % self.ring.shape[-1]
-        ring[..., before] |= (alpha & (ring[..., before] >= 0)).int()
-        return ring
+        pending, before = self.pending.clone(), (position - 1) % self.pending.shape[-1]
+        pending[..., before] |= (alpha & (pending[..., before] >= 0)).int()
+        return pending
 
     def commit(
         self,
         k: torch.Tensor,
         v: torch.Tensor,
         seen_until: torch.Tensor,
-        held_until: torch.Tensor | None,
+        cached_until: torch.Tensor | None,
         position: int,
         alpha: torch.Tensor,
     ) -> None:
@@ -156,16 +156,16 @@ class TrainedStore(RaggedStore):
         Args:
             k, v: `[B, Hkv, S, D]`.
             seen_until: last position at which a new row is seen, int32 `[B, Hkv, S]`.
-            held_until: the same of the rows that `held` returned.
+            cached_until: the same of the rows that `cached_rows` returned.
             position: of the first new token.
             alpha: its decisions, boolean `[B, Hkv]`.
         """
         last = position + k.shape[2] - 1
-        stays, n_cells = seen_until >= last, self.ring.shape[-1]
+        stays, n_cells = seen_until >= last, self.pending.shape[-1]
         shift = torch.zeros_like(self.packed.lengths).long()
         old = self._condemned(position, alpha)
-        if held_until is not None:
-            kept = held_until >= last
+        if cached_until is not None:
+            kept = cached_until >= last
             # where a row that stays ends up
             rank = torch.nn.functional.pad(kept.cumsum(-1) - 1, (0, 1))
             row = torch.nn.functional.pad(torch.where(kept, rank[..., :-1], -1), (0, 1), value=-1)
@@ -178,8 +178,8 @@ class TrainedStore(RaggedStore):
         condemned = (seen_until != FOREVER) & stays
         new = torch.where(new_rows >= 0, 2 * new_rows + condemned, -1).int()[..., -n_cells:]
         at = torch.arange(last + 1 - new.shape[-1], last + 1, device=k.device) % n_cells
-        self.layer_state.tensors["ring"][:, :, 0] = old
-        self.ring[..., at] = new
+        self.layer_state.tensors["pending"][:, :, 0] = old
+        self.pending[..., at] = new
 
     def _encode_rows(self, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
         rows = {}

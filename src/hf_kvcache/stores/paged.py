@@ -75,7 +75,7 @@ class PagedBuffer:
         if is_kept is None:
             is_kept = torch.ones(like.shape[:3], dtype=torch.bool, device=like.device)
         if self.table is None:
-            self.begin(*like.shape[:2], like.device)
+            self.allocate(*like.shape[:2], like.device)
         first = self.lengths.unsqueeze(-1)
         counts = self.counts + is_kept.sum(-1).cpu()
         self._allot(counts, rows)
@@ -179,7 +179,7 @@ class PagedBuffer:
         rows = {name: views[name] for name in self.fields}
         device = rows[self.fields[0]].device
         counts = views["counts"].cpu()
-        self.begin(*counts.shape, device)
+        self.allocate(*counts.shape, device)
         self._allot(counts, {name: t[None, None] for name, t in rows.items()})
         at = self._address(None)[self.is_row]
         for name, t in rows.items():
@@ -192,7 +192,7 @@ class PagedBuffer:
         self.look()
         held, counts = self.tensors, change(self.counts.to(self.table.device)).cpu()
         sources = change(self.table)
-        self.begin(*counts.shape, self.table.device)
+        self.allocate(*counts.shape, self.table.device)
         used = torch.arange(sources.shape[2]) < self._pages(counts).unsqueeze(-1)
         pages = sources[used.to(sources.device)].long()
         self.tensors = {name: t[pages] for name, t in held.items()}
@@ -207,7 +207,7 @@ class PagedBuffer:
 
     # -- pages -------------------------------------------------------------------------------------------------------
 
-    def begin(self, batch: int, n_heads: int, device) -> None:
+    def allocate(self, batch: int, n_heads: int, device) -> None:
         """Make an empty buffer ready for rows that come one by one."""
         self.table = torch.zeros(batch, n_heads, 0, dtype=torch.int32, device=device)
         self.counts = torch.zeros(batch, n_heads, dtype=torch.long)
