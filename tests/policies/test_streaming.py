@@ -8,7 +8,7 @@ from hf_kvcache.attention.call import AttentionCall
 
 
 def feed(layer, sizes, mask=None):
-    """Append tokens in pieces of `sizes` and settle; yields the layer after each."""
+    """Append tokens in pieces of `sizes` and compress; yields the layer after each."""
     for n in sizes:
         k = torch.randn(2, 2, n, 8)
         view = layer.append(k, k)

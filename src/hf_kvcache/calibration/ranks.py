@@ -1,6 +1,6 @@
 """How many latent channels every side of every layer gets, within a budget of bytes per token.
 
-Ranks move in steps of the kernels' tile. All allocators end in `settle`, which spends the budget to the last step.
+Ranks move in steps of the kernels' tile. All allocators end in `allocate_ranks`, which spends the budget to the last step.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ Sides = dict[Hashable, Side]
 def greedy(sides: Sides, budget: float) -> Ranks:
     """Add rank wherever it saves the most loss per byte. Ours."""
     ranks = {key: side.rounded(0) for key, side in sides.items()}
-    return settle(sides, ranks, budget, lambda key, low, high: sides[key].gain(low, high))
+    return allocate_ranks(sides, ranks, budget, lambda key, low, high: sides[key].gain(low, high))
 
 
 def uniform(sides: Sides, budget: float) -> Ranks:
@@ -120,11 +120,11 @@ def _proportional(sides: Sides, budget: float, weight: dict) -> Ranks:
             low = middle
     ranks = {key: side.rounded(low * weight[key]) for key, side in sides.items()}
     # what rounding left over goes to whoever lacks most
-    return settle(sides, ranks, budget, lambda key, rank, _: low * weight[key] - rank)
+    return allocate_ranks(sides, ranks, budget, lambda key, rank, _: low * weight[key] - rank)
 
 
-def settle(sides: Sides, ranks: Ranks, budget: float, worth: Callable[[Hashable, int, int], float]) -> Ranks:
-    """Add the step of the largest `worth(key, low, high)` that still fits, until none does.
+def allocate_ranks(sides: Sides, ranks: Ranks, budget: float, gain: Callable[[Hashable, int, int], float]) -> Ranks:
+    """Add the step of the largest `gain(key, low, high)` that still fits, until none does.
 
     Raises:
         ValueError: the budget does not even pay for these ranks.
@@ -138,7 +138,7 @@ def settle(sides: Sides, ranks: Ranks, budget: float, worth: Callable[[Hashable,
             low, high = ranks[key], side.more(ranks[key])
             price = side.cost(high) - side.cost(low)
             if high > low and spent + price <= budget + 1e-6:
-                fitting.append((worth(key, low, high), price, key, high))
+                fitting.append((gain(key, low, high), price, key, high))
         if not fitting:
             return ranks
         _, price, key, high = max(fitting, key=lambda entry: entry[0])

@@ -23,7 +23,7 @@ from hf_kvcache.view import KVView
 class TrainedLayer(KVLayer):
     """Rows of one layer under `DMC` or `DMS`; hooks on the model's projections bring the decisions (`start_call`).
 
-    A call changes nothing before its tokens are taken in, whole: `place` and `settle` do, and after an exception
+    A call changes nothing before its tokens are taken in, whole: `place` and `compress` do, and after an exception
     `abandon` finds the layer as it was.
 
     Attributes:
