@@ -1,6 +1,7 @@
 """How many latent channels every side of every layer gets, within a budget of bytes per token.
 
-Ranks move in steps of the kernels' tile. All allocators end in `allocate_ranks`, which spends the budget to the last step.
+Ranks move in steps of the kernels' tile. All allocators end in `allocate_ranks`, which spends the budget to the last
+step.
 """
 
 from __future__ import annotations
