@@ -65,38 +65,19 @@ def test_a_decode_step_is_a_short_walk(name):
 
 # from what knows nothing of caches to what people run; a file imports from its own line and from those above
 ORDER = (
-    ("lazy", "on_import", "warn", "typed", "standin", "batch", "copying", "compat", "shards", "accounting"),
-    ("rope", "rope_of_model", "kernels"),
-    ("codecs", "stores", "registry", "rerotation", "adapters.errors", "adapters.base_weights", "adapters.modules"),
-    (
-        "layer_context",
-        "identity",
-        "view",
-        "handed",
-        "expanding",
-        "offloading",
-        "saving",
-        "text_positions",
-        "row_shapes",
-    ),
-    ("policies", "layer_contract", "cache_contract", "cache_options", "attention.known"),
-    ("layer", "stateful", "cache"),
-    ("attention",),
-    (
-        "described",
-        "manifest",
-        "restoring",
-        "persist",
-        "pickling",
-        "long_prompts",
-        "hub.spec",
-        "hub.modeling_mixin",
-        "hub.adapter_modules",
-    ),
-    ("adapters", "dmc"),
-    ("presets", "models"),
-    ("hub", "bench", "calibration", "eval"),
-    ("trainers", "commands", "cli"),
+    "lazy on_import warn former_names typed standin batch copying compat shards accounting",
+    "rope rope_of_model kernels",
+    "codecs stores registry rerotation adapters.errors adapters.base_weights adapters.modules",
+    "layer_context identity view handed expanding offloading saving text_positions row_shapes",
+    "policies layer_contract cache_contract cache_options attention.known",
+    "layer stateful cache",
+    "attention",
+    "former_files described manifest restoring persist pickling long_prompts hub.spec hub.modeling_mixin "
+    "hub.adapter_modules",
+    "adapters dmc",
+    "presets models",
+    "hub bench calibration eval",
+    "trainers commands cli",
 )
 
 
@@ -138,7 +119,7 @@ def test_imports_run_in_no_circle():
 
 def level(module):
     """The line of `ORDER` with the longest name that a module has."""
-    lines = {name: i for i, names in enumerate(ORDER) for name in names}
+    lines = {name: i for i, names in enumerate(ORDER) for name in names.split()}
     parts = module.split(".")[1:]
     return next((lines[key] for n in range(len(parts), 0, -1) if (key := ".".join(parts[:n])) in lines), None)
 

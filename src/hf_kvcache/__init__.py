@@ -112,7 +112,7 @@ _HOME = {
     "query_first": "long_prompts",
     "stores": "stores",
     "use_backend": "kernels",
-} | dict.fromkeys(_POLICIES, "policies")
+} | dict.fromkeys([*_POLICIES, "HeadSplit"], "policies")
 
 __getattr__ = lazily(__name__, _HOME, globals())
 

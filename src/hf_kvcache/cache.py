@@ -6,7 +6,7 @@ import weakref
 
 import torch
 
-from hf_kvcache import compat
+from hf_kvcache import compat, former_names
 from hf_kvcache.accounting import Accounting
 from hf_kvcache.attention.known import register_pass_throughs
 from hf_kvcache.cache_contract import CacheContract
@@ -21,6 +21,8 @@ from hf_kvcache.policies.base import Policy
 from hf_kvcache.saving import Saving
 from hf_kvcache.view import KVView, ValueView
 from hf_kvcache.warn import warn_once
+
+LAYER_OPTIONS = ("window", "n_sink", "min_length", "max_length", "exact_prefill", "rerotate_keys")
 
 
 class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
@@ -56,6 +58,9 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
             `edge_layers` with which nothing would be done.
     """
 
+    compact = former_names.Former("rerotate_keys")
+
+    @former_names.argument("compact", "rerotate_keys")
     def __init__(
         self,
         policy: Policy | None = None,
@@ -179,13 +184,9 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         self._hf_layers, self._n_states = compat.hf_layers(config), compat.n_states(config)
         if self._n_states and self.policy is not None:
             self.policy.check_states()
-        does_something = self.policy is not None or self.codec is not None
-        if does_something and all(layer is not None for layer in self._hf_layers):
-            kinds = sorted({type(layer).__name__ for layer in self._hf_layers})
-            warn_once(
-                f"none of this model's layers is compressed: all of them keep what transformers has for them "
-                f"({', '.join(kinds)}), such as a sliding window"
-            )
+        if (self.policy or self.codec) and all(layer is not None for layer in self._hf_layers):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in self._hf_layers}))
+            warn_once(f"none of this model's layers is compressed: all keep what transformers has for them ({kinds})")
 
     def codec_of_layer(self, layer_idx: int, n_layers: int | None) -> tuple[Codec, Codec] | None:
         """The pair of codecs of one layer; `n_layers` is None while the model is not known yet."""
@@ -232,14 +233,13 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
 
     def make_layer(self, layer_idx: int, codec: tuple[Codec | None, Codec | None]) -> KVLayer:
         """A layer of ours without rows, of the kind that the policy and the model ask for."""
-        kind, options = (None if self.policy is None else self.policy.layer_type()) or KVLayer, {}
+        kind = None if self.policy is None else self.policy.layer_type()
+        options = {name: getattr(self, name) for name in LAYER_OPTIONS}
         if layer_idx in self._n_states:
             from hf_kvcache.stateful import StatefulLayer
 
-            kind, options = StatefulLayer, {"n_states": self._n_states[layer_idx]}
-        for name in ("window", "n_sink", "min_length", "max_length", "exact_prefill", "rerotate_keys"):
-            options[name] = getattr(self, name)
-        return kind(layer_idx, *codec, self.policy, **options)
+            kind, options["n_states"] = StatefulLayer, self._n_states[layer_idx]
+        return (kind or KVLayer)(layer_idx, *codec, self.policy, **options)
 
     def _hf_layer(self, layer_idx: int):
         """transformers' own layer for this index, or None where ours serves (or the model is not known yet)."""
@@ -256,6 +256,5 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
 
     def __repr__(self) -> str:
         parts = [f"{name}={value!r}" for name, value in (("policy", self.policy), ("codec", self.codec)) if value]
-        seen = self.get_seq_length() if self.layers else 0
-        parts.append(f"{len(self.layers)} layers, {seen} tokens, {self.nbytes} bytes")
+        parts.append(f"{len(self.layers)} layers, {self.get_seq_length()} tokens, {self.nbytes} bytes")
         return f"{type(self).__name__}({', '.join(parts)})"

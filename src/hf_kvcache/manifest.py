@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from hf_kvcache.former_files import manifest_of_today
 from hf_kvcache.typed import Misfit, build, refuse_depth, shown
 
-FORMAT_VERSION = 2
-READ_VERSIONS = (1, FORMAT_VERSION)  # files of format 1 say less: what is missing has a default
+FORMAT_VERSION = 3
+# files of format 1 say less: what is missing has a default; those of formats 1 and 2 have other words for some things
+READ_VERSIONS = (1, 2, FORMAT_VERSION)
 DEEPEST = 24  # lists and objects within each other
 MOST_TOKENS = 2**31 - 1  # positions are int32
 MOST_CHANNELS = 2**18  # of one token in one layer
@@ -184,8 +186,9 @@ def read_manifest(raw) -> Manifest:
         raise Misfit("format_version is missing")
     version = raw["format_version"]
     if isinstance(version, bool) or version not in READ_VERSIONS:
-        raise Misfit(f"has format {shown(version)}, this release reads {' and '.join(map(str, READ_VERSIONS))}")
+        raise Misfit(f"has format {shown(version)}, this release reads {', '.join(map(str, READ_VERSIONS))}")
     refuse_depth(raw, DEEPEST)
+    raw = raw if version == FORMAT_VERSION else manifest_of_today(raw)
     try:
         return build(Manifest, raw, "")
     except Misfit as error:

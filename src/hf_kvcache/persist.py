@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_kvcache import restoring
 from hf_kvcache.described import describe_pair, described_pair, described_policy
+from hf_kvcache.former_files import tensors_of_today
 from hf_kvcache.identity import CacheFileError
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.manifest import FORMAT_VERSION, LayerEntry, Manifest, dense_bytes, read_manifest
@@ -260,7 +261,7 @@ def _read_tensors(directory: Path, manifest: Manifest) -> dict[str, torch.Tensor
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CacheFileError(f"{path} is no safetensors file: {error}") from error
     check_shapes(manifest, tensors, path)
-    return tensors
+    return tensors if manifest.format_version == FORMAT_VERSION else tensors_of_today(tensors)
 
 
 def check_shapes(manifest: Manifest, tensors: dict[str, torch.Tensor], path: Path) -> None:

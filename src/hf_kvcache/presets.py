@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_kvcache import registry
+from hf_kvcache import former_names, registry
 from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import Dense, LowRank, Quantize, Sparse
@@ -194,6 +194,7 @@ class EvictionCache(KVCache):
         **knobs: arguments of the policy: `budget=1024` or `ratio=0.25`, `n_sink`, `n_recent`, `decode`, ...
     """
 
+    @former_names.argument("compact", "rerotate_keys")
     def __init__(
         self,
         policy: str | Policy,

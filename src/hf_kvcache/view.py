@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hf_kvcache.former_names import Former
 from hf_kvcache.standin import TensorStandIn
 
 if TYPE_CHECKING:
@@ -134,6 +135,8 @@ class KVView(_Rows):
     def layer_state(self) -> dict[str, torch.Tensor]:
         """What the layer's policy holds beside the rows, `[B, Hkv, 1, ...]` by name (`set_layer_state` writes it)."""
         return self.layer.store.layer_state.views()
+
+    memory, remember = Former("layer_state"), Former("set_layer_state")
 
     def set_layer_state(self, **tensors: torch.Tensor) -> None:
         """Keep these `[B, Hkv, 1, ...]` instead of what was remembered: they follow batch operations and are saved."""

@@ -20,4 +20,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-__getattr__ = lazily(__name__, _HOME, globals())
+__getattr__ = lazily(__name__, _HOME | {"fold": "retrofitting"}, globals())

@@ -14,6 +14,7 @@ from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.dmc.decisions import logistic_noise
 from hf_kvcache.dmc.hooks import Call, Deciding, Hooks
 from hf_kvcache.dmc.settings import Settings
+from hf_kvcache.former_names import former
 from hf_kvcache.shards import clear_rows, refuse_shards
 
 
@@ -178,3 +179,6 @@ def _affine(module: nn.Module, role: str) -> list[torch.Tensor]:
             f'{type(module).__name__} has no plain {role}_proj whose rows could be borrowed; use decision="linear"'
         )
     return [t for t in (projection.weight, projection.bias) if t is not None]
+
+
+__getattr__ = former(__name__, {"fold": "merge_weights"}, globals())

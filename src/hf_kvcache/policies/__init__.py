@@ -1,6 +1,7 @@
 """Policies: which tokens stay."""
 
 from hf_kvcache.dmc.policies import DMC, DMS
+from hf_kvcache.former_names import former
 from hf_kvcache.policies.adakv import AdaKV
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.chunkkv import ChunkKV
@@ -48,3 +49,5 @@ __all__ = [
     "Threshold",
     "TriAttention",
 ]
+
+__getattr__ = former(__name__, {"HeadSplit": "Duo"}, globals())

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import torch
 
+from hf_kvcache import former_names
+from hf_kvcache.former_names import Former
 from hf_kvcache.shards import WHOLE, Shard
 from hf_kvcache.stores.uniform import PACK_STEP
 
@@ -58,6 +60,12 @@ class Policy:
     is_trained: ClassVar[bool] = False
     shard: ClassVar[Shard] = WHOLE
     rope: ClassVar[object] = None
+
+    worth, is_due = Former("masked_scores"), Former("should_evict")
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        former_names.take_over(cls, former_names.POLICY)
 
     def __post_init__(self):
         name = type(self).__name__
