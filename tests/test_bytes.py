@@ -84,7 +84,7 @@ def promised(layer, n_dense):
         )
     # positions in RoPE are shared by the heads, and so is a basis by the rows
     rope = 4 * layer.batch_size * (n_dense * store.has_position_ids + store.n_packed * store.needs_positions)
-    basis = [t.nbytes for codec in (store.keys, store.values) if codec is not None for t in codec.constants().values()]
+    basis = [t.nbytes for side in ("keys", "values") for t in store.constants(side).values()]
     return heads * (packed + n_dense * (2 * layer.head_dim * itemsize + state)) + rope + sum(basis)
 
 

@@ -313,7 +313,8 @@ def test_bytes_are_those_of_the_formula_and_counted_once():
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state(cache).values()}
     for store in (leader, member):
         for codec in (store.keys, store.values):
-            found |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in codec.constants().values()}
+            constants = codec.fitted_part.constants().values()
+            found |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in constants}
     assert sum(found.values()) == ours
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.fitted import layers_per_row
 from hf_kvcache.policies.base import Policy
 
 
@@ -74,15 +75,14 @@ def check_pair(cache, pair: tuple[Codec, Codec] | None) -> None:
 
 def _check_sharing(cache, offloading: bool) -> None:
     """Refuse what layers that share their packed rows cannot do."""
-    if any(side.share_layers > 1 for side in cache.edge_codec or ()):
+    if any(layers_per_row(side) > 1 for side in cache.edge_codec or ()):
         raise ValueError("edge_codec: the first and last layers are no neighbours, so they share no latents")
-    if cache.codec is None or all(side.share_layers == 1 for side in cache.codec):
+    if cache.codec is None or all(layers_per_row(side) == 1 for side in cache.codec):
         return
-    keys, values = cache.codec
-    if keys.share_layers != values.share_layers:
+    keys, values = map(layers_per_row, cache.codec)
+    if keys != values:
         raise ValueError(
-            f"keys of {keys.share_layers} layers and values of {values.share_layers} would share rows: give both "
-            "sides the same share_layers"
+            f"keys of {keys} layers and values of {values} would share rows: give both sides the same share_layers"
         )
     refused = {
         f"{type(cache.policy).__name__} drops tokens layer by layer": cache.policy is not None,
@@ -91,4 +91,4 @@ def _check_sharing(cache, offloading: bool) -> None:
     }
     for why, is_asked in refused.items():
         if is_asked:
-            raise ValueError(f"share_layers={keys.share_layers} keeps one row for several layers, but {why}")
+            raise ValueError(f"share_layers={keys} keeps one row for several layers, but {why}")

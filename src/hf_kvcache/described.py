@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hf_kvcache.codecs.base import Chain, Codec
-from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.fitted import refit
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.typed import Misfit, build, kind_of, shown
 
@@ -29,7 +29,7 @@ class PairEntry:
         """The pair; raises `Misfit` where there is no such thing."""
         pair = [described_codec(getattr(self, side), f"{where}.{side}") for side in SIDES]
         return tuple(
-            _with_bases(codec, UnsavedBases()) if side in self.bases else codec
+            refit(codec, lambda part: replace(part, bases=UnsavedBases())) if side in self.bases else codec
             for side, codec in zip(SIDES, pair, strict=True)
         )
 
@@ -38,7 +38,7 @@ def describe_pair(pair: tuple[Codec | None, Codec | None] | None) -> dict | None
     """What `PairEntry` reads."""
     if pair is None or pair[0] is None:
         return None
-    bases = [side for side, codec in zip(SIDES, pair, strict=True) if _lowrank(codec) and _lowrank(codec).bases]
+    bases = [side for side, codec in zip(SIDES, pair, strict=True) if getattr(codec.fitted_part, "bases", None)]
     return {"keys": pair[0].spec(), "values": pair[1].spec(), "bases": bases}
 
 
@@ -85,15 +85,3 @@ class UnsavedBases:
             "this cache was made with LowRank(bases=...), which a saved cache does not hold: the rows that were saved "
             "can go on, but for another text make a new cache with the bases"
         )
-
-
-def _with_bases(codec: Codec, bases) -> Codec:
-    if isinstance(codec, Chain):
-        return Chain(_with_bases(codec.first, bases), codec.second)
-    return replace(codec, bases=bases) if isinstance(codec, LowRank) else codec
-
-
-def _lowrank(codec: Codec | None) -> LowRank | None:
-    while isinstance(codec, Chain):
-        codec = codec.first
-    return codec if isinstance(codec, LowRank) else None

@@ -14,7 +14,7 @@ def check_expandable(layer) -> None:
     refused = {
         f"{name} goes by the decisions of the model": policy is not None and policy.is_trained,
         f"{name} scores rows by queries, which do not fit latents": policy is not None
-        and (policy.n_queries or policy.observes),
+        and (policy.n_queries or policy.wants_queries),
         f"{name} takes something of the model's keys and values": policy is not None and "model" in policy.needs,
         f"{name} merges rows": policy is not None and policy.merges_evicted,
         f"{shown} goes by queries, which do not fit latents": "queries" in needs,

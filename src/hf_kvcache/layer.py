@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.fitted import refit
 from hf_kvcache.layer_context import LayerContext
 from hf_kvcache.layer_contract import LayerContract
 from hf_kvcache.policies.base import Policy
@@ -174,7 +175,8 @@ class KVLayer(LayerContract):
             if template is None:
                 continue
             width = self.head_dim if side == "keys" else self.v_head_dim
-            codec = template.for_model(context if width == context.head_dim else replace(context, head_dim=width))
+            seen = context if width == context.head_dim else replace(context, head_dim=width)
+            codec = refit(template, lambda part, seen=seen: part.for_model(seen))
             if self.policy is not None and codec.shares_rows:
                 raise ValueError(
                     f"layer {self.layer_idx}: {type(self.policy).__name__} drops tokens head by head, but the basis of "

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import torch
 
 from hf_kvcache import persist, restoring
-from hf_kvcache.codecs.base import Chain, Codec
-from hf_kvcache.codecs.lowrank import LowRank
+from hf_kvcache.codecs.fitted import refit
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.manifest import read_entry
 
@@ -41,7 +39,8 @@ def reduced(cache) -> tuple:
             for name, t in views.items()
             if not name.startswith("constants.")
         }
-        held = tuple(None if codec is None else _alone(codec) for codec in (layer.store.keys, layer.store.values))
+        held = (layer.store.keys, layer.store.values)
+        held = tuple(None if codec is None else refit(codec, lambda part: part.alone()) for codec in held)
         layers.append((entry, held, layer._codecs, rows))
     options = {name: getattr(cache, name) for name in persist.OPTIONS}
     state = {
@@ -76,10 +75,3 @@ def rebuilt(kind: type, state: dict):
     restoring.join_groups(cache.layers, state["groups"])
     cache.expect(state["model"])
     return cache
-
-
-def _alone(codec: Codec) -> Codec:
-    """A codec without what it shares with the others of its model and is given again."""
-    if isinstance(codec, Chain):
-        return Chain(_alone(codec.first), codec.second)
-    return replace(codec, rotary=None, bases=None) if isinstance(codec, LowRank) else codec

@@ -9,6 +9,7 @@ import torch
 
 from hf_kvcache.cache_options import check_pair
 from hf_kvcache.codecs.base import ROWS, Chain, Codec
+from hf_kvcache.codecs.fitted import layers_per_row, refit
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.described import SIDES, describe_pair, described_codec, described_pair
 from hf_kvcache.layer import KVLayer
@@ -132,7 +133,7 @@ def join_groups(layers: list, groups: list[list[int]]) -> None:
     """
     for at, group in enumerate(groups):
         stores = [layers[i].store for i in group]
-        if not all(store.shares_layers and len(group) <= store.keys.share_layers for store in stores):
+        if not all(store.shares_layers and len(group) <= layers_per_row(store.keys) for store in stores):
             raise Misfit(f"groups[{at}]: the codecs of {shown(group)} share no rows among {len(group)} layers")
         for store in stores:
             store.join(stores[0], len(group))
@@ -155,13 +156,14 @@ def _check_codecs(held, at_reset, cache, where: str) -> None:
     for side, codec, template in zip(SIDES, held, at_reset, strict=True):
         if codec is None:
             continue
-        if codec.format != template.format and not _is_lowrank(codec):
+        # where keys are projected is known once the model is
+        if codec.format != template.format and codec.fitted_part is None:
             raise Misfit(f"{where}.codecs.{side}: {template} is not what {codec} came from")
-        if codec.share_layers != template.share_layers or codec.fields != template.fields:
+        if layers_per_row(codec) != layers_per_row(template) or codec.fields != template.fields:
             raise Misfit(f"{where}.codecs.{side}: {template} is not what {codec} came from")
         if cache.policy is not None and cache.policy.is_ragged and codec.format not in ROWS:
             raise Misfit(f"{where}.{side}: rows of {codec} cannot be in pages")
-    if held[0] is not None and held[0].share_layers != held[1].share_layers:
+    if held[0] is not None and layers_per_row(held[0]) != layers_per_row(held[1]):
         raise Misfit(f"{where}.values: {held[1]} shares rows among other layers than {held[0]}")
     if held[0] is not None:
         try:
@@ -170,21 +172,17 @@ def _check_codecs(held, at_reset, cache, where: str) -> None:
             raise Misfit(f"{where}.keys: {str(error)[:300]}") from None
 
 
-def _is_lowrank(codec: Codec) -> bool:
-    # where keys are projected is known once the model is
-    return isinstance(codec.first if isinstance(codec, Chain) else codec, LowRank)
-
-
 def _with_constants(side: str, codec: Codec, entry: LayerEntry, tensors: dict, where: str) -> Codec:
     constants = _of(f"constants.{side}", tensors)
-    if constants and _is_lowrank(codec):
-        _check_basis(side, codec.first if isinstance(codec, Chain) else codec, entry, constants, where)
+    if constants and codec.fitted_part is not None:
+        _check_basis(side, codec.fitted_part, entry, constants, where)
     try:
-        complete = codec.with_constants(constants)
+        complete = refit(codec, lambda part: part.with_constants(constants))
     except Exception as error:
         # constants that never were may break a codec anywhere
         raise Misfit(f"{where}.{side}: {str(error)[:300]}") from None
-    if complete.constants().keys() != constants.keys():
+    found = {} if complete.fitted_part is None else complete.fitted_part.constants()
+    if found.keys() != constants.keys():
         raise Misfit(f"{where}.{side}: {', '.join(sorted(constants))} are not the constants of {codec}")
     return complete
 
@@ -241,7 +239,7 @@ def _check_tensors(layer: KVLayer, entry: LayerEntry, tensors: dict, is_follower
     encoded = dict(tracked)
     for side, codec, width in zip("kv", (store.keys, store.values), widths, strict=True):
         if codec is not None and _of("packed", tensors):
-            if codec.is_unfitted:
+            if codec.fitted_part is not None and codec.fitted_part.is_unfitted:
                 raise Misfit(f"{where}: rows are packed, and the directions that they were packed with are missing")
             encoded |= {f"{side}.{name}": like for name, like in _encoded_like(codec, entry, width, where).items()}
     for of, buffer in buffers.items():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hf_kvcache.codecs.fitted import refit
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -55,5 +57,5 @@ def prepare_codecs(layer, k: torch.Tensor, v: torch.Tensor) -> dict:
             codec.check(k.new_zeros(1, k.shape[1], layer.store.step, width))
         except (ValueError, StopIteration) as error:
             raise ValueError(f"{side} of layer {layer.layer_idx} cannot be encoded: {error}") from error
-        fitting[side] = codec.for_shape(k.shape[1], width)
+        fitting[side] = refit(codec, lambda part, width=width: part.for_shape(k.shape[1], width))
     return fitting

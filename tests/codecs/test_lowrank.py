@@ -235,7 +235,7 @@ def test_without_a_basis_one_is_fitted_to_the_prompt_and_said_once(unsaid):
         cache = kv.LowRankCache(window=8)
         generate(model, prompt(1, 80), cache)
     layer = cache.layers[0]
-    constants = [t for codec in (layer.store.keys, layer.store.values) for t in codec.constants().values()]
+    constants = [t for side in ("keys", "values") for t in layer.store.constants(side).values()]
     rows = sum(buffer.nbytes for buffer in layer.store.buffers().values())
     assert constants and layer.nbytes == rows + sum(t.nbytes for t in constants)
 

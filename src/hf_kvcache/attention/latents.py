@@ -12,10 +12,9 @@ from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_
 def attend_lowrank(q, store, dense, *, scaling, mask, softcap):
     """`lowrank_attention` over a store with latents on one side at least; `dense` is merged by the caller."""
     keys, values = (as_latents(codec, store.encoded(side)) for side, codec in (("k", store.keys), ("v", store.values)))
-    first = store.keys.first if isinstance(store.keys, Chain) else store.keys
-    expansion = None
-    if first.format == "lowrank/rope":
-        basis, rope = first.basis, first.rotary
+    part, expansion = store.keys.fitted_part, None
+    if part is not None and part.format == "lowrank/rope":
+        basis, rope = part.basis, part.rotary
         tables = rope.tables(q.device)
         expansion = KeyExpansion(basis.up_by_head, basis.mean_by_head, store.packed["position_ids"], tables)
         q = rope.scale_query(q)

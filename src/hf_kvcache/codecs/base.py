@@ -21,9 +21,7 @@ class Codec:
         needs: what it reads beyond the rows: "queries", "positions", "model".
         shares_rows: whether several KV heads share a row.
         heads_per_row: how many (known once a layer has seen its first rows).
-        share_layers: neighbouring layers that share a row.
-        is_unfitted: whether rows have to be shown to `fitted` before any can be encoded.
-        constants_in_cache: whether `constants` belong to this cache rather than to the model.
+        fitted_part: itself or the codec of a chain that goes by constants, a `FittedCodec`; None without one.
     """
 
     format: str = ""
@@ -33,9 +31,7 @@ class Codec:
     needs: frozenset[str] = frozenset()
     shares_rows: bool = False
     heads_per_row: int = 1
-    share_layers: int = 1
-    is_unfitted: bool = False
-    constants_in_cache: bool = False
+    fitted_part: Codec | None = None
 
     @property
     def granularity(self) -> int:
@@ -58,27 +54,9 @@ class Codec:
         """This codec as it should be when `second` encodes what it leaves."""
         return self
 
-    def for_shape(self, n_kv_heads: int, head_dim: int) -> Codec:
-        """This codec for rows of this shape, where no model is at hand."""
-        return self
-
-    def for_model(self, context) -> Codec:
-        """This codec with what it takes from the model, by a `LayerContext`, filled in."""
-        return self
-
-    def fitted(
-        self, x: torch.Tensor, positions: torch.Tensor | None = None, is_real: torch.Tensor | None = None
-    ) -> Codec:
-        """This codec fitted to rows `[B, Hkv, n, D]`; `is_real` `[B, n]` leaves out padding."""
-        return self
-
-    def constants(self) -> dict[str, torch.Tensor]:
-        """Tensors without which rows cannot be decoded: saved with a cache."""
-        return {}
-
-    def with_constants(self, tensors: dict[str, torch.Tensor]) -> Codec:
-        """This codec with the `constants` of another one."""
-        return self
+    def with_fitted_part(self, part: Codec) -> Codec:
+        """This codec with another one in the place of its `fitted_part`."""
+        raise TypeError(f"{self} has no part that is fitted")
 
     def check(self, row: torch.Tensor) -> torch.Tensor | None:
         """Raise ValueError unless rows like these `[1, Hkv, n, D]` can be encoded; returns the payload."""
@@ -191,40 +169,20 @@ class Chain(Codec):
     def heads_per_row(self) -> int:
         return self.first.heads_per_row
 
-    @property
-    def share_layers(self) -> int:
-        return self.first.share_layers
-
     def store_type(self):
         return self.first.store_type()
 
     @property
-    def is_unfitted(self) -> bool:
-        return self.first.is_unfitted
+    def fitted_part(self) -> Codec | None:
+        return self.first.fitted_part
 
-    @property
-    def constants_in_cache(self) -> bool:
-        return self.first.constants_in_cache
+    def with_fitted_part(self, part):
+        return Chain(self.first.with_fitted_part(part), self.second)
 
     def for_side(self, side: str) -> Codec:
         # what follows works row by row, as codecs of values do, unless the payload of keys still looks like keys
         keeps_key_layout = self.first.channels_fixed and self.first.keeps_key_layout
         return Chain(self.first.for_side(side), self.second.for_side(side if keeps_key_layout else "v"))
-
-    def for_shape(self, n_kv_heads, head_dim):
-        return Chain(self.first.for_shape(n_kv_heads, head_dim), self.second)
-
-    def for_model(self, context):
-        return Chain(self.first.for_model(context), self.second)
-
-    def fitted(self, x, positions=None, is_real=None):
-        return Chain(self.first.fitted(x, positions, is_real), self.second)
-
-    def constants(self):
-        return self.first.constants()
-
-    def with_constants(self, tensors):
-        return Chain(self.first.with_constants(tensors), self.second)
 
     def check(self, row):
         return self.second.check(self.first.check(row))
@@ -270,8 +228,12 @@ def codec_from_spec(spec: dict | None) -> Codec | None:
     """The codec that `spec()` described."""
     if spec is None:
         return None
-    kinds = {kind.__name__: kind for kind in Codec.__subclasses__()}
+    kinds = {kind.__name__: kind for kind in _subclasses(Codec)}
     if spec.get("codec") not in kinds:
         raise ValueError(f"no codec is called {spec.get('codec')!r}")
     knobs = {k: codec_from_spec(v) if isinstance(v, dict) else v for k, v in spec.items() if k != "codec"}
     return kinds[spec["codec"]](**knobs)
+
+
+def _subclasses(kind: type) -> set[type]:
+    return {kind}.union(*(_subclasses(sub) for sub in kind.__subclasses__()))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.basis import Basis, Moments, by_group, principal
+from hf_kvcache.codecs.fitted import FittedCodec
 from hf_kvcache.codecs.joint import JointBasis
 from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.rope import Rope
@@ -21,7 +21,7 @@ FITTED = (
 
 
 @dataclass(frozen=True)
-class LowRank(Codec):
+class LowRank(FittedCodec):
     """Latents instead of rows, expanded inside attention (Palu, Chang et al. 2025).
 
     Keys are taken back before RoPE, where a head has its subspace, and rotated again when they are rebuilt; with
@@ -154,6 +154,9 @@ class LowRank(Codec):
         rank = found.rank if self.rank is None else channels_of(self.rank, found.width)
         basis = found.placed(rank, bool(self.mix), context.dtype, context.device)
         return replace(bound, group_size=found.group_size, rank=rank, basis=basis)
+
+    def alone(self):
+        return replace(self, rotary=None, bases=None)
 
     def fitted(self, x, positions=None, is_real=None):
         """With the principal directions of the rows `x` `[B, Hkv, n, D]` (xKV, Chang et al. 2025: fitted online)."""

@@ -6,6 +6,7 @@ import torch
 
 from hf_kvcache.codecs.base import Chain, Codec
 from hf_kvcache.codecs.basis import Moments
+from hf_kvcache.codecs.fitted import layers_per_row, refit
 from hf_kvcache.codecs.joint import fit_jointly
 from hf_kvcache.codecs.lowrank import CHUNK, LowRank
 from hf_kvcache.stores.buffer import RowBuffer
@@ -41,7 +42,7 @@ class SharedStore(UniformStore):
         if self.group:
             return
         sharing = cache.layers_with_codec()
-        place, most = sharing.index(layer_idx), self.keys.share_layers
+        place, most = sharing.index(layer_idx), layers_per_row(self.keys)
         group = sharing[place - place % most :][:most]
         devices = {cache.layers[i].device for i in group[: group.index(layer_idx) + 1]}
         if len(devices) > 1:
@@ -57,10 +58,7 @@ class SharedStore(UniformStore):
 
     def lowrank(self, side: str) -> LowRank:
         """The low-rank codec of one side, whatever follows it."""
-        codec = self.keys if side == "k" else self.values
-        while isinstance(codec, Chain):
-            codec = codec.first
-        return codec
+        return (self.keys if side == "k" else self.values).fitted_part
 
     def pack(self) -> None:
         if len(self.group) == self.n_layers > 0 and self is self.group[-1]:
@@ -84,7 +82,8 @@ class SharedStore(UniformStore):
                 dtype=self.dtype,
             )
             for store, part in zip(self.group, parts, strict=True):
-                setattr(store, which, getattr(store, which).with_constants(part.tensors))
+                codec = getattr(store, which)
+                setattr(store, which, refit(codec, lambda old, new=part.tensors: old.with_constants(new)))
 
     @property
     def rows_to_fit(self) -> int:

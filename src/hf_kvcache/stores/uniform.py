@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.fitted import FittedCodec
 from hf_kvcache.stores.base import Store
 from hf_kvcache.stores.buffer import RowBuffer
 
@@ -204,10 +205,10 @@ class UniformStore(Store):
         position_ids = self.dense["position_ids"][:, :, start:]
         # heads may have kept different rows: padding is what is padding for all of them
         is_real = (position_ids >= 0).any(1)
-        for side, codec in (("k", self.keys), ("v", self.values)):
-            if codec.is_unfitted:
-                codec = codec.fitted(self.dense[side][:, :, start:], position_ids.clamp(min=0), is_real)
-            setattr(self, "keys" if side == "k" else "values", codec)
+        for side, part in self.fitted_parts.items():
+            if part.is_unfitted:
+                part = part.fitted(self.dense[side[0]][:, :, start:], position_ids.clamp(min=0), is_real)
+                setattr(self, side, getattr(self, side).with_fitted_part(part))
 
     def project(self, n_new: int) -> None:
         """Let the newest `n_new` rows be what packing will make of them."""
@@ -224,29 +225,33 @@ class UniformStore(Store):
         """Codecs of the layer have got from the model what they need: called once per text."""
 
     @property
+    def fitted_parts(self) -> dict[str, FittedCodec]:
+        """What is fitted of the codecs of "keys" and "values", of those sides where something is."""
+        codecs = {} if self.keys is None else {"keys": self.keys, "values": self.values}
+        return {side: codec.fitted_part for side, codec in codecs.items() if codec.fitted_part is not None}
+
+    @property
     def is_unfitted(self) -> bool:
-        return self.keys is not None and (self.keys.is_unfitted or self.values.is_unfitted)
+        return any(part.is_unfitted for part in self.fitted_parts.values())
 
     @property
     def rows_to_fit(self) -> int:
         """Rows that an unfitted codec waits for: twice as many as it has directions to find."""
-        unfitted = [codec for codec in (self.keys, self.values) if codec is not None and codec.is_unfitted]
+        unfitted = [part for part in self.fitted_parts.values() if part.is_unfitted]
         head_dim = self.dense.tensors["k"].shape[-1] if unfitted else 0
-        return max((2 * codec.heads_per_row * head_dim for codec in unfitted), default=0)
+        return max((2 * part.heads_per_row * head_dim for part in unfitted), default=0)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated: rows, spare rows, metadata, and constants that were made for this cache."""
-        sides = [
-            side for side in ("keys", "values") if self.keys is not None and getattr(self, side).constants_in_cache
-        ]
-        constants = [t for side in sides for t in self.constants(side).values()]
+        made_here = [side for side, part in self.fitted_parts.items() if part.constants_in_cache]
+        constants = [t for side in made_here for t in self.constants(side).values()]
         return super().nbytes + sum(t.untyped_storage().nbytes() for t in constants)
 
     def constants(self, side: str) -> dict[str, torch.Tensor]:
         """What packed rows cannot be decoded without, of the "keys" or the "values", as far as this store holds it."""
-        codec = getattr(self, side)
-        return {} if codec is None else codec.constants()
+        part = self.fitted_parts.get(side)
+        return {} if part is None else part.constants()
 
     def _copy_storage(self) -> None:
         """Leave the tensors that were adopted from the model for storages of our own."""
