@@ -112,9 +112,9 @@ _HOME = {
     "query_first": "long_prompts",
     "stores": "stores",
     "use_backend": "kernels",
-} | dict.fromkeys([*_POLICIES, "HeadSplit"], "policies")
+} | dict.fromkeys(_POLICIES, "policies")
 
-__getattr__ = lazily(__name__, _HOME, globals())
+__getattr__ = lazily(__name__, _HOME | {"HeadSplit": "policies"}, globals())
 
 
 def __dir__() -> list[str]:

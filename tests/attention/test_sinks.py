@@ -80,8 +80,13 @@ COMPRESSED = [
 def test_fused_equals_the_models_own(models, case):
     """The same rows, read by ops and a sink, and expanded for the model's own attention."""
     ids = prompt(2, 90)
-    for sizes in ([60, 1, 1, 1], [60, 3]):
-        logits = [replay(models[name], BY_ID[case].make(), ids[:, : sum(sizes)], sizes) for name in (NAMED, "eager")]
+    for sizes in ([1, 1, 1], [3]):
+        logits = []
+        for name in (NAMED, "eager"):
+            # one model makes the rows that are encoded: the last bit of one may decide what it is rounded to
+            replay(models["eager"], cache := BY_ID[case].make(), ids[:, :60], [60])
+            cache.rebind()
+            logits.append(replay(models[name], cache, ids[:, 60:63], sizes))
         assert_close("logits", *logits, 1e-5)
     cache = BY_ID[case].make()
     replay(models[NAMED], cache, ids, [80] + [1] * 10)
