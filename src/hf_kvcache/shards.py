@@ -99,7 +99,7 @@ def shard_of(module: torch.nn.Module, count: int) -> Shard:
 
 
 def shard_of_heads(module: torch.nn.Module, n_kv_heads: int) -> Shard:
-    """The same of an attention module that gives rows of `n_kv_heads` KV heads."""
+    """Which part of the model's KV heads an attention module has that gives rows of `n_kv_heads` of them."""
     if n_kv_heads == 1 and getattr(module.config, "kv_lora_rank", None):
         # latents, which every process holds whole and makes its own heads of
         return WHOLE

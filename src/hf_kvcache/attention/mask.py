@@ -41,7 +41,7 @@ class KVMask(TensorStandIn):
         self._moved: dict[torch.device, KVMask] = {}
 
     def to(self, device, non_blocking: bool = False) -> KVMask:
-        """The same on another device: accelerate asks for it where layers lie on several (`device_map`)."""
+        """This mask on another device: accelerate asks for it where layers lie on several (`device_map`)."""
         if isinstance(device, torch.dtype):
             return self._tensor().to(device)
         device = torch.device(device)

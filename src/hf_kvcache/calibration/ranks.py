@@ -85,7 +85,7 @@ def greedy(sides: Sides, budget: float) -> Ranks:
 
 
 def uniform(sides: Sides, budget: float) -> Ranks:
-    """The same share of the channels everywhere."""
+    """Ranks that are one share of the channels everywhere."""
     return _proportional(sides, budget, {key: side.width for key, side in sides.items()})
 
 

@@ -85,7 +85,7 @@ class _Model(TakesCache):
 
     @classmethod
     def from_pretrained(cls, source, *args, output_loading_info: bool = False, **kwargs):
-        """As of any model; weights that the settings speak of must be there, and no others of a retrofit.
+        """Load as any model is loaded; weights that the settings speak of must be there, and no others of a retrofit.
 
         Raises:
             AdapterError: they are not.

@@ -86,7 +86,7 @@ def _of_text(mask, n_new, tokens_seen):
 
 
 def _of_queries(mask, n_new, tokens_seen):
-    """The same by `[B, H, S, T]`."""
+    """First tokens by what queries see, `[B, H, S, T]`, and whether the mask says more than them and the order."""
     is_seen = as_boolean(mask)
     # the newest query sees all tokens that are real, if there are any
     first = _first(is_seen[:, 0, -1])

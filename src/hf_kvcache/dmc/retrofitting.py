@@ -95,7 +95,7 @@ def retrofits(model: nn.Module) -> dict[int, nn.Module]:
 
 @contextmanager
 def compression_off(model: nn.Module) -> Iterator[None]:
-    """The same weights without merging or dropping: the teacher. The borrowed channel stays out.
+    """Run a model without merging or dropping, as its own teacher. The borrowed channel stays out.
 
     For this thread; others that run the model meanwhile go on compressing.
     """

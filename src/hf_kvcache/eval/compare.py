@@ -107,7 +107,7 @@ def n_stages(n_specs: int, settings: Settings) -> int:
 
 
 def with_baseline(specs: list[CacheSpec]) -> list[CacheSpec]:
-    """The same caches, `DynamicCache` first."""
+    """Caches to compare, `DynamicCache`, which the others are measured by, first."""
     return [parse("dynamic"), *(spec for spec in specs if spec.factory is not dynamic)]
 
 

@@ -12,7 +12,7 @@ _16_BIT = "float16 and bfloat16 (float32 on a GPU goes to PyTorch)"
 LIMITS = {
     "dense_attention": f"{_16_BIT}; head sizes up to 256.",
     "lowrank_attention": f"{_16_BIT}; head sizes and key ranks up to 256; ranks in whole multiples of 16.",
-    "merge_step": "float16, bfloat16 and float32; contiguous `taps`, float32 `weights`; any head size.",
+    "merge_step": "float16, bfloat16 and float32; contiguous `segment`, float32 `weights`; any head size.",
     "quant_attention": f"{_16_BIT}; head sizes in whole multiples of 16 up to 256; 8, 4 and 2 bits.",
     "quant_pack": "float16, bfloat16 and float32; 8, 4 and 2 bits; blocks of rows that are a power of two.",
     "ragged_attention": f"{_16_BIT}; head sizes up to 256; pages of 16, 32, 64, ... rows; 8, 4 and 2 bits.",

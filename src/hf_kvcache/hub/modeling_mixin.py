@@ -36,7 +36,7 @@ class TakesCache:
 
 
 class CacheModel(TakesCache):
-    """The same of an exported model, whose config says what its cache is: `kv_cache` and `kv_adapter`."""
+    """Mixed into the model of a repository: its config says what its cache is, as `kv_cache` and `kv_adapter`."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -52,7 +52,7 @@ class CacheModel(TakesCache):
 
     @classmethod
     def from_pretrained(cls, source, *args, output_loading_info: bool = False, **kwargs):
-        """As of any model; what its cache needs must be among the weights.
+        """Load as any model is loaded; what its cache needs must be among the weights.
 
         Raises:
             ValueError: it is not.
