@@ -215,6 +215,15 @@ LOSSY = [case for case in CASES if not case.lossless]
 EVICTING = [case for case in CASES if case.evicts]
 BY_ID = {case.id: case for case in CASES}
 
+
+def new_policies(covered):
+    """Caches by name: dense rows under every kind of policy that evicts and is none of those `covered`."""
+    kinds = {type(policy) for policy in covered}
+    made = {case.id: (case.make, case.make()) for case in EVICTING}
+    plain = {name: make for name, (make, cache) in made.items() if not (cache.codec or cache.policy.merges_evicted)}
+    return {name: make for name, make in plain.items() if type(made[name][1].policy) not in kinds}
+
+
 # -- models --------------------------------------------------------------------------------------------------------
 
 VOCAB = 128

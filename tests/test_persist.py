@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import AnyBases, assert_same_state, tiny_model
+from cases import AnyBases, assert_same_state, new_policies, tiny_model
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3NextConfig
 
 import hf_kvcache as kv
@@ -59,6 +59,7 @@ CACHES = {
     "duo-roomy": lambda: kv.EvictionCache("duo", gates=[[0, 0]] * 3, n_recent=95, interval=12),
     "streaming+quant8": lambda: kv.QuantCache(8, window=8, policy=kv.Streaming(budget=48, n_recent=8, interval=4)),
 }
+CACHES |= new_policies(make().policy for make in CACHES.values())
 
 
 def make_model(config_class=LlamaConfig, seed=0, **changes):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import assert_close, padded, prompt, splits, tiny_model, unequal_layers
+from cases import assert_close, new_policies, padded, prompt, splits, tiny_model, unequal_layers
 from transformers import AttentionInterface
 
 import hf_kvcache as kv
@@ -33,6 +33,7 @@ POLICIES = {
 # a budget and a policy per layer, beside one policy for all
 CACHES = {name: lambda make=make: kv.KVCache(make(), window=4) for name, make in POLICIES.items()}
 CACHES["unequal"] = unequal_layers
+CACHES |= new_policies(make() for make in POLICIES.values())
 
 
 class Recorder:
