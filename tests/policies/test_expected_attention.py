@@ -10,7 +10,7 @@ from transformers import Phi3Config
 
 import hf_kvcache as kv
 from hf_kvcache.attention.call import AttentionCall
-from hf_kvcache.policies import ExpectedAttention, expected_attention
+from hf_kvcache.policies import ExpectedAttention, query_statistics
 from hf_kvcache.rope import Rope
 from hf_kvcache.shards import WHOLE
 
@@ -60,7 +60,7 @@ def formula(rope, n_future=512, epsilon=1e-2, n_sink=2):
 @ROPES
 def test_score_is_the_formula(scaling, sizes, monkeypatch):
     # moments of several blocks are merged
-    monkeypatch.setattr(expected_attention, "QUERIES", 16)
+    monkeypatch.setattr(query_statistics, "QUERIES", 16)
     rope = None if scaling is None else Rope(INV_FREQ, scaling)
     toy = feed(bound(rope), sizes=sizes, fill=5.0)
     assert_scores(toy, formula(rope))

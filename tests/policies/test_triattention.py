@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from toys import CALLS, HEADS, ROPES, SIZE, alone, assert_scores, feed, pairs
 
 import hf_kvcache as kv
-from hf_kvcache.policies import triattention
-from hf_kvcache.policies.triattention import centres_of
+from hf_kvcache.policies import query_statistics
+from hf_kvcache.policies.query_centres import centres_of
 from hf_kvcache.rope import Rope
 from hf_kvcache.shards import WHOLE
 
@@ -76,7 +76,7 @@ def formula(rope, offsets=tuple(2**i for i in range(17)), n_sink=2, n_recent=4):
 @CALLS
 @ROPES
 def test_score_is_the_formula(scaling, sizes, monkeypatch):
-    monkeypatch.setattr(triattention, "QUERIES", 16)
+    monkeypatch.setattr(query_statistics, "QUERIES", 16)
     rope = None if scaling is None else Rope(INV_FREQ, scaling)
     # what pads hold is not looked at
     assert_scores(feed(bound(rope), sizes=sizes, fill=float("nan")), formula(rope), 1e-4)

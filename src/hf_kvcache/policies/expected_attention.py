@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from hf_kvcache.policies.base import Policy
-from hf_kvcache.rope import Rope, rotate
-
-QUERIES = 1024  # queries whose moments are taken at a time
+from hf_kvcache.policies.query_statistics import QueryStatistics
+from hf_kvcache.rope import rotate
 
 
 @dataclass
-class ExpectedAttention(Policy):
+class ExpectedAttention(QueryStatistics):
     """Keep what the next queries are expected to attend to (Expected Attention, Devoto et al. 2025).
 
     Queries are taken to be Gaussian: those of a head before RoPE have mean `mu` and covariance `Sigma`. Turned by the
@@ -33,47 +31,22 @@ class ExpectedAttention(Policy):
 
     n_future: int = 512
     epsilon: float = 1e-2
-    rope: Rope | None = field(default=None, init=False, repr=False, compare=False)
-
-    needs = frozenset({"model"})
-    wants_queries = True
 
     def __post_init__(self):
         super().__post_init__()
         if self.n_future < 1 or self.epsilon < 0:
             raise ValueError("ExpectedAttention: n_future must be at least 1 and epsilon must not be negative")
 
-    def for_model(self, context):
-        bound = super().for_model(context)
-        bound.rope = context.rope()
-        return bound
-
-    def on_queries(self, q, view):
-        n_new = q.shape[2]
-        positions = view.positions
-        is_real = positions[:, :, -n_new:] >= 0  # [B, Hkv, S]
-        state = view.layer_state
-        n_pads = (~is_real).sum(-1, keepdim=True) + state.get("n_pads", 0)  # [B, Hkv, 1]
-        # where the model's RoPE has them: positions count from the first real token, pads are below 0
-        where = torch.arange(view.tokens_seen - n_new, view.tokens_seen, device=q.device) - n_pads
-        counts = where >= self.n_sink
-        if self.rope is not None:
-            self.rope.cover(view.tokens_seen + self.n_future, q.device)
-        moments = tuple(state[name] for name in ("n", "mean", "spread")) if state else None
-        for i in range(0, n_new, QUERIES):
-            rows = slice(i, i + QUERIES)
-            part = q[:, :, rows]
-            if self.rope is not None:
-                part = self.rope.unrotate(part, where[:, :1, rows].clamp(min=0))
-            part = part.float().unflatten(1, (positions.shape[1], -1))  # [B, Hkv, G, S, D]
-            moments = merged(moments, moments_of(part, counts[:, :, rows]))
-        view.set_layer_state(n_pads=n_pads, **dict(zip(("n", "mean", "spread"), moments)))
+    def added(self, state, q, where):
+        names, found = ("n", "mean", "spread"), moments_of(q, where >= self.n_sink)
+        return dict(zip(names, merged(tuple(state[name] for name in names), found) if state else found))
 
     def score(self, view):  # -> [B, Hkv, N]
         state, is_real = view.layer_state, view.positions >= 0
         mean, spread = state["mean"].squeeze(2), state["spread"].squeeze(2)  # [B, Hkv, G, D], [B, Hkv, G, D, D]
         cov = spread / state["n"].clamp(min=1).unsqueeze(-1).unsqueeze(-1)
         if self.rope is not None:
+            self.rope.cover(view.tokens_seen + self.n_future, view.device)
             next_ones = view.tokens_seen - state["n_pads"] + torch.arange(self.n_future, device=view.device)
             cos, sin = self.rope.tables(view.device).cos_sin(next_ones)  # [B, Hkv, n_future, R / 2]
             cos, sin = (x.mean(2).unsqueeze(2) * self.rope.scaling for x in (cos, sin))
@@ -104,8 +77,6 @@ def moments_of(x, counts):
 
 def merged(one, other):
     """Moments of two sets together (Chan et al. 1979), which loses nothing where the mean is large."""
-    if one is None:
-        return other
     (n_a, mean_a, spread_a), (n_b, mean_b, spread_b) = one, other
     n, shift = n_a + n_b, mean_b - mean_a
     share = (n_b / n.clamp(min=1)).unsqueeze(-1).unsqueeze(-1)  # [B, Hkv, 1, 1, 1]
