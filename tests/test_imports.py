@@ -137,6 +137,25 @@ def _assigned(package, name):
     return value
 
 
+ALONE = """
+import importlib, pkgutil, sys
+import torch, transformers, peft
+import hf_kvcache
+for module in pkgutil.walk_packages(hf_kvcache.__path__, "hf_kvcache."):
+    if module.name.startswith(tuple(sys.argv[1:])):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "hf_kvcache"]:
+            del sys.modules[name]
+        importlib.import_module(module.name)
+        print(module.name)
+"""
+
+
+@pytest.mark.parametrize("first", telling(["hf_kvcache.dmc", "hf_kvcache.po", "hf_kvcache."], "hf_kvcache.dmc"))
+def test_whatever_is_imported_first(first):
+    """Packages that pass on names import much: no module may need that another one came before it."""
+    assert f"{first}" in python(ALONE, first)
+
+
 # -- when_imported -----------------------------------------------------------------------------------------------------
 
 

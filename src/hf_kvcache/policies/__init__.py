@@ -1,6 +1,6 @@
 """Policies: which tokens stay."""
 
-from hf_kvcache.dmc.policies import DMC, DMS
+import hf_kvcache.dmc.policies as _trained
 from hf_kvcache.former_names import former
 from hf_kvcache.policies.adakv import AdaKV
 from hf_kvcache.policies.base import Policy
@@ -49,5 +49,9 @@ __all__ = [
     "Threshold",
     "TriAttention",
 ]
+_former = former(__name__, {"HeadSplit": "Duo"}, globals())
 
-__getattr__ = former(__name__, {"HeadSplit": "Duo"}, globals())
+
+def __getattr__(name: str):
+    # where these are imported first, they ask for policies before there are any of them
+    return getattr(_trained, name) if name in ("DMC", "DMS") else _former(name)
