@@ -8,7 +8,7 @@ import pytest
 
 from hf_kvcache.commands import methods
 from hf_kvcache.eval import specs
-from hf_kvcache.registry import METHODS
+from hf_kvcache.registry import METHODS, load
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -42,6 +42,11 @@ def test_a_page_has_the_table_of_its_methods(name):
 
 def test_every_method_with_a_paper_has_its_number():
     assert [m.name for m in METHODS if bool(m.paper) != bool(re.fullmatch(r"\d{4}\.\d{5}", m.arxiv))] == []
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.arxiv], ids=lambda m: m.name)
+def test_a_docstring_names_the_paper_that_the_registry_knows(method):
+    assert f"arXiv {method.arxiv}" in load(method.factory).__doc__
 
 
 def test_readme_is_short():

@@ -1,4 +1,4 @@
-r"""Give a model fewer KV heads, each the mean of some of its own: grouped-query attention (Ainslie et al. 2023).
+r"""Give a model fewer KV heads, each the mean of some of its own: grouped-query attention (arXiv 2305.13245).
 
     python -m hf_kvcache.trainers.convert_gqa --model ID_OR_PATH --kv-heads 4 --out model-gqa
     python -m hf_kvcache.trainers.convert_gqa --kv-heads 1 --uptrain-steps 560 --data books/train --out small-mqa

@@ -1,4 +1,4 @@
-"""Train the projections of a low-rank KV cache by distillation (MatryoshkaKV, Lin et al. 2024).
+"""Train the projections of a low-rank KV cache by distillation (MatryoshkaKV, arXiv 2410.14731).
 
     python -m hf_kvcache.trainers.train_projections --model ID_OR_PATH --text train.txt --output adapter
 
@@ -214,7 +214,7 @@ def start_of(moments: Moments, centre: bool, basis: Basis | None) -> Rotation:
 
 @torch.no_grad()
 def basis_of(rotation: Rotation, moments: Moments, group_size: int) -> Basis:
-    """The directions of a rotation as a basis, its latents scaled so that they round well (Palu, Chang et al. 2025)."""
+    """The directions of a rotation as a basis, its latents scaled so that they round well (Palu, arXiv 2407.21118)."""
     u = rotation.matrix().double()
     covariance = moments.covariance(rotation.mean is not None).to(u)
     deviation = (u * (covariance @ u)).sum(1).clamp(min=0).sqrt()  # [G, n]

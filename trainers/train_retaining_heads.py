@@ -1,4 +1,4 @@
-r"""Train retaining heads, which say of every token of a prompt how much it will be needed (Locret, Huang et al. 2024).
+r"""Train retaining heads, which say of every token of a prompt how much it will be needed (Locret, arXiv 2410.01805).
 
 The embedded model, in a few minutes on one CPU core:
 

@@ -59,7 +59,7 @@ def lowrank_attention(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend over latents: keys are rebuilt tile by tile, values are summed as latents (Palu, Chang et al. 2025).
+    """Attend over latents: keys are rebuilt tile by tile, values are summed as latents (Palu, arXiv 2407.21118).
 
     The caller expands the result once per query: `out @ up_v`, since the sum over tokens and the expansion commute.
     Dense rows and sides are latents of full rank with one head per group. Algebra and layout: README.md.

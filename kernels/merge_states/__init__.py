@@ -8,7 +8,7 @@ __all__ = ["merge_states", "merge_two", "with_sink"]
 
 
 def merge_states(states: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Combine partial attention outputs (Flash-Decoding, Dao et al. 2023; Online softmax, Milakov 2018).
+    """Combine partial attention outputs (Flash-Decoding, Dao et al. 2023; online softmax, arXiv 1805.02867).
 
     The arithmetic is float32, and float64 where an output or a log-sum-exp is.
 

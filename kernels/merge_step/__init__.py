@@ -10,7 +10,7 @@ __all__ = ["merge_step"]
 
 
 def merge_step(x: torch.Tensor, weights: torch.Tensor, segment: torch.Tensor, cell: int) -> torch.Tensor:
-    """Put a token among the newest of its head and return their weighted mean (DMC, Nawrot et al. 2024).
+    """Put a token among the newest of its head and return their weighted mean (DMC, arXiv 2403.09636).
 
     `mean = sum_i weights_i segment_i / sum_i weights_i`, in float32 (float64 for a segment of float64), with
     `segment[:, :, cell] = x` written first.

@@ -27,7 +27,7 @@ def quant_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over packed keys and values without unpacking them to memory, then over a dense tail.
 
-    Scales are folded into the query and into the softmax weights (KIVI, Liu et al. 2024, section 3.2;
+    Scales are folded into the query and into the softmax weights (KIVI, arXiv 2402.02750, section 3.2;
     algebra and byte layout in README.md).
 
     Args:

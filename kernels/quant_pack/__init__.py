@@ -13,7 +13,7 @@ __all__ = ["quant_pack", "quant_unpack"]
 def quant_pack(
     x: torch.Tensor, *, bits: int, axis: str, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Asymmetric round-to-nearest quantisation around a mid-point (KIVI, Liu et al. 2024, section 3).
+    """Asymmetric round-to-nearest quantisation around a mid-point (KIVI, arXiv 2402.02750, section 3).
 
     A code `c` stands for `scale * (c - (2**bits - 1) / 2) + zero`.
 

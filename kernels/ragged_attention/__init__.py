@@ -22,7 +22,7 @@ def ragged_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over rows that lie in pages, so that every head of every batch row may keep as many as it likes.
 
-    A page belongs to one head; heads find theirs in a block table (PagedAttention, Kwon et al. 2023, per head). Rows
+    A page belongs to one head; heads find theirs in a block table (PagedAttention, arXiv 2309.06180, per head). Rows
     are of any row-granular format: dense, quantised per token, sparse, or sparse and quantised.
 
     Args:

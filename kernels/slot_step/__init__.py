@@ -15,7 +15,7 @@ def slot_step(
     """Choose the row of a token: that of a condemned one whose time is up, or a new one.
 
     The decision of a token is about the one before it. A row that is decided against stays for `delay` more tokens, and
-    is then taken by the token that comes: memory is used again without moving a row (DMS, Lancucki et al. 2025). With
+    is then taken by the token that comes: memory is used again without moving a row (DMS, arXiv 2506.05345). With
     `delay` 0 that is DMC: a token that merges takes the newest row, which held the mean so far.
 
     Args:

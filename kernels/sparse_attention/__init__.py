@@ -61,7 +61,7 @@ def sparse_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over sparse keys and values without expanding them to memory, then over a dense tail.
 
-    `softmax([q K_packed^T, q K_tail^T]) [V_packed; V_tail]` (Mustafar, Joo et al. 2025, section 3).
+    `softmax([q K_packed^T, q K_tail^T]) [V_packed; V_tail]` (Mustafar, arXiv 2505.22913, section 3).
 
     Args:
         q: queries `[B, Hq, S, D]`, float16, bfloat16, float32 or float64.

@@ -16,7 +16,7 @@ MAX_CHANNELS = 256  # an index is one byte
 def sparse_pack(
     x: torch.Tensor, *, keep: int, layout: str, group_size: int | None = None, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token top-k by magnitude (Mustafar, Joo et al. 2025, section 2), in rows of a fixed size.
+    """Per-token top-k by magnitude (Mustafar, arXiv 2505.22913, section 2), in rows of a fixed size.
 
     Exactly `keep` channels stay, ties going to the lower channel; NaN counts as larger than infinity, so that it is
     not hidden.

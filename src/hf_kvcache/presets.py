@@ -17,12 +17,12 @@ class DenseCache(KVCache):
 
 
 class QuantCache(KVCache):
-    """Keys per channel in blocks of 32 tokens, values per token, recent window dense (KIVI, Liu et al. 2024).
+    """Keys per channel in blocks of 32 tokens, values per token, recent window dense (KIVI, arXiv 2402.02750).
 
     Args:
         bits: 8, 4, 3 or 2.
         window: newest tokens in full precision; up to 31 more wait there for their block.
-        rotate: mix channels by a Hadamard matrix before rounding (QuaRot, Ashkboos et al. 2024).
+        rotate: mix channels by a Hadamard matrix before rounding (QuaRot, arXiv 2404.00456).
         key_axis: "channel", or "token" to make rows independent (needed under an eviction policy; ruins models with
             large key biases).
         group_size: channels per value scale; None picks 64, or 32 at 2 bits.
@@ -58,7 +58,7 @@ class QuantCache(KVCache):
 
 
 class SparseCache(KVCache):
-    """The largest channels of every token, in rows of a fixed size (Mustafar, Joo et al. 2025).
+    """The largest channels of every token, in rows of a fixed size (Mustafar, arXiv 2505.22913).
 
     Prefill output is exact; tokens are pruned in blocks as they leave the window.
 
@@ -107,7 +107,7 @@ class SparseCache(KVCache):
 
 
 class LowRankCache(KVCache):
-    """Low-rank latents of keys and values, expanded inside attention (Palu, Chang et al. 2025).
+    """Low-rank latents of keys and values, expanded inside attention (Palu, arXiv 2407.21118).
 
     The projection comes from `adapter` or `bases`, else from the adapter that the model carries, else it is fitted to
     the prompt and held by the cache (said once). Prefill output is exact; tokens are projected as they leave the
@@ -239,7 +239,7 @@ def _window(window: int | None, codec, policy: Policy) -> int:
 
 
 class LocretCache(KVCache):
-    """Keep what the retaining heads of the model's adapter score highest (Locret, Huang et al. 2024).
+    """Keep what the retaining heads of the model's adapter score highest (Locret, arXiv 2410.01805).
 
     Prompts are evicted from chunk by chunk: `hf_kvcache.prefill(model, ids, cache)` feeds them in chunks of `chunk`, as
     `generate(prefill_chunk_size=...)` does. Memory is then bounded by budget and chunk, whatever the prompt.
@@ -279,7 +279,7 @@ class LocretCache(KVCache):
 
 
 class DMCCache(KVCache):
-    """The cache of a model that was retrofitted to merge tokens (DMC, Nawrot et al. 2024, arXiv 2403.09636).
+    """The cache of a model that was retrofitted to merge tokens (DMC, arXiv 2403.09636).
 
     What is kept is the model's decision, per head; there is no budget. It needs a model from `trainers/train_dmc.py`.
 
@@ -294,7 +294,7 @@ class DMCCache(KVCache):
 
 
 class DMSCache(KVCache):
-    """The cache of a model that was retrofitted to drop tokens (DMS, Lancucki et al. 2025, arXiv 2506.05345).
+    """The cache of a model that was retrofitted to drop tokens (DMS, arXiv 2506.05345).
 
     A token that the model decides against stays for the window that it was trained with; then its row is used again.
 

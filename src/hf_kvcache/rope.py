@@ -39,7 +39,7 @@ class RotaryTables(NamedTuple):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first `R` channels of `x` `[..., D]`, channel `i` with `i + R / 2`; `-sin` undoes it.
 
-    The rotation of Su et al. 2021 (RoFormer, section 3.2.2) in the layout of Llama, where the halves are pairs.
+    The rotation of RoFormer (arXiv 2104.09864, section 3.2.2) in the layout of Llama, where the halves are pairs.
     """
     half = cos.shape[-1]
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
@@ -51,7 +51,7 @@ class Rope:
 
     Args:
         inv_freq: angle per position of every channel pair, `[R / 2]`.
-        scaling: factor that the model applies to cosines and sines (YaRN, Peng et al. 2023), to q and k alike.
+        scaling: factor that the model applies to cosines and sines (YaRN, arXiv 2309.00071), to q and k alike.
         is_multimodal: whether tokens of images have positions on several axes, which are not counts of tokens.
     """
 

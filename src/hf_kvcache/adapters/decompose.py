@@ -1,7 +1,7 @@
 """Key and value projections as their low-rank factors: fewer parameters and FLOPs for the same low-rank cache.
 
 A cache that keeps `latent = (k - mean) @ down` of `k = W x + b` sees nothing else of `k`, so `W` may as well be
-`up downᵀ W` (Palu, Chang et al. 2025): the model then produces rows that lie in the subspace already.
+`up downᵀ W` (Palu, arXiv 2407.21118): the model then produces rows that lie in the subspace already.
 """
 
 from __future__ import annotations

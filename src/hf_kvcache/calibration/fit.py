@@ -36,7 +36,7 @@ def fit_bases(
     refine: int = 0,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Bases:
-    """Bases and ranks for a model (Palu, Chang et al. 2025, by the covariance of outputs instead of inputs).
+    """Bases and ranks for a model (Palu, arXiv 2407.21118, by the covariance of outputs instead of inputs).
 
     Args:
         model: causal language model.

@@ -22,7 +22,7 @@ def answer_max(
     k_is_real: torch.Tensor | None = None,
     block: tuple[int, int] = BLOCK,
 ) -> torch.Tensor:
-    """Largest score that the answer gives a token of the prompt (Locret, Huang et al. 2024, causal importance score).
+    """Largest score that the answer gives a token of the prompt (Locret, arXiv 2410.01805, causal importance score).
 
     The maximum over the query heads of a group and the tokens of the answer, before the softmax. The paper's formula
     has no `scaling`, its code does.
@@ -100,10 +100,10 @@ def reconstruction(
 ) -> torch.Tensor:
     """Logarithm of the largest attention weight that a repetition of the prompt gives a token of the prompt.
 
-    KVzip (Kim et al. 2025): the sequence is "prompt, request to repeat it, prompt again", and a KV pair is worth the
-    maximum of its weight over the queries of the repetition and the query heads of the group. The logarithm is KVzap's:
-    weights span many orders of magnitude, of which SmoothL1 would see only the largest. It changes no order. The
-    softmax is over all that a query sees (KVzip's own goes over the chunk that is repeated).
+    KVzip (arXiv 2505.23416): the sequence is "prompt, request to repeat it, prompt again", and a KV pair is worth the
+    maximum of its weight over the queries of the repetition and the query heads of the group. The logarithm is KVzap's
+    (arXiv 2601.07891): weights span many orders of magnitude, of which SmoothL1 would see only the largest. It changes
+    no order. The softmax is over all that a query sees (KVzip's own goes over the chunk that is repeated).
 
     Args:
         q (torch.Tensor):

@@ -77,7 +77,7 @@ def judge_mass(q, k, scaling, text: Text) -> torch.Tensor:
 
 
 def judge_keydiff(q, k, scaling, text: Text) -> torch.Tensor:
-    """What KeyDiff (Park et al. 2025) thinks of a prompt without padding, to compare with."""
+    """What KeyDiff (arXiv 2504.15364) thinks of a prompt without padding, to compare with."""
     keys = k[:, :, text.prompt].float()
     return -cosine_similarity(keys, normalize(keys, dim=-1).sum(2, keepdim=True), dim=-1)
 

@@ -90,12 +90,12 @@ def uniform(sides: Sides, budget: float) -> Ranks:
 
 
 def fisher(sides: Sides, budget: float) -> Ranks:
-    """In proportion to the sensitivity (Palu, Chang et al. 2025, Fisher information search)."""
+    """In proportion to the sensitivity (Palu, arXiv 2407.21118, Fisher information search)."""
     return _proportional(sides, budget, {key: side.width * side.sensitivity for key, side in sides.items()})
 
 
 def condition(sides: Sides, budget: float) -> Ranks:
-    """Less the deeper, by the cumulative condition number of what follows (LoRC, Zhang et al. 2024).
+    """Less the deeper, by the cumulative condition number of what follows (LoRC, arXiv 2410.03111).
 
     The deepest layer keeps half of what the shallowest does.
     """

@@ -29,7 +29,7 @@ def projection_weight(module: torch.nn.Module, side: str) -> torch.Tensor:
 
 
 class WeightGradients:
-    """Root mean square of the gradient of every projection weight over samples (Palu, Chang et al. 2025).
+    """Root mean square of the gradient of every projection weight over samples (Palu, arXiv 2407.21118).
 
     Args:
         modules: attention modules by layer.

@@ -87,7 +87,7 @@ class Basis:
     def mixed(self) -> Basis:
         """The same subspace with latents that share out the energy of the leading ones, so that they round well.
 
-        An orthogonal `Q` is folded in: `down Q`, `Qᵀ up` (Palu, Chang et al. 2025).
+        An orthogonal `Q` is folded in: `down Q`, `Qᵀ up` (Palu, arXiv 2407.21118).
         """
         q = mixing(self.rank, self.down.device)
         return Basis(self.down.float() @ q, q.T @ self.up.float(), self.mean)
@@ -174,7 +174,7 @@ def principal(
     """The best basis for rows of this covariance: the top directions lose the least, at every rank.
 
     Projecting on the eigenvectors `U` of `E[k kᵀ]` equals the truncated whitened SVD of the weights that produce `k`
-    (Palu, Chang et al. 2025), without the inverse of a Gram matrix. With a metric `M` the loss is `eᵀ M e` instead of
+    (Palu, arXiv 2407.21118), without the inverse of a Gram matrix. With a metric `M` the loss is `eᵀ M e` instead of
     `eᵀ e`: eigenvectors of `M^½ C M^½`, and the projection is oblique.
 
     Args:

@@ -1,4 +1,4 @@
-"""A basis for the rows of several layers together, fitted to a prompt (xKV, Chang et al. 2025)."""
+"""A basis for the rows of several layers together, fitted to a prompt (xKV, arXiv 2503.18893)."""
 
 from __future__ import annotations
 

@@ -22,11 +22,11 @@ FITTED = (
 
 @dataclass(frozen=True)
 class LowRank(FittedCodec):
-    """Latents instead of rows, expanded inside attention (Palu, Chang et al. 2025).
+    """Latents instead of rows, expanded inside attention (Palu, arXiv 2407.21118).
 
     Keys are taken back before RoPE, where a head has its subspace, and rotated again when they are rebuilt; with
     `rope="post"` they are projected as they are, and attention projects the query instead of rebuilding keys (Eigen
-    Attention, Saxena et al. 2024; MatryoshkaKV, Lin et al. 2024). Values are summed as latents and expanded once per
+    Attention, arXiv 2408.05646; MatryoshkaKV, arXiv 2410.14731). Values are summed as latents and expanded once per
     query.
 
     Attributes:
@@ -38,7 +38,7 @@ class LowRank(FittedCodec):
             RoPE.
         mix: share out the energy of the leading latents, so that they round well. None does so before `Quantize`.
         centre: subtract the mean row, where the basis is fitted to the prompt.
-        share_layers: neighbouring layers that share latents, those of all their heads (xKV, Chang et al. 2025). Their
+        share_layers: neighbouring layers that share latents, those of all their heads (xKV, arXiv 2503.18893). Their
             basis is fitted to the prompt; `rank` is out of the channels of all of them.
         bases: the bases of a model (`adapters.Bases`); None asks the model for its adapter, then fits to the prompt.
     """
@@ -159,7 +159,7 @@ class LowRank(FittedCodec):
         return replace(self, rotary=None, bases=None)
 
     def fitted(self, x, positions=None, is_real=None):
-        """With the principal directions of the rows `x` `[B, Hkv, n, D]` (xKV, Chang et al. 2025: fitted online)."""
+        """With the principal directions of the rows `x` `[B, Hkv, n, D]` (xKV, arXiv 2503.18893: fitted online)."""
         moments = None
         for start in range(0, x.shape[2], CHUNK):
             rows = slice(start, start + CHUNK)

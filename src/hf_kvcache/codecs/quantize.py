@@ -15,7 +15,7 @@ BLOCK = 32  # rows that share a per-channel scale: KIVI's group of 32 tokens
 
 @dataclass(frozen=True)
 class Quantize(Codec):
-    """Asymmetric round-to-nearest quantisation (KIVI, Liu et al. 2024, section 3).
+    """Asymmetric round-to-nearest quantisation (KIVI, arXiv 2402.02750, section 3).
 
     Attributes:
         bits: 8, 4, 3 or 2.
@@ -23,7 +23,7 @@ class Quantize(Codec):
             None means "channel" for keys, whose outliers sit in fixed channels, and "token" for values.
         group_size: channels that share a scale of a token; None picks 64 (32 at 2 bits) or the nearest
             width that the packed words allow. Channel scales always span blocks of 32 tokens.
-        rotate: mix the channels of a row by a Hadamard matrix first (QuaRot, Ashkboos et al. 2024).
+        rotate: mix the channels of a row by a Hadamard matrix first (QuaRot, arXiv 2404.00456).
     """
 
     bits: int = 4

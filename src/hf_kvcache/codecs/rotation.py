@@ -12,7 +12,7 @@ import torch
 def hadamard(size: int, device: torch.device) -> torch.Tensor:
     """Block-diagonal normalised Hadamard matrix `[size, size]` in float32 (symmetric, its own inverse).
 
-    The blocks are as large as the largest power of two that divides `size` (QuaRot, Ashkboos et al. 2024, section 3).
+    The blocks are as large as the largest power of two that divides `size` (QuaRot, arXiv 2404.00456, section 3).
     """
     block = size & -size
     matrix = torch.ones(1, 1)

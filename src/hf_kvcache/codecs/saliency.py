@@ -1,4 +1,4 @@
-"""Which channels of a row matter: the rules by which `Sparse` chooses (Mustafar, Joo et al. 2025, section 2).
+"""Which channels of a row matter: the rules by which `Sparse` chooses (Mustafar, arXiv 2505.22913, section 2).
 
 Each takes rows `x` `[B, Hkv, n, D]` and the newest queries of the layer, `[B, Hkv, s, G, D]` or None, and returns a
 worth per element whose magnitude decides, broadcastable to `x`; None stands for the magnitude of `x` itself.
@@ -18,7 +18,7 @@ def output_aware(x, queries):
 
 
 def think(x, queries):
-    """Whole channels, by `mean(q_i^2) * mean(k_i^2)` over the rows packed together (ThinK, Xu et al. 2024)."""
+    """Whole channels, by `mean(q_i^2) * mean(k_i^2)` over the rows packed together (ThinK, arXiv 2407.21018)."""
     return queries.float().square().mean((2, 3)).unsqueeze(2) * channels(x, None)
 
 

@@ -15,14 +15,14 @@ STEP = 4  # kept channels are a multiple of this, so that rows stay aligned and 
 
 @dataclass(frozen=True)
 class Sparse(Codec):
-    """Unstructured sparsity with the same number of kept channels in every row (Mustafar, Joo et al. 2025).
+    """Unstructured sparsity with the same number of kept channels in every row (Mustafar, arXiv 2505.22913).
 
     Attributes:
         sparsity: share of the channels to drop, `0 <= sparsity < 1`; what is kept is rounded up to a multiple of 4.
         keep: or the number of channels to keep, exactly.
         layout: "bitmap" (a bit per channel: least memory) or "index" (a byte per kept channel).
         rule: "magnitude"; "output_aware" (keys, weighs channels by the newest queries); "think" (whole channels, ThinK,
-            Xu et al. 2024: a baseline). For values "output_aware" is the same as "magnitude".
+            arXiv 2407.21018: a baseline). For values "output_aware" is the same as "magnitude".
         axis: "token" chooses among the channels of a row; "channel" among 32 tokens of a channel, which packs 32 rows
             together (the paper's rule for values that it compares with) and keeps `keep` or `1 - sparsity` of those 32.
         group_size: keep an equal share of every group of this many adjacent channels: 4 with sparsity 0.5 is the

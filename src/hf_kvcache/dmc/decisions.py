@@ -19,7 +19,7 @@ def precise(x: torch.Tensor) -> torch.Tensor:
 def decide(
     settings: Settings, decision: torch.Tensor, importance: torch.Tensor | None = None, shard: Shard = WHOLE
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Logits of the decisions, and how much tokens weigh in a mean (DMC, Nawrot et al. 2024).
+    """Logits of the decisions, and how much tokens weigh in a mean (DMC, arXiv 2403.09636).
 
     A positive logit says: the row of the token before is not to outlive this token (DMC: this one is merged into it).
     Values are taken as the model computed them, so that training, prefill and decoding agree.

@@ -67,13 +67,13 @@ class TrainedEviction(Policy):
 
 @dataclass
 class DMC(TrainedEviction):
-    """Merge a token into the newest row of its head, or give it a row (DMC, Nawrot et al. 2024, arXiv 2403.09636)."""
+    """Merge a token into the newest row of its head, or give it a row (DMC, arXiv 2403.09636)."""
 
     method = "dmc"
 
 
 @dataclass
 class DMS(TrainedEviction):
-    """Drop a token once it is a window old, or keep it (DMS, Lancucki et al. 2025, arXiv 2506.05345)."""
+    """Drop a token once it is a window old, or keep it (DMS, arXiv 2506.05345)."""
 
     method = "dms"

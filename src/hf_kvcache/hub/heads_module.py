@@ -1,4 +1,4 @@
-"""Retaining heads as weights of a repository's model (Locret, Huang et al. 2024, arXiv 2410.01805)."""
+"""Retaining heads as weights of a repository's model (Locret, arXiv 2410.01805)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hf_kvcache.policies.wrapper import Wrapper
 
 @dataclass
 class AdaKV(Wrapper, Ragged):
-    """Share a layer's budget among its heads: its best-scored rows stay, whosever they are (Ada-KV, Feng et al. 2024).
+    """Share a layer's budget among its heads: its best-scored rows stay, whosever they are (Ada-KV, arXiv 2407.11550).
 
     A head whose attention is spread out keeps more, one that looks at few tokens keeps fewer; together they keep
     `Hkv * budget`.

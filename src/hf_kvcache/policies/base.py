@@ -21,7 +21,7 @@ class Policy:
     Attributes:
         budget: tokens to keep per head, as a count.
         ratio: or as a share of the tokens seen, `0 < ratio <= 1`.
-        n_sink: oldest tokens that always stay (StreamingLLM, Xiao et al. 2023: they take the softmax's surplus).
+        n_sink: oldest tokens that always stay (StreamingLLM, arXiv 2309.17453: they take the softmax's surplus).
         n_recent: newest tokens that always stay.
         decode: whether to evict while decoding too, or only after the prompt.
         interval: tokens by which a decoding layer may overshoot its budget before it evicts, so that eviction

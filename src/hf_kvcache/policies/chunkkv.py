@@ -11,7 +11,7 @@ from hf_kvcache.policies.wrapper import Wrapper
 
 @dataclass
 class ChunkKV(Wrapper):
-    """Keep whole chunks of neighbouring tokens, by the mean score of their rows (ChunkKV, Liu et al. 2025, section 3).
+    """Keep whole chunks of neighbouring tokens, by the mean score of their rows (ChunkKV, arXiv 2502.00299, section 3).
 
     arXiv 2502.00299. The text behind the sinks is cut into chunks of `chunk_size` positions; a chunk is worth the mean
     of the scores of its rows that may go, so that one that reaches into the recent tokens is judged like the others.

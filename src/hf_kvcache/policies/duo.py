@@ -11,7 +11,7 @@ from hf_kvcache.policies.ragged import Ragged
 
 @dataclass
 class Duo(Ragged):
-    """Retrieval heads keep every token, streaming heads sinks and recent tokens (DuoAttention, Xiao et al. 2024).
+    """Retrieval heads keep every token, streaming heads sinks and recent tokens (DuoAttention, arXiv 2410.10819).
 
     The gates, one per KV head, are learned elsewhere: this policy serves them.
 

@@ -12,7 +12,7 @@ from hf_kvcache.rope import rotate
 
 @dataclass
 class ExpectedAttention(QueryStatistics):
-    """Keep what the next queries are expected to attend to (Expected Attention, Devoto et al. 2025).
+    """Keep what the next queries are expected to attend to (Expected Attention, arXiv 2510.00636).
 
     Queries are taken to be Gaussian: those of a head before RoPE have mean `mu` and covariance `Sigma`. Turned by the
     mean rotation of the next `n_future` positions, they give a key the expected weight

@@ -12,7 +12,7 @@ from hf_kvcache.policies.weights import newest_mass
 
 @dataclass
 class FastGen(Ragged):
-    """Profile each head once, at the end of the prompt, and let it forget accordingly (FastGen, Ge et al. 2023).
+    """Profile each head once, at the end of the prompt, and let it forget accordingly (FastGen, arXiv 2310.01801).
 
     A head gets the first of these that recovers `recovery` of its attention: sinks and recent tokens; the newest
     `local` of its tokens beside them; its `heavy` most attended tokens beside those; everything. The paper's classes of

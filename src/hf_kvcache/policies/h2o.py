@@ -12,7 +12,7 @@ from hf_kvcache.policies.weights import attention_mass
 
 @dataclass
 class H2O(Policy):
-    """Keep the heavy hitters of all past queries, and the recent tokens (H2O, Zhang et al. 2023).
+    """Keep the heavy hitters of all past queries, and the recent tokens (H2O, arXiv 2306.14048).
 
     The score of a row is the sum of the attention weights that all queries since it came have given it, averaged over
     the query heads of its group. Weights are those over the rows that were kept at the time.

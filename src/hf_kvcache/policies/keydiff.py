@@ -12,7 +12,7 @@ from hf_kvcache.policies.base import Policy
 
 @dataclass
 class KeyDiff(Policy):
-    """Evict keys that point where the average key points (KeyDiff, Park et al. 2025, section 3.2).
+    """Evict keys that point where the average key points (KeyDiff, arXiv 2504.15364, section 3.2).
 
     The score is minus the cosine between a key and the mean of the normalised keys of its head.
     """

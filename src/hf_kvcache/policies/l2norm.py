@@ -11,7 +11,7 @@ from hf_kvcache.policies.base import Policy
 
 @dataclass
 class L2Norm(Policy):
-    """Evict keys of large norm: those of small norm get the attention (Devoto et al. 2024).
+    """Evict keys of large norm: those of small norm get the attention (Devoto et al. 2024, arXiv 2406.11430).
 
     The score is `-||k||`. Needs no queries. The paper leaves the first two layers whole; here every layer evicts.
     """

@@ -11,7 +11,7 @@ from hf_kvcache.policies.base import Policy
 
 @dataclass
 class LagKV(Policy):
-    """Keep tokens whose channels spread most in the range of the next partition (LagKV, Liang et al. 2025).
+    """Keep tokens whose channels spread most in the range of the next partition (LagKV, arXiv 2504.04704).
 
     Rows behind the sinks are cut into partitions of `lag`. A row of one partition is normalised channel by channel
     with the smallest and largest value of the next one; the standard deviation over the channels goes through a

@@ -12,7 +12,7 @@ from hf_kvcache.policies.base import Policy, topk_indices
 
 @dataclass
 class Locret(Policy):
-    """Keep the tokens that the model's retaining heads score highest (Locret, Huang et al. 2024).
+    """Keep the tokens that the model's retaining heads score highest (Locret, arXiv 2410.01805).
 
     A token is scored once, when it comes, from its query, key and value before RoPE. Between two chunks of a prompt the
     newest `stabilizers` rows stay whatever their score, because the heads were trained on what later text asks for,

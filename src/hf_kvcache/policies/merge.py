@@ -18,7 +18,7 @@ class Merge(Wrapper):
     """Merge the value of an evicted row into the kept row whose key is most like its own.
 
     The kept value becomes the mean of all values merged into it, so a row counts the more the more rows it stands for
-    (as in CaM, Zhang et al. 2024, and EMS, Li et al. 2024, without their sampling and their global-local blend). Rows
+    (as in CaM, Zhang et al. 2024, and EMS, arXiv 2412.08521, without their sampling and their global-local blend). Rows
     that are like none are dropped (EMS's zero class). Keys stay: those of different positions do not add up. Only dense
     rows can be changed, so no codec goes with it.
 

@@ -13,7 +13,7 @@ from hf_kvcache.policies.window import WindowPolicy
 
 @dataclass
 class NACL(WindowPolicy):
-    """Keep the proxy tokens' choice, and draw the rest (NACL, Chen et al. 2024).
+    """Keep the proxy tokens' choice, and draw the rest (NACL, arXiv 2408.03675).
 
     The score is the summed attention of the newest `n_queries` queries, the proxies, which stay: a question at the end
     of the prompt. Of the rows that are left to choose, a part are the best-scored ones; the others are drawn without

@@ -9,7 +9,7 @@ from hf_kvcache.policies.snapkv import SnapKV
 
 @dataclass
 class PyramidKV(SnapKV):
-    """SnapKV's score under budgets that fall linearly from the first layer to the last (PyramidKV, Cai et al. 2024).
+    """SnapKV's score under budgets that fall linearly from the first layer to the last (PyramidKV, arXiv 2406.02069).
 
     With `C` for the budget and `w` for the rows that always stay, the last layer chooses `least = (C - w) / beta`
     rows and the first `most = 2 (C - w) - least`, so that the layers keep as many rows together as with `C` each.

@@ -14,7 +14,7 @@ KEYS = 64  # keys that are compared with all others at a time
 
 @dataclass
 class RKV(WindowPolicy):
-    """Trade importance against redundancy (R-KV, Cai et al. 2025), for reasoning models that repeat themselves.
+    """Trade importance against redundancy (R-KV, arXiv 2505.24133), for reasoning models that repeat themselves.
 
     The score is `mix * importance - (1 - mix) * redundancy`. Importance is the mean attention of the newest `n_queries`
     queries, max-pooled over neighbouring rows. Redundancy is a softmax over the keys of their mean cosine with all

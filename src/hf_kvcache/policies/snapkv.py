@@ -11,7 +11,7 @@ TIE = 1e-4  # how much a row's own votes count beside the pooled ones
 
 @dataclass
 class SnapKV(WindowPolicy):
-    """Keep the tokens that the newest `n_queries` queries vote for (SnapKV, Li et al. 2024).
+    """Keep the tokens that the newest `n_queries` queries vote for (SnapKV, arXiv 2404.14469).
 
     The score is the sum of those queries' attention weights, pooled over neighbouring rows, so that a token stays
     together with its surroundings; the window itself stays. Weights are averaged over the query heads of a group,

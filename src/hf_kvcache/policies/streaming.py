@@ -9,7 +9,7 @@ from hf_kvcache.policies.base import Policy
 
 @dataclass
 class Streaming(Policy):
-    """Keep the first `n_sink` tokens and the newest ones (StreamingLLM, Xiao et al. 2023, section 3.2).
+    """Keep the first `n_sink` tokens and the newest ones (StreamingLLM, arXiv 2309.17453, section 3.2).
 
     Positions stay those of the text; the paper re-numbers them inside the window.
     """

@@ -15,7 +15,7 @@ class Threshold(Wrapper, Ragged):
     """Keep rows scored `threshold` or more, or the fewest that hold a `share` of their head's scores.
 
     How much stays depends on the text, so `budget` and `ratio` are upper bounds here, and optional. An absolute
-    threshold suits trained scores (KVzap); a share suits attention weights.
+    threshold suits trained scores (KVzap, arXiv 2601.07891); a share suits attention weights.
 
     Attributes:
         threshold: on the scale of the scorer's scores.

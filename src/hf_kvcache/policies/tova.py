@@ -10,7 +10,7 @@ from hf_kvcache.policies.weights import newest_mass
 
 @dataclass
 class TOVA(Policy):
-    """Evict the tokens that the newest query attends to least, over all heads (TOVA, Oren et al. 2024).
+    """Evict the tokens that the newest query attends to least, over all heads (TOVA, arXiv 2401.06104).
 
     The score is the newest query's attention weight, averaged over the query heads of the layer, so that all heads of
     a layer keep the same tokens; every row of the batch keeps its own. The paper evicts at every step, which is

@@ -12,7 +12,7 @@ from hf_kvcache.policies.query_statistics import QueryStatistics
 
 @dataclass
 class TriAttention(QueryStatistics):
-    """Score keys by the centre of the queries before RoPE (TriAttention, Mao et al. 2026, arXiv 2604.04921).
+    """Score keys by the centre of the queries before RoPE (TriAttention, arXiv 2604.04921).
 
     Channels are complex pairs `f` that turn by `w_f` per position; queries of a head have the mean `c_f` and the mean
     size `a_f`. At position `t`, with offsets `d = 1, 2, 4, ... n_future`, a key `k` as it is stored is worth `mean_d

@@ -14,7 +14,7 @@ from hf_kvcache.stores.uniform import UniformStore
 
 
 class SharedStore(UniformStore):
-    """One latent row per token for a group of layers (xKV, Chang et al. 2025), and a dense tail for each of them.
+    """One latent row per token for a group of layers (xKV, arXiv 2503.18893), and a dense tail for each of them.
 
     The layers of a group read one buffer of packed rows, which the first of them, the leader, answers for; each has
     its own directions in which it reads them. Rows are packed when the last layer of the group settles, as all of them
