@@ -143,8 +143,8 @@ def test_left_padding_is_no_image():
 
 
 def test_what_cannot_be_seen_is_refused(monkeypatch):
-    from hf_kvcache import rope_of_model
+    from hf_kvcache import rope_of_call
 
-    monkeypatch.setattr(rope_of_model, "embeddings_given", lambda module: rope_of_model.UNSEEN)
+    monkeypatch.setattr(rope_of_call, "embeddings_given", lambda module: rope_of_call.UNSEEN)
     with pytest.raises(ValueError, match="cannot be seen"):
         generate(model_of("qwen2.5-vl"), NEEDY["rerotated"](), text())

@@ -20,7 +20,7 @@ from transformers import DynamicCache, LlamaConfig, SmolLM3Config
 
 import hf_kvcache as kv
 from hf_kvcache import persist
-from hf_kvcache.codecs.basis import Moments
+from hf_kvcache.codecs.fitting import Moments
 from hf_kvcache.codecs.joint import fit_jointly
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.rope import Rope

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_kvcache.adapters import dmc_files
-from hf_kvcache.adapters.capture import has_norms
 from hf_kvcache.adapters.modules import attentions
+from hf_kvcache.adapters.projections import has_norms
 from hf_kvcache.dmc.files import load
 from hf_kvcache.dmc.retrofitting import retrofit, retrofits
 from hf_kvcache.dmc.settings import Settings

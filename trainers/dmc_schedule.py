@@ -8,7 +8,8 @@ import numpy as np
 from transformers import TrainerCallback
 
 from hf_kvcache.dmc.objective import ramp
-from hf_kvcache.dmc.retrofitting import retrofits, zero_rows
+from hf_kvcache.dmc.retrofitting import retrofits
+from hf_kvcache.dmc.training import zero_rows
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from transformers import Trainer
 
 from hf_kvcache.dmc.objective import divergence, hinge, merged_share
-from hf_kvcache.dmc.retrofitting import compression_off, draw_noise, retrofits
+from hf_kvcache.dmc.retrofitting import retrofits
+from hf_kvcache.dmc.training import compression_off, draw_noise
 from hf_kvcache.trainers.dmc_losses import by_rows, cross_entropy, hard_share, ratio_of
 from hf_kvcache.trainers.dmc_model import is_decision
 from hf_kvcache.trainers.dmc_options import Method, Optimisation

@@ -29,7 +29,8 @@ from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.adapters.modules import full_attentions
 from hf_kvcache.attention.interface import kv_attention, kv_mask
 from hf_kvcache.calibration import observe
-from hf_kvcache.codecs.basis import Basis, Moments, by_group
+from hf_kvcache.codecs.basis import Basis, by_group
+from hf_kvcache.codecs.fitting import Moments
 from hf_kvcache.rope import rotate
 from hf_kvcache.rope_of_model import rope_of
 from hf_kvcache.trainers.processes import refuse_fsdp

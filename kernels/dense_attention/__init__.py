@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels import select
+from hf_kvcache.kernels import check_operands, select
 
 __all__ = ["dense_attention"]
 
@@ -38,22 +38,3 @@ def dense_attention(
     check_operands(q, k, v, mask)
     run = select("dense_attention", q.device, (q, v))
     return run(q, k, v, scaling=scaling, mask=mask, softcap=softcap)
-
-
-def check_operands(q, k, v, mask, n_rows=None):
-    """Raise ValueError unless q, k, v and mask describe one attention call over `n_rows` rows (default: those of k)."""
-    n_rows = k.shape[2] if n_rows is None else n_rows
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError("q, k and v must be [B, H, rows, D]")
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together")
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"head size of q is {q.shape[-1]}, of k {k.shape[-1]}")
-    if not (q.dtype == k.dtype == v.dtype):
-        raise ValueError(f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}")
-    if mask is not None:
-        B, S = q.shape[0], q.shape[2]
-        sizes_fit = mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[1] in (1, k.shape[1])
-        if mask.dtype != torch.bool or not sizes_fit or mask.shape[2:] != (S, n_rows):
-            wanted = f"[{B}|1, {k.shape[1]}|1, {S}, {n_rows}]"
-            raise ValueError(f"mask must be bool {wanted}, got {mask.dtype} {list(mask.shape)}")

@@ -8,7 +8,7 @@ import struct
 import torch
 
 from hf_kvcache.kernels import native
-from hf_kvcache.kernels.dense_attention.native import QUERIES, queries, rows, rows_contiguous
+from hf_kvcache.kernels.native import QUERIES, queries, rows, rows_contiguous
 
 # struct Queries of attention.h, then two times struct Side of latents.h, struct Rebuild and the tail of native.cpp
 _CALL = struct.Struct(QUERIES + "36q" + "13q" + "4q")

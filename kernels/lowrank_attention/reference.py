@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels.dense_attention.reference import OnlineSoftmax
-from hf_kvcache.kernels.quant_pack.reference import quant_unpack
+from hf_kvcache.kernels.online_softmax import OnlineSoftmax
 from hf_kvcache.rope import rotate
 
 BLOCK = 1024
@@ -33,6 +32,8 @@ def _unpacked(side, rows, dtype):
     latents = side.rows[:, :, rows]
     if side.bits is None:
         return latents.to(dtype)
+    from hf_kvcache.kernels.quant_pack.reference import quant_unpack
+
     scale, zero = side.scale[:, :, rows], side.zero[:, :, rows]
     return quant_unpack(latents, scale, zero, bits=side.bits, axis="token", dtype=dtype)
 

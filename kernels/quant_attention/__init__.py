@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels import select
-from hf_kvcache.kernels.dense_attention import check_operands
+from hf_kvcache.kernels import check_operands, select
 
 __all__ = ["quant_attention"]
 

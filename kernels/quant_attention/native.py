@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from hf_kvcache.kernels import native
-from hf_kvcache.kernels.dense_attention.native import QUERIES, queries, rows_contiguous
+from hf_kvcache.kernels.native import QUERIES, queries, rows_contiguous
 
 # struct Queries of attention.h, then two times struct Plane and the tail of native.cpp
 _CALL = struct.Struct(QUERIES + "32q" + "10q")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels.dense_attention.reference import OnlineSoftmax
+from hf_kvcache.kernels.online_softmax import OnlineSoftmax
 from hf_kvcache.kernels.quant_pack.reference import quant_unpack
 
 BLOCK = 1024

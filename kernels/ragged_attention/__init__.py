@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_kvcache.kernels import select
-from hf_kvcache.kernels.sparse_attention import SparseRows
+from hf_kvcache.kernels.sparse_attention.rows import SparseRows
 
 __all__ = ["ragged_attention"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from hf_kvcache.kernels import native
-from hf_kvcache.kernels.dense_attention.native import QUERIES, queries
+from hf_kvcache.kernels.native import QUERIES, queries
 from hf_kvcache.kernels.sparse_attention.native import SIDE, side_fields
 from hf_kvcache.kernels.sparse_attention.native import obstacle as format_obstacle
 

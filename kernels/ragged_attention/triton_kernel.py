@@ -1,4 +1,4 @@
-"""Split-KV decode attention over paged heads of unequal lengths; tiles and softmax are those of `dense_attention`.
+"""Split-KV decode attention over paged heads of unequal lengths; tiles and softmax are those of `split_kv`.
 
 The rows of all heads are one list of tiles. A program finds the head of its tile by a prefix sum over the lengths, so
 the list is never written down, the host need not know it, and a step costs as the sum of the lengths.
@@ -10,24 +10,24 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_kvcache.kernels.dense_attention.triton_kernel import (
+from hf_kvcache.kernels.merge_states.triton_kernel import merge_ragged_partials
+from hf_kvcache.kernels.quant_attention.fields import add_codes, field_tiles, query_fields, scores_by_token
+from hf_kvcache.kernels.ragged_attention.by_page import by_page
+from hf_kvcache.kernels.sparse_attention import classes
+from hf_kvcache.kernels.sparse_attention.classes import class_tiles
+from hf_kvcache.kernels.split_kv import (
     BLOCK_M,
     INTERPRETED,
     MIN_SPLIT,
     NEG_INF,
     STEP,
-    _n_programs,
     capped,
     lane_shares,
+    n_programs,
     size_obstacle,
     softmax_step,
     unavailable,
 )
-from hf_kvcache.kernels.merge_states.triton_kernel import merge_ragged_partials
-from hf_kvcache.kernels.quant_attention.triton_kernel import add_codes, field_tiles, query_fields, scores_by_token
-from hf_kvcache.kernels.ragged_attention.by_page import by_page
-from hf_kvcache.kernels.sparse_attention import triton_kernel as sparse
-from hf_kvcache.kernels.sparse_attention.triton_kernel import class_tiles
 
 __all__ = ["obstacle", "ragged_attention", "unavailable"]
 
@@ -41,7 +41,11 @@ def obstacle(q, keys, values) -> str | None:
         return f"pages of {page} rows are not a power of two from 16"
     if is_fused(keys) and is_fused(values):
         return size_obstacle(q, values.row_width(q.shape[-1]))
-    return sparse.obstacle(q, keys, values)
+    if 3 in (keys.bits, values.bits):
+        return "3 bits have no Triton kernel"
+    from hf_kvcache.kernels.sparse_attention.triton_kernel import obstacle
+
+    return obstacle(q, keys, values)
 
 
 def is_fused(side):
@@ -51,8 +55,9 @@ def is_fused(side):
 
 def ragged_attention(q, keys, values, table, lengths, *, scaling, softcap=None):
     if not (is_fused(keys) and is_fused(values)):
-        run = sparse.sparse_attention
-        return by_page(run, q, keys, values, table, lengths, scaling=scaling, softcap=softcap)
+        from hf_kvcache.kernels.sparse_attention.triton_kernel import sparse_attention
+
+        return by_page(sparse_attention, q, keys, values, table, lengths, scaling=scaling, softcap=softcap)
     (B, Hq, S, D), DV = q.shape, values.row_width(q.shape[-1])
     Hkv, n_pages, page = lengths.shape[1], keys.values.shape[0], keys.values.shape[2]
     n_rows = Hq // Hkv * S
@@ -83,7 +88,7 @@ def tiling(n_pool, n_longest, n_heads, n_blocks, device):
         n_heads: heads of all batch rows.
         n_blocks: programs per tile.
     """
-    wanted = max(1, _n_programs(device) // n_blocks)
+    wanted = max(1, n_programs(device) // n_blocks)
     rows = triton.cdiv(triton.cdiv(n_pool, wanted), STEP) * STEP
     rows = min(max(rows, MIN_SPLIT), MAX_TILE)
     return rows, min(n_pool // rows + n_heads, triton.cdiv(n_longest, rows) * n_heads)
@@ -93,7 +98,7 @@ def side_format(side, D):
     """`(form, kept channels, bits, groups)` of one side; form "plain" is what needs no expansion by classes."""
     if side.places is None and side.bits is None:
         return "plain", D, 0, 0
-    form, keep, bits, groups = sparse.side_format(side, D)
+    form, keep, bits, groups = classes.side_format(side, D)
     if form == "all" and D % 16 == 0 and D // groups % side.values.shape[3] == 0:
         form = "plain"
     return form, keep, bits, groups
@@ -115,7 +120,7 @@ def ragged_config(D, keys, values, page, itemsize, DV=None):
         wide = max(D, DV) * itemsize > 256 and not values[2]
         config = {"BM": BLOCK_M, "NB": 4, "NR": 16, "num_warps": 8 if wide else 4, "num_stages": 2 if wide else 3}
     else:
-        config = sparse.sparse_config(D, keys, values, DV)
+        config = classes.sparse_config(D, keys, values, DV)
     for name, size, side, tiles in (("K", D, keys, 1), ("V", DV, values, v_tiles)):
         form, keep, bits, groups = side
         if form == "plain":

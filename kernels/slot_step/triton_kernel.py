@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_kvcache.kernels.dense_attention.triton_kernel import unavailable
+from hf_kvcache.kernels.split_kv import unavailable
 
 __all__ = ["place_rows", "slot_step", "unavailable"]
 

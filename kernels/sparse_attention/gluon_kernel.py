@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from hf_kvcache.kernels.dense_attention import triton_kernel as dense
+from hf_kvcache.kernels import split_kv
 from hf_kvcache.kernels.sparse_attention import reference
 from hf_kvcache.kernels.sparse_attention import triton_kernel as sparse
 from hf_kvcache.kernels.sparse_pack.reference import sparse_pack
@@ -24,8 +24,8 @@ NEG_INF = gl.constexpr(float("-inf"))
 COUNT = gl.constexpr("popc.b32 $0, $1;")
 _verdicts: dict[tuple, str | None] = {}  # by device, dtype and format
 
-capped = gluon.jit(dense.capped.fn)
-visible_rows = gluon.jit(dense.visible_rows.fn)
+capped = gluon.jit(split_kv.capped.fn)
+visible_rows = gluon.jit(split_kv.visible_rows.fn)
 
 
 def obstacle(q, keys, values) -> str | None:
@@ -80,7 +80,7 @@ def _difference(device, dtype, D, keys, values):
         x = torch.randn(1, n_heads, n_rows, D, generator=random).to(device, dtype)
         kept = sparse_pack(x, keep=side.keep, layout=side.layout, group_size=side.group_size)
         sides.append(side._replace(values=kept[0], places=kept[1]))
-    partials = dense.Partials(q, n_heads, D, [n_rows])
+    partials = split_kv.Partials(q, n_heads, D, [n_rows])
     attend(partials, 0, q, *sides, scaling=D**-0.5, mask=None, softcap=None)
     got = partials.merged()[0].float()
     expected = reference.sparse_attention(
@@ -97,14 +97,14 @@ def attend(partials, index, q, keys, values, *, scaling, mask, softcap):
     out, lse, grid, rows_per_split = partials.part(index)
     q = q if q.stride(3) == 1 else q.contiguous()
     k_tensors, v_tensors = sparse.side_tensors(keys)[:2], sparse.side_tensors(values)[:2]
-    unit = dense.stride_unit(*k_tensors, *v_tensors)
+    unit = split_kv.stride_unit(*k_tensors, *v_tensors)
     strides = [s // unit for x in (*k_tensors, *v_tensors) for s in x.stride()[:2]]
     sparse_attention_gluon_kernel[(*grid, B * Hkv)](
         q, *k_tensors, *v_tensors, q if mask is None else mask.view(torch.uint8), out, lse,
         scaling, softcap or 0.0, N, rows_per_split, S, partials.n_rows, Hkv,
-        *q.stride()[:3], *strides, *dense.mask_strides(mask),
+        *q.stride()[:3], *strides, *split_kv.mask_strides(mask),
         **gluon_config(D, sparse.side_format(keys, D), sparse.side_format(values, D)),
-        UNIT=unit, MASK=dense.mask_mode(mask, S), CAP=softcap is not None,
+        UNIT=unit, MASK=split_kv.mask_mode(mask, S), CAP=softcap is not None,
     )  # fmt: skip
 
 
@@ -124,8 +124,8 @@ def gluon_config(D, keys, values):
             f"{name}_KW": 2 if form == "index" else 4,
         }  # fmt: skip
     # wide rows of both sides on their way at once do not fit the registers (hf_kvcache.kernels.aot)
-    late = values[0] == "pairs" or (values[0] == "index" and (D > 128 or values[1] > 40))
-    return config | {"V_LATE": late, "BM": dense.BLOCK_M, "NB": 4, "NR": 16, "num_warps": 4, "enable_fp_fusion": True}
+    config["V_LATE"] = values[0] == "pairs" or (values[0] == "index" and (D > 128 or values[1] > 40))
+    return config | {"BM": split_kv.BLOCK_M, "NB": 4, "NR": 16, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @gluon.constexpr_function

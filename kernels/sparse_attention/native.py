@@ -7,7 +7,7 @@ import struct
 import torch
 
 from hf_kvcache.kernels import native
-from hf_kvcache.kernels.dense_attention.native import QUERIES, queries, rows, rows_contiguous
+from hf_kvcache.kernels.native import QUERIES, queries, rows, rows_contiguous
 
 SIDE = "22q"  # struct Side of sparse_rows.h
 # struct Queries of attention.h, then two sides and the tail of native.cpp

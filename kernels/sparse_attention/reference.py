@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels.dense_attention.reference import OnlineSoftmax
-from hf_kvcache.kernels.quant_pack.reference import quant_unpack
-from hf_kvcache.kernels.sparse_pack.reference import sparse_unpack
+from hf_kvcache.kernels.online_softmax import OnlineSoftmax
 
 BLOCK = 1024
 
@@ -32,9 +30,13 @@ def expand(side, rows, head_dim, dtype):
     float64 beside queries of that `dtype`."""
     kept = side.values[:, :, rows]
     if side.bits is not None:
+        from hf_kvcache.kernels.quant_pack.reference import quant_unpack
+
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         grid = side.scale[:, :, rows], side.zero[:, :, rows]
         kept = quant_unpack(kept, *grid, bits=side.bits, axis="token", dtype=exact)
     if side.places is None:
         return kept
+    from hf_kvcache.kernels.sparse_pack.reference import sparse_unpack
+
     return sparse_unpack(kept, side.places[:, :, rows], layout=side.layout, head_dim=head_dim)

@@ -7,7 +7,7 @@ import struct
 import torch
 
 from hf_kvcache.kernels import native
-from hf_kvcache.kernels.dense_attention.native import rows, rows_contiguous
+from hf_kvcache.kernels.native import rows, rows_contiguous
 from hf_kvcache.kernels.pages import on_huge_pages
 
 _CALL = struct.Struct("20q")

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_kvcache.kernels.dense_attention.triton_kernel import unavailable
+from hf_kvcache.kernels.split_kv import unavailable
 
 __all__ = ["obstacle", "sparse_pack", "unavailable"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,16 +12,17 @@ from hf_kvcache.accounting import Accounting
 from hf_kvcache.attention.known import register_pass_throughs
 from hf_kvcache.cache_contract import CacheContract
 from hf_kvcache.cache_options import check_options, codec_pair
-from hf_kvcache.codecs.base import Codec
 from hf_kvcache.expanding import Lending
 from hf_kvcache.identity import Identity
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.layer_context import LayerContext
 from hf_kvcache.offloading import Offloading
-from hf_kvcache.policies.base import Policy
 from hf_kvcache.saving import Saving
 from hf_kvcache.view import KVView, ValueView
 from hf_kvcache.warn import warn_once
+
+if TYPE_CHECKING:
+    from hf_kvcache.codecs.base import Codec
+    from hf_kvcache.policies.base import Policy
 
 LAYER_OPTIONS = ("window", "n_sink", "min_length", "max_length", "exact_prefill", "rerotate_keys")
 
@@ -158,13 +160,9 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
 
         `model` is the one that it belongs to, where that is not running.
         """
-        sizes = layer.n_kv_heads, layer.head_dim, layer.dtype, layer.device
-        hf_layers = compat.hf_layers(module.config)
-        # a model that runs its layers several times has more in its cache than its config says
-        n_layers = max(len(hf_layers), layer.layer_idx + 1)
-        ours = [i for i in range(n_layers) if i >= len(hf_layers) or hf_layers[i] is None]
-        depth = ours.index(layer.layer_idx), len(ours)
-        layer.bind(LayerContext(module, layer.layer_idx, *sizes, self._ropes, depth, model))
+        from hf_kvcache.layer_context import host_of
+
+        layer.bind(host_of(module, layer, self._ropes, model))
 
     def rebind(self) -> None:
         """Let another module with the same weights (a copy, a compiled model) go on with this cache."""

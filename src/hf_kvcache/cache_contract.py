@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import Cache
 
-from hf_kvcache import compat
 from hf_kvcache.batch import batch_indices
-from hf_kvcache.compat import LinearAttentionLayer
 from hf_kvcache.layer_contract import LayerContract
 
 
@@ -46,24 +44,11 @@ class CacheContract(Cache):
         ours = [layer for layer in self.layers if isinstance(layer, LayerContract)]
         for layer in ours:
             layer.check_crop(tokens_to_remove)
-        for i, layer in enumerate(self.layers):
-            if tokens_to_remove and not isinstance(layer, LayerContract) and isinstance(layer, LinearAttentionLayer):
-                compat.check_states_crop(layer, f"layer {i}")
-        # transformers' own layers change nothing but their attributes, and dictionaries among those
-        before = [
-            (layer, {name: dict(value) if isinstance(value, dict) else value for name, value in vars(layer).items()})
-            for layer in self.layers
-            if not isinstance(layer, LayerContract)
-        ]
-        try:
-            for layer, _ in before:
-                # of linear attention alone: those with a window crop that, too
-                crop = compat.crop_states if type(layer) is LinearAttentionLayer else type(layer).crop
-                crop(layer, tokens_to_remove)
-        except Exception:
-            for layer, attributes in before:
-                vars(layer).update(attributes)
-            raise
+        theirs = {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, LayerContract)}
+        if theirs:
+            from hf_kvcache.hf_layers import crop_all
+
+            crop_all(theirs, tokens_to_remove)
         for layer in ours:
             layer.crop(tokens_to_remove)
 
@@ -104,12 +89,7 @@ class CacheContract(Cache):
         Raises:
             ValueError: layers differ in it.
         """
-        sizes = {
-            (layer.batch_size if layer.is_initialized else -1)
-            if isinstance(layer, LayerContract)
-            else compat.hf_batch_size(layer)
-            for layer in self.layers
-        } - {-1}
+        sizes = {_batch_size(layer) for layer in self.layers} - {-1}
         if len(sizes) > 1:
             raise ValueError(f"layers hold batches of {' and '.join(map(str, sorted(sizes)))} rows")
         return next(iter(sizes), -1)
@@ -119,7 +99,10 @@ class CacheContract(Cache):
         self.handed = None
         super().reset()
         for layer in self.layers:
-            compat.drop_rows(layer)
+            if not isinstance(layer, LayerContract):
+                from hf_kvcache.hf_layers import drop_rows
+
+                drop_rows(layer)
         self.rebind()
 
     def has_previous_state(self, layer_idx: int | None = None, *args, **kwargs) -> bool:
@@ -163,3 +146,12 @@ class CacheContract(Cache):
             "this model has layers of linear or indexed attention, whose states belong to the cache from the start: "
             f"construct {type(self).__name__}(..., config=model.config)"
         )
+
+
+def _batch_size(layer) -> int:
+    """Rows of the batch that a layer holds; -1 before the first token."""
+    if isinstance(layer, LayerContract):
+        return layer.batch_size if layer.is_initialized else -1
+    from hf_kvcache.hf_layers import batch_size_of
+
+    return batch_size_of(layer)

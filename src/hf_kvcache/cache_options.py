@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from hf_kvcache.codecs.base import Codec
+from typing import TYPE_CHECKING
+
 from hf_kvcache.codecs.fitted import layers_per_row
-from hf_kvcache.policies.base import Policy
+
+if TYPE_CHECKING:
+    from hf_kvcache.codecs.base import Codec
 
 
 def codec_pair(codec) -> tuple[Codec, Codec] | None:
@@ -16,6 +19,8 @@ def codec_pair(codec) -> tuple[Codec, Codec] | None:
     keys, values = codec if isinstance(codec, tuple) else (codec, codec)
     if keys is None and values is None:
         return None
+    from hf_kvcache.codecs.base import Codec
+
     for side in (keys, values):
         if not isinstance(side, Codec):
             raise TypeError(f"codec must be a Codec such as Quantize(bits=4), or a pair of them, not {codec!r}")
@@ -33,8 +38,8 @@ def check_options(cache, offloading: bool) -> None:
     if min(sizes.values()) < 0:
         raise ValueError(f"{', '.join(f'{name}={n}' for name, n in sizes.items())}: they must not be negative")
     policy = cache.policy
-    if policy is not None and not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
+    if policy is not None:
+        _check_policy(policy)
     _check_use(cache)
     for pair in (cache.codec, cache.edge_codec if cache.edge_layers else None):
         check_pair(cache, pair)
@@ -44,7 +49,17 @@ def check_options(cache, offloading: bool) -> None:
         raise ValueError(f"rerotate_keys=True rotates keys again at every eviction, which {cache.all_codecs[0]} cannot")
     if policy is not None:
         policy.check_cache(cache)
-    _check_sharing(cache, offloading)
+    if any(layers_per_row(side) > 1 for side in cache.all_codecs):
+        from hf_kvcache.stores.shared import check_sharing
+
+        check_sharing(cache, offloading)
+
+
+def _check_policy(policy) -> None:
+    from hf_kvcache.policies.base import Policy
+
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
 
 
 def _check_use(cache) -> None:
@@ -71,24 +86,3 @@ def check_pair(cache, pair: tuple[Codec, Codec] | None) -> None:
     if cache.policy is not None:
         for side in pair or ():
             cache.policy.check_codec(side, cache)
-
-
-def _check_sharing(cache, offloading: bool) -> None:
-    """Refuse what layers that share their packed rows cannot do."""
-    if any(layers_per_row(side) > 1 for side in cache.edge_codec or ()):
-        raise ValueError("edge_codec: the first and last layers are no neighbours, so they share no latents")
-    if cache.codec is None or all(layers_per_row(side) == 1 for side in cache.codec):
-        return
-    keys, values = map(layers_per_row, cache.codec)
-    if keys != values:
-        raise ValueError(
-            f"keys of {keys} layers and values of {values} would share rows: give both sides the same share_layers"
-        )
-    refused = {
-        f"{type(cache.policy).__name__} drops tokens layer by layer": cache.policy is not None,
-        "offloading moves layers one by one": offloading,
-        "exact_prefill=False projects a layer before the next one has rows": not cache.exact_prefill,
-    }
-    for why, is_asked in refused.items():
-        if is_asked:
-            raise ValueError(f"share_layers={keys} keeps one row for several layers, but {why}")

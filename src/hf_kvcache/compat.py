@@ -25,13 +25,13 @@ __all__ = [
     "CACHE_NAME",
     "CACHE_NAMES",
     "CacheLayerMixin",
+    "DynamicLayer",
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",
     "attention_functions",
     "cache_argument",
     "causal_mask_function",
     "checkpointing",
-    "drop_rows",
     "eager_attention",
     "eager_mask",
     "given_cache",
@@ -118,62 +118,6 @@ def register_attention(name: str, function: Callable) -> None:
 
 def register_mask(name: str, function: Callable) -> None:
     AttentionMaskInterface.register(name, function)
-
-
-def drop_rows(layer) -> None:
-    """Finish the `reset()` of transformers' own layer, so that another batch may come.
-
-    5.17 zeroes the rows where newer releases drop them; states of linear attention are zeroed by all.
-    """
-    if isinstance(layer, DynamicLayer) and layer.is_initialized:
-        layer.keys = layer.values = None
-        layer.is_initialized = False
-    if isinstance(layer, LinearAttentionLayer):
-        drop_states(layer)
-
-
-def linear_states(layer: LinearAttentionLayer) -> dict[str, dict]:
-    """All that a layer holds of its states of linear attention: dictionaries by the number of the state."""
-    fresh = vars(LinearAttentionLayer())
-    return {name: value for name, value in vars(layer).items() if isinstance(fresh.get(name), dict)}
-
-
-def drop_states(layer: LinearAttentionLayer) -> None:
-    """Make the states of a layer what they were before the first token."""
-    fresh = vars(LinearAttentionLayer(number_of_states=layer.number_of_states))
-    vars(layer).update({name: value for name, value in fresh.items() if name != "record_past"})
-
-
-def check_states_crop(layer: LinearAttentionLayer, where: str) -> None:
-    """Raise ValueError unless the states of a layer can be taken back.
-
-    transformers crops what it has of a convolution and leaves a recurrent state as it was.
-    """
-    if any(layer.is_recurrent_states_initialized.values()):
-        raise ValueError(
-            f"{where}: recurrent states of linear attention hold all tokens so far and cannot be taken back; "
-            "copy.deepcopy(cache) before what may have to be"
-        )
-    if not layer.record_past and any(layer.is_conv_states_initialized.values()):
-        raise ValueError(
-            f"{where}: states of linear attention cannot be taken back unless they were recorded; "
-            "call activate_past_recording() before"
-        )
-
-
-def crop_states(layer: LinearAttentionLayer, tokens_to_remove: int) -> None:
-    """Take the newest `-tokens_to_remove` tokens out of the states of a layer, which `check_states_crop` has let."""
-    if layer.record_past and any(layer.is_conv_states_initialized.values()):
-        LinearAttentionLayer.crop(layer, tokens_to_remove)
-
-
-def hf_batch_size(layer) -> int:
-    """Rows of the batch that one of transformers' own layers holds; -1 before the first token."""
-    held = [getattr(layer, "keys", None)]
-    if isinstance(layer, LinearAttentionLayer):
-        held += [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    # an empty layer may have tensors without rows
-    return next((t.shape[0] for t in held if t is not None and t.dim() > 1), -1)
 
 
 def checkpointing(is_on: bool) -> dict:

@@ -7,7 +7,6 @@ import weakref
 import torch
 
 from hf_kvcache import compat
-from hf_kvcache.shards import WHOLE, shard_of_heads
 from hf_kvcache.warn import warn_once
 
 
@@ -28,6 +27,8 @@ class Identity:
         return self._expected if module is None else self._fingerprint(module)
 
     def _fingerprint(self, module: torch.nn.Module) -> dict:
+        from hf_kvcache.fingerprint import fingerprint, whose
+
         return fingerprint(module) | whose(self.layers[self.first_layer], module)
 
     def expect(self, model: dict | None) -> None:
@@ -74,26 +75,3 @@ def _warn_of_length(module: torch.nn.Module) -> None:
             f"then drops the cache that it was given and goes on in a dense one of its own. Texts of up to {length} "
             "tokens, and forward passes outside of generate(), stay in this cache"
         )
-
-
-def fingerprint(module: torch.nn.Module) -> dict:
-    """What tells one model from another, read off one attention layer: shapes, and a sample of the weights.
-
-    Weights are sampled in bfloat16, so that the same model loaded in another dtype has the same fingerprint.
-    """
-    # a repository's caches are never asked
-    from hf_kvcache.adapters.base_weights import weights_digest
-
-    config = module.config
-    return {
-        "attention": type(module).__name__,
-        "num_hidden_layers": getattr(config, "num_hidden_layers", None),
-        "hidden_size": getattr(config, "hidden_size", None),
-        "weights": weights_digest(module),
-    }
-
-
-def whose(layer, module: torch.nn.Module) -> dict:
-    """Which of the model's heads a layer has rows of, where several processes share them; empty elsewhere."""
-    shard = shard_of_heads(module, layer.n_kv_heads) if layer.is_initialized else WHOLE
-    return {} if shard.count == 1 else {"shard": f"{shard.rank} of {shard.count}"}

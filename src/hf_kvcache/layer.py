@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from hf_kvcache.codecs.base import Codec
 from hf_kvcache.codecs.fitted import refit
-from hf_kvcache.layer_context import LayerContext
 from hf_kvcache.layer_contract import LayerContract
-from hf_kvcache.policies.base import Policy
-from hf_kvcache.rerotation import ORIGINAL, close_gaps, keep_originals
-from hf_kvcache.rope import Rope
 from hf_kvcache.row_shapes import check_rows, prepare_codecs
 from hf_kvcache.stores.uniform import UniformStore
-from hf_kvcache.text_positions import check_images, note_padding, note_positions
 from hf_kvcache.view import KVView
+
+if TYPE_CHECKING:
+    from hf_kvcache.codecs.base import Codec
+    from hf_kvcache.layer_context import LayerContext
+    from hf_kvcache.policies.base import Policy
+    from hf_kvcache.rope import Rope
 
 
 class KVLayer(LayerContract):
@@ -101,7 +102,10 @@ class KVLayer(LayerContract):
 
     def keep_originals(self, dtype: torch.dtype) -> None:
         """Keep keys as they were appended, where rows of this dtype and `rerotate_keys` ask for it."""
-        keep_originals(self.store, self.rerotate_keys, dtype)
+        if self.rerotate_keys:
+            from hf_kvcache.rerotation import keep_originals
+
+            keep_originals(self.store, dtype)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Append rows `[B, Hkv, S, D]`; returns a `KVView`, and its values."""
@@ -122,10 +126,11 @@ class KVLayer(LayerContract):
         self.store.append(k, v)
         if self.policy is not None:
             fresh = torch.arange(self.tokens_seen, self.tokens_seen + n, dtype=torch.int32, device=k.device)
-            for name in ("position", "angle") if self.rerotate_keys else ("position",):
-                self.store.dense[name][:, :, -n:] = fresh
-            if ORIGINAL in self.store.tracked:
-                self.store.dense[ORIGINAL][:, :, -n:] = k.detach()
+            self.store.dense["position"][:, :, -n:] = fresh
+            if self.rerotate_keys:
+                from hf_kvcache.rerotation import note_keys
+
+                note_keys(self.store, k, fresh)
         self.tokens_seen += n
         if is_prefill:
             # the rows are copied out of the model's projection sooner or later: attention reads adjacent rows faster
@@ -210,11 +215,17 @@ class KVLayer(LayerContract):
         """
         if self.policy is not None and call.unserved:
             self._check_asked(call)
-        if call.n_new > 1:
+        if call.n_new > 1 and self.ropes:
+            from hf_kvcache.text_positions import check_images
+
             check_images(self, call)
         if self.policy is not None and not call.sees_all:
+            from hf_kvcache.attention.padding import note_padding
+
             note_padding(self, call)
         if self.store.has_position_ids:
+            from hf_kvcache.text_positions import note_positions
+
             note_positions(self, call)
         if not self.exact_prefill:
             self.store.project(call.n_new)
@@ -293,6 +304,8 @@ class KVLayer(LayerContract):
         self.policy.merge_evicted(view, kept)
         store.keep(kept)
         if self.rope is not None and self.rerotate_keys:
+            from hf_kvcache.rerotation import close_gaps
+
             close_gaps(self)
         self.evicted_at = self.tokens_seen
 

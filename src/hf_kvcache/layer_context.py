@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_kvcache.rope import Rope
-from hf_kvcache.shards import Shard, shard_of_heads
+from hf_kvcache import compat
+from hf_kvcache.sharded_model import shard_of_heads
+from hf_kvcache.shards import Shard
 
 if TYPE_CHECKING:
     from hf_kvcache.codecs.basis import Basis
+    from hf_kvcache.rope import Rope
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,7 @@ class LayerContext:
     @property
     def has_rotary_layers(self) -> bool:
         """Whether some layers of the model may rotate their keys, even if this one does not."""
-        from hf_kvcache.rope_of_model import has_rotary
+        from hf_kvcache.rotary_embedding import has_rotary
 
         return has_rotary(self.module)
 
@@ -86,3 +88,13 @@ class LayerContext:
                 f"has {self.n_kv_heads} KV heads of {self.head_dim}"
             )
         return found, made_for
+
+
+def host_of(module: torch.nn.Module, layer, ropes: MutableMapping, root: torch.nn.Module | None = None) -> LayerContext:
+    """The attention layer whose rows a layer of a cache has seen."""
+    stock = compat.hf_layers(module.config)
+    # a model that runs its layers several times has more in its cache than its config says
+    n_layers = max(len(stock), layer.layer_idx + 1)
+    ours = [i for i in range(n_layers) if i >= len(stock) or stock[i] is None]
+    sizes = layer.n_kv_heads, layer.head_dim, layer.dtype, layer.device
+    return LayerContext(module, layer.layer_idx, *sizes, ropes, (ours.index(layer.layer_idx), len(ours)), root)

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hf_kvcache import restoring
+from hf_kvcache import hf_layer_entries, restoring
 from hf_kvcache.described import describe_pair, described_pair, described_policy
 from hf_kvcache.former_files import tensors_of_today
 from hf_kvcache.identity import CacheFileError
@@ -65,7 +65,7 @@ def describe(cache) -> tuple[dict, dict[str, torch.Tensor]]:
     """
     tensors, layers = {}, []
     for i, layer in enumerate(cache.layers):
-        entry, own = (restoring.describe if isinstance(layer, KVLayer) else restoring.describe_hf_layer)(layer)
+        entry, own = (restoring.describe if isinstance(layer, KVLayer) else hf_layer_entries.describe_hf_layer)(layer)
         layers.append(entry)
         tensors |= {f"{i}.{name}": t for name, t in own.items()}
     described = {
@@ -179,7 +179,7 @@ def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], co
                 raise Misfit(f"layers[{i}].class: the model has a {kind} there, which holds its own")
             cache.layers.append(restoring.restore(i, entry, own, cache, i in manifest.followers))
         elif i < len(hf_layers) and type(hf_layers[i]).__name__ == entry.kind:
-            cache.layers.append(restoring.restore_hf_layer(i, hf_layers[i], entry, own))
+            cache.layers.append(hf_layer_entries.restore_hf_layer(i, hf_layers[i], entry, own))
         else:
             raise Misfit(
                 f"layers[{i}].class: layer {i} is a {shown(entry.kind)}; load it with model= that has one there"

@@ -11,17 +11,25 @@ LACKS_ORIGINALS = (
 )
 
 
-def keep_originals(store, is_compact: bool, dtype: torch.dtype) -> None:
+def keep_originals(store, dtype: torch.dtype) -> None:
     """Keep keys as they were appended where a key that is rotated again and again would lose its direction.
 
     Args:
         dtype: of the rows to come.
     """
-    if is_compact and dtype.itemsize < 4:
+    if dtype.itemsize < 4:
         store.track(ORIGINAL, dtype)
     elif ORIGINAL in store.tracked:
         # an earlier text was of another dtype
         store.untrack(ORIGINAL)
+
+
+def note_keys(store, k: torch.Tensor, positions: torch.Tensor) -> None:
+    """Note at which positions `[n]` the newest keys `k` `[B, Hkv, n, D]` stand, and what they are."""
+    n = k.shape[2]
+    store.dense["angle"][:, :, -n:] = positions
+    if ORIGINAL in store.tracked:
+        store.dense[ORIGINAL][:, :, -n:] = k.detach()
 
 
 def close_gaps(layer) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from functools import lru_cache
 
 import torch
 
 from hf_kvcache.cache_options import check_pair
-from hf_kvcache.codecs.base import ROWS, Chain, Codec
+from hf_kvcache.codecs.base import ROWS, Codec
+from hf_kvcache.codecs.chain import Chain
 from hf_kvcache.codecs.fitted import layers_per_row, refit
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.described import SIDES, describe_pair, described_codec, described_pair
+from hf_kvcache.hf_layer_entries import check_flag, check_leaves, leaves, numbers_and_tensors, put
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.manifest import MOST_CHANNELS, MOST_TOKENS, HFLayerEntry, LayerEntry
+from hf_kvcache.manifest import MOST_CHANNELS, LayerEntry
 from hf_kvcache.rerotation import LACKS_ORIGINALS, ORIGINAL
 from hf_kvcache.stateful import StatefulLayer
 from hf_kvcache.stores.buffer import RowBuffer
@@ -52,7 +53,7 @@ def describe(layer: KVLayer) -> tuple[dict, dict[str, torch.Tensor]]:
     if layer._queries is not None:
         tensors[PENDING] = layer._queries
     if isinstance(layer, StatefulLayer):
-        entry["states"], states = _numbers_and_tensors(layer, _leaves(layer.states))
+        entry["states"], states = numbers_and_tensors(layer, leaves(layer.states))
         tensors |= {f"{STATES}.{name}": t for name, t in states.items()}
     return entry, tensors
 
@@ -121,7 +122,7 @@ def fill(layer: KVLayer, entry: LayerEntry, tensors: dict[str, torch.Tensor]) ->
     layer._queries = tensors.get(PENDING)
     if isinstance(layer, StatefulLayer):
         for name, value in (entry.states | _of(STATES, tensors)).items():
-            _put(layer.states, name, value)
+            put(layer.states, name, value)
     layer.restored(entry)
 
 
@@ -328,118 +329,15 @@ def _encode(codec: Codec, row: torch.Tensor) -> dict[str, torch.Tensor]:
     return codec.encode(row, row[:, :, :1].unsqueeze(3))
 
 
-# -- transformers' own layers ----------------------------------------------------------------------------------------
-
-
-def describe_hf_layer(layer) -> tuple[dict, dict[str, torch.Tensor]]:
-    """One of transformers' own layers: its class, flags and numbers, and its tensors.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    state, tensors = _numbers_and_tensors(layer, _leaves(vars(layer)))
-    return {"class": type(layer).__name__, "state": state}, tensors
-
-
-def _numbers_and_tensors(layer, leaves) -> tuple[dict, dict[str, torch.Tensor]]:
-    state, tensors = {}, {}
-    for name, value in leaves:
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-        elif isinstance(value, (bool, int)):
-            state[name] = value
-        elif value is not None and not isinstance(value, (torch.dtype, torch.device)):
-            raise ValueError(f"a {type(layer).__name__} cannot be saved: its {name} is a {type(value).__name__}")
-    return state, tensors
-
-
-def restore_hf_layer(i: int, fresh, entry: HFLayerEntry, tensors: dict[str, torch.Tensor]):
-    """A new layer of that class as it was described.
-
-    Raises:
-        Misfit: the class has no such state, or flags, numbers and tensors contradict each other.
-    """
-    layer, where = copy.deepcopy(fresh), f"layers[{i}]"
-    _check_leaves(dict(_leaves(vars(layer))), entry.state | tensors, entry.kind, f"{where}.state")
-    for name, value in (entry.state | tensors).items():
-        _put(vars(layer), name, value)
-    _check_hf_layer(layer, entry, tensors, where)
-    held = next((t for t in tensors.values() if t.is_floating_point()), None)
-    if held is not None:
-        layer.dtype, layer.device = held.dtype, held.device
-    return layer
-
-
-def _check_leaves(known: dict, given: dict, kind: str, where: str) -> None:
-    """Refuse state that a fresh layer, with `known`, does not have, or not of that kind."""
-    for name, value in given.items():
-        path = f"{where}.{shown(name)[1:-1]}"
-        if name not in known:
-            raise Misfit(f"{path}: a {kind} has no such state")
-        before = known[name]
-        if isinstance(value, torch.Tensor):
-            is_like = before is None or (isinstance(before, torch.Tensor) and before.shape == value.shape)
-        else:
-            is_like = type(value) is type(before) or (before is None and type(value) is int)
-        # numbers other than zero come from the model's config
-        is_fixed = type(before) is int and before != 0
-        if not is_like or (is_fixed and value != before):
-            raise Misfit(f"{path}: {shown(value)} cannot stand for {shown(before)}")
-        if type(value) is int and not 0 <= value <= MOST_TOKENS:
-            raise Misfit(f"{path}: {value} is no number of tokens")
-
-
 def _check_states(layer: StatefulLayer, entry: LayerEntry, tensors: dict, where: str) -> None:
     """Refuse states of linear attention that are not those of a layer and its rows."""
-    known = dict(_leaves(layer.states))
-    _check_leaves(known, entry.states | tensors, type(layer).__name__, f"{where}.{STATES}")
+    known = dict(leaves(layer.states))
+    check_leaves(known, entry.states | tensors, type(layer).__name__, f"{where}.{STATES}")
     for name in known:
         kind, _, at = name.partition(".")
         if kind in ("conv_states", "recurrent_states"):
             flag = f"is_{kind}_initialized.{at}"
-            _check_flag(entry.states, flag, name, tensors, f"{where}.{STATES}")
+            check_flag(entry.states, flag, name, tensors, f"{where}.{STATES}")
     for name, t in tensors.items():
         if not t.dim() or entry.batch_size not in (None, t.shape[0]):
             raise Misfit(f"{where}.{STATES}.{name}: {list(t.shape)}, where batch_size is {entry.batch_size}")
-
-
-def _check_flag(state: dict, flag: str, name: str, tensors: dict, where: str) -> None:
-    if bool(state.get(flag)) != (name in tensors):
-        raise Misfit(f"{where}.{flag}: {state.get(flag)}, where {name} is {name in tensors} in the file")
-
-
-def _check_hf_layer(layer, entry: HFLayerEntry, tensors: dict, where: str) -> None:
-    flags = {"is_initialized": "keys"}
-    for kind in ("conv", "recurrent"):
-        of_kind = getattr(layer, f"is_{kind}_states_initialized", {})
-        flags |= {f"is_{kind}_states_initialized.{i}": f"{kind}_states.{i}" for i in of_kind}
-    for flag, name in flags.items():
-        _check_flag(entry.state, flag, name, tensors, f"{where}.state")
-    keys, values = tensors.get("keys"), tensors.get("values")
-    if (keys is None) != (values is None):
-        raise Misfit(f"{where}: keys or values are missing")
-    if keys is not None and (keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]):
-        raise Misfit(f"{where}: keys {list(keys.shape)} and values {list(values.shape)} are not [B, Hkv, N, D]")
-    n_seen = entry.state.get("cumulative_length")
-    window = getattr(layer, "sliding_window", None)
-    if keys is None or n_seen is None or window is None:
-        return
-    if not min(n_seen, window - 1) <= keys.shape[2] <= n_seen:
-        raise Misfit(f"{where}.state.cumulative_length: {n_seen}, where the file holds {keys.shape[2]} rows")
-
-
-def _leaves(attributes: dict):
-    """What a layer holds by name, entries of dictionaries as `name.key`."""
-    for name, value in attributes.items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", item) for key, item in value.items())
-        else:
-            yield name, value
-
-
-def _put(attributes: dict, path: str, value) -> None:
-    name, _, key = path.partition(".")
-    if key:
-        attributes[name][int(key)] = value
-    else:
-        attributes[name] = value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_kvcache import compat
+from hf_kvcache import hf_layers
 from hf_kvcache.compat import LinearAttentionLayer
 from hf_kvcache.layer import KVLayer
 
@@ -33,7 +33,7 @@ class StatefulLayer(LinearAttentionLayer, KVLayer):
     @property
     def states(self) -> dict[str, dict]:
         """What transformers keeps of the states, by attribute and by their number, to read and to write."""
-        return compat.linear_states(self)
+        return hf_layers.linear_states(self)
 
     @property
     def is_croppable(self) -> bool:
@@ -42,15 +42,15 @@ class StatefulLayer(LinearAttentionLayer, KVLayer):
     def check_crop(self, tokens_to_remove: int) -> None:
         KVLayer.check_crop(self, tokens_to_remove)
         if tokens_to_remove:
-            compat.check_states_crop(self, f"layer {self.layer_idx}")
+            hf_layers.check_states_crop(self, f"layer {self.layer_idx}")
 
     def crop(self, tokens_to_remove: int) -> None:
         self.check_crop(tokens_to_remove)
-        compat.crop_states(self, tokens_to_remove)
+        hf_layers.crop_states(self, tokens_to_remove)
         KVLayer.crop(self, tokens_to_remove)
 
     def reset(self) -> None:
-        compat.drop_states(self)
+        hf_layers.drop_states(self)
         KVLayer.reset(self)
 
     def activate_past_recording(self) -> None:

@@ -1,20 +1,8 @@
-"""Which of a layer's new rows are padding, and where in the text the others are."""
+"""Where in the text a layer's new rows are."""
 
 from __future__ import annotations
 
 import torch
-
-
-def note_padding(layer, call) -> None:
-    """Mark new rows that are padding, so that they are neither seen nor kept."""
-    # without padding so far, a single new token is none: a row has at least one token per call
-    if call.n_new == 1 and not layer.has_padding and layer.tokens_seen > 1:
-        return
-    is_real = call.is_real
-    if is_real is not None and not is_real.all():
-        layer.has_padding = True
-        rows = layer.store.dense["position"][:, :, -call.n_new :]
-        rows.masked_fill_(~is_real.unsqueeze(1), -1)
 
 
 def check_images(layer, call) -> None:
@@ -25,7 +13,7 @@ def check_images(layer, call) -> None:
     """
     ropes = [rope for rope in layer.ropes if rope.is_multimodal]
     if ropes:
-        from hf_kvcache.rope_of_model import refuse_images
+        from hf_kvcache.rope_of_call import refuse_images
 
         refuse_images(call.module, ropes, call.is_real)
 

@@ -340,7 +340,7 @@ def test_the_digest_ignores_adapters_and_nothing_else():
 
 def test_the_digest_is_that_of_saved_caches(model):
     """Caches saved before there were adapters must still be recognised."""
-    from hf_kvcache import identity
+    from hf_kvcache.fingerprint import fingerprint
 
     module = attentions(model)[0].module
-    assert weights_digest(module) == identity.fingerprint(module)["weights"]
+    assert weights_digest(module) == fingerprint(module)["weights"]

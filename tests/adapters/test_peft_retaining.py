@@ -82,7 +82,8 @@ def test_as_many_tokens_as_heads(arch, n_tokens):
 
 def test_a_fused_projection_with_norms():
     """No model of the table has both."""
-    from hf_kvcache.adapters.capture import Capture, sources
+    from hf_kvcache.adapters.capture import Capture
+    from hf_kvcache.adapters.projections import sources
 
     class Fused(torch.nn.Module):
         def __init__(self):

@@ -6,7 +6,9 @@ from cases import assert_close, padded, prompt, replay, tiny_model, unequal_laye
 
 import hf_kvcache as kv
 from hf_kvcache.attention.interface import kv_mask
-from hf_kvcache.attention.mask import as_additive, as_boolean, causal, new_token_padding, visible
+from hf_kvcache.attention.kept_columns import visible
+from hf_kvcache.attention.mask import as_additive, as_boolean, causal
+from hf_kvcache.attention.padding import new_token_padding
 from hf_kvcache.compat import cache_argument
 
 

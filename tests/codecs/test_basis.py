@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_kvcache.codecs.basis import Basis, Moments, by_group, principal
+from hf_kvcache.codecs.basis import Basis, by_group
+from hf_kvcache.codecs.fitting import Moments, principal
 from hf_kvcache.codecs.rotation import mixing
 
 

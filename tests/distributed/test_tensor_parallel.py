@@ -12,7 +12,7 @@ from rooms import is_whole, telling
 from sharded import JOBS, answers
 from transformers import LlamaConfig
 
-from hf_kvcache.shards import shard_of
+from hf_kvcache.sharded_model import shard_of
 
 OTHERS = "saved", "spanning", "whole weights"
 ONE_BY_ONE = [name for name in JOBS if name not in OTHERS]

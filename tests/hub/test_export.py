@@ -30,7 +30,8 @@ from hf_kvcache.kernels import use_backend
 from hf_kvcache.models import embedded_heads, embedded_model
 
 DTYPES = ("float32", "bfloat16")
-LIMIT = 480_000  # bytes of code
+# bytes of code; low rank has kernels and the model's RoPE beside the rest, DMC pages, hooks, and what trains it
+LIMITS = {"quant": 245, "mustafar": 245, "palu": 310, "palu4": 335, "locret": 240, "dmc": 395, "dms": 395, "kv": 260}
 
 
 def plain(dtype="bfloat16"):
@@ -312,7 +313,7 @@ def test_files_are_clean_and_need_nothing_else(repositories, name):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             assert {module.partition(".")[0] for module in modules} <= allowed, file.name
-    assert sum(file.stat().st_size for file in files if file.parent.name == name) < LIMIT
+    assert sum(file.stat().st_size for file in files if file.parent.name == name) < LIMITS[name] * 1000
 
 
 @pytest.mark.parametrize("name", ["quant", "palu"])

@@ -277,12 +277,12 @@ def test_what_the_kernels_cannot_do_is_said():
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_assembly_extracts_the_fields_that_the_plain_code_does(bits):
     """The interpreter runs the plain branch, so the instructions of the other are executed here."""
-    from hf_kvcache.kernels.quant_attention import triton_kernel
+    from hf_kvcache.kernels.quant_attention import fields
 
     n_fields = 16 // bits
     for word_pair in (0x00000000, 0xFFFFFFFF, 0x12345678, 0x9ABCDEF0):
         registers = {f"${n_fields}": word_pair}
-        execute_ptx(getattr(triton_kernel, f"ASM_{bits}").value, registers)
+        execute_ptx(getattr(fields, f"ASM_{bits}").value, registers)
         for f in range(n_fields):
             for half in (0, 16):
                 word = word_pair >> half & 0xFFFF

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 import hf_kvcache as kv
 from hf_kvcache.adapters import dmc_peft
 from hf_kvcache.dmc.files import load
-from hf_kvcache.dmc.retrofitting import draw_noise, retrofits
+from hf_kvcache.dmc.retrofitting import retrofits
+from hf_kvcache.dmc.training import draw_noise
 from hf_kvcache.models import embedded_prose
 from hf_kvcache.trainers import dmc_losses, dmc_trainer, train_dmc
 from hf_kvcache.trainers.dmc_data import load_batches, load_stream

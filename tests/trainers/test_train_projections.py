@@ -64,7 +64,7 @@ def test_every_angle_has_a_gradient():
 def test_every_prefix_of_the_basis_projects_as_the_rotation_does(group_size, centred):
     made = rotation(4 // group_size, 8 * group_size, centred)
     x = torch.randn(2, 4, 50, 8)
-    from hf_kvcache.codecs.basis import Moments
+    from hf_kvcache.codecs.fitting import Moments
 
     moments = Moments(4 // group_size, 8 * group_size)
     moments.add(by_group(x, group_size).transpose(0, 1).flatten(1, 2))

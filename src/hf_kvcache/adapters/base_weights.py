@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from hf_kvcache.adapters.modules import CHILDREN
-from hf_kvcache.shards import full
+from hf_kvcache.sharded_model import full
 
 
 def base_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -27,7 +27,7 @@ class Bases:
         rope: whether keys are projected before RoPE ("pre") or after it ("post").
         budget: how the ranks were chosen, for people and model cards.
         base_model: name or path of the model.
-        fingerprint: what tells that model from others: `identity.fingerprint` of the attention module of one layer,
+        fingerprint: what tells that model from others: `fingerprint.fingerprint` of the attention module of one layer,
             and which. None fits every model of these shapes.
         cache: `{"class": name, "kwargs": {...}}` of the cache that the bases were made for.
 

@@ -15,7 +15,7 @@ from hf_kvcache.adapters.bases import Bases
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.codecs.basis import Basis
-from hf_kvcache.shards import refuse_shards
+from hf_kvcache.sharded_model import refuse_shards
 
 
 class LowRankLinear(nn.Module):

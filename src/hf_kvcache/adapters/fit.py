@@ -6,23 +6,23 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 
-from hf_kvcache import identity
 from hf_kvcache.adapters import files
 from hf_kvcache.adapters.base_weights import is_readable, weights_digest
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import Attention, attentions, is_attention
+from hf_kvcache.fingerprint import fingerprint as of_model
 
 Size = tuple[str, object, object]  # what it is of, the adapter's, the model's
 
 
 def fingerprint(module: torch.nn.Module) -> dict | None:
-    """What tells the model of an attention module from others: `identity.fingerprint`, and of which layer it is.
+    """What tells the model of an attention module from others: `fingerprint.fingerprint`, and of which layer it is.
 
     None where the weights cannot be read: quantised ones have no sample that could be compared with the original ones.
     """
     if not is_readable(module):
         return None
-    return identity.fingerprint(module) | {"layer": module.layer_idx, "weights": weights_digest(module)}
+    return of_model(module) | {"layer": module.layer_idx, "weights": weights_digest(module)}
 
 
 def model_name(model: torch.nn.Module, module: torch.nn.Module) -> str | None:

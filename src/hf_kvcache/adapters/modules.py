@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from hf_kvcache import compat
-from hf_kvcache.codecs.basis import Basis
+
+if TYPE_CHECKING:
+    from hf_kvcache.codecs.basis import Basis
 
 CHILD = "kv_lowrank"  # name under which the low-rank adapter hangs on an attention module
 RETAIN_CHILD = "kv_retain"  # and the retaining heads

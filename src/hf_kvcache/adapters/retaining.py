@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from hf_kvcache.adapters import files, fit, upstream
-from hf_kvcache.adapters.capture import has_norms, sources
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import RETAIN_CHILD, Attention, attentions, full_attentions
+from hf_kvcache.adapters.projections import has_norms, sources
 from hf_kvcache.adapters.retaining_files import (
     DEFAULTS,
     FORMAT,

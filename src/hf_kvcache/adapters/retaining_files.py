@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hf_kvcache.adapters import files
-from hf_kvcache.adapters.capture import FEATURE_POINTS
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.files import is_count, is_fingerprint
 from hf_kvcache.adapters.modules import RETAIN_CHILD
+from hf_kvcache.adapters.projections import FEATURE_POINTS
 from hf_kvcache.adapters.scoring import activation_of
 
 FORMAT_VERSION = 1

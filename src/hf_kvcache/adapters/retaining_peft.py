@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from hf_kvcache.adapters import having_peft, retaining, retaining_files, tuner  # noqa: F401
-from hf_kvcache.adapters.capture import Capture, sources
+from hf_kvcache.adapters.capture import Capture
 from hf_kvcache.adapters.modules import RETAIN_CHILD, attentions, full_attentions
 from hf_kvcache.adapters.peft_types import peft_type, register
+from hf_kvcache.adapters.projections import sources
 from hf_kvcache.adapters.retaining import RetainingHeads
 from hf_kvcache.adapters.retaining_files import PARTS, settings_of
 from hf_kvcache.adapters.scoring import score

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels.dense_attention.reference import OnlineSoftmax
+from hf_kvcache.kernels.online_softmax import OnlineSoftmax
 
 BLOCK = 1024
 QUERY_BLOCK = 256

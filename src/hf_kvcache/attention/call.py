@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from hf_kvcache import compat
-from hf_kvcache.attention.mask import KVMask, new_token_padding, real_before
+from hf_kvcache.attention.mask import KVMask
 
 # what the ops of this library act on, beside what needs no action
 SERVED = compat.HARMLESS_ARGUMENTS | {"dropout", "scaling", "softcap", "s_aux", "is_causal"}
@@ -80,11 +80,15 @@ class AttentionCall:
     @property
     def is_real(self) -> torch.Tensor | None:
         """Which of the new tokens are no padding, boolean `[B, S]`; None when all are."""
+        from hf_kvcache.attention.padding import new_token_padding
+
         return new_token_padding(self.mask, self.n_new, self.view.layer.tokens_seen)
 
     @property
     def real_before(self) -> torch.Tensor | None:
         """How many real tokens stand before each new one, int64 `[B, S]`; None where no padding is known of."""
+        from hf_kvcache.attention.padding import real_before
+
         return real_before(self.mask, self.n_new, self.view.layer.tokens_seen)
 
     def with_tensors(self, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None):

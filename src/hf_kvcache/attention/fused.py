@@ -7,7 +7,6 @@ from functools import cache
 import torch
 
 from hf_kvcache.attention.blockwise import attend_blocks
-from hf_kvcache.codecs.base import ROWS
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.merge_states import merge_two, with_sink
 
@@ -84,6 +83,8 @@ def _attend_projected(op, q, store, scaling, mask, softcap):
 @cache
 def op_of(keys: str, values: str):
     """The function that attends to rows of these formats, or None; its module is imported when it is asked for."""
+    from hf_kvcache.codecs.base import ROWS
+
     if keys in ("int/channel", "int") and values == "int":
         from hf_kvcache.attention.integers import attend_integers
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from hf_kvcache.codecs.base import Chain, Codec
-from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
+
+if TYPE_CHECKING:
+    from hf_kvcache.codecs.base import Codec
 
 
 def attend_lowrank(q, store, dense, *, scaling, mask, softcap):
@@ -23,8 +26,8 @@ def attend_lowrank(q, store, dense, *, scaling, mask, softcap):
 
 def as_latents(codec: Codec, encoded: dict[str, torch.Tensor]) -> Latents:
     """One side of a store as the op reads it; dense and quantised rows are latents of one head and full rank."""
-    prefix, integers = ("second.", codec.second) if isinstance(codec, Chain) else ("", codec)
-    if not isinstance(integers, Quantize):
+    if not codec.format.endswith("int"):
         return Latents(encoded["latents" if codec.format.startswith("lowrank") else "rows"])
+    prefix = "second." * (len(codec.parts) > 1)
     codes, scale, zero = (encoded[prefix + name] for name in ("codes", "scale", "zero"))
-    return Latents(codes, scale, zero, integers.bits)
+    return Latents(codes, scale, zero, codec.parts[-1].bits)

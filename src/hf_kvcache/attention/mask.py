@@ -100,16 +100,16 @@ def resolve(view, mask, n_new: int) -> torch.Tensor | None:
     layer = view.layer
     has_gaps = layer.store.is_ragged and layer.store.n_packed
     if has_gaps or view.n_kept < view.tokens_seen:
-        if not is_only_causal(mask):
-            return _of_kept(view, mask, n_new)
-        if has_gaps or layer.has_padding:
-            return visible(view.positions, view.tokens_seen, n_new)
+        if has_gaps or layer.has_padding or not is_only_causal(mask):
+            from hf_kvcache.attention.kept_columns import mask_of_kept
+
+            return mask_of_kept(view, mask, n_new)
         # whatever has gone, the rows left are older than the new ones, which stand at the end
         return None if n_new == 1 else causal(view.n_kept, n_new, view.device)
     dense = mask.dense() if isinstance(mask, KVMask) else without_bias(mask)
     if dense is None:
         return None if n_new == 1 else causal(view.n_kept, n_new, view.device)
-    _check_tokens(dense, view)
+    check_tokens(dense, view)
     return layer.store.to_view_order(dense)
 
 
@@ -118,36 +118,8 @@ def is_only_causal(mask) -> bool:
     return mask is None or (isinstance(mask, KVMask) and mask.is_causal and mask.padding is None)
 
 
-def _of_kept(view, mask, n_new: int) -> torch.Tensor:
-    """The columns of a mask that belong to the rows of a layer that has evicted, `[B, Hkv, S, N]` in view order."""
-    positions, T = view.positions, view.tokens_seen
-    if isinstance(mask, KVMask) and mask.is_causal:
-        _check_tokens(mask.padding, view)
-        return visible(positions, T, n_new) & _columns(mask.padding[:, None, None], positions)
-    dense = mask.dense() if isinstance(mask, KVMask) else without_bias(mask)
-    if dense is None:
-        return visible(positions, T, n_new)
-    _check_tokens(dense, view)
-    has_gaps = view.layer.store.is_ragged and view.layer.store.n_packed
-    is_plain = n_new > 1 and dense.dtype == torch.bool and not has_gaps and not view.layer.has_padding
-    if is_plain and dense[..., : T - n_new].all():
-        # nothing older is hidden, whichever rows are left of it: one mask serves all heads
-        older = dense.new_ones(*dense.shape[:3], view.n_kept - n_new)
-        return torch.cat([older, dense[..., T - n_new :]], -1)
-    return _columns(dense, positions)
-
-
-def _columns(mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The columns of `mask` `[B | 1, H, S, T]` at `positions` `[B, Hkv, N]`; padding (-1) is hidden."""
-    if mask.shape[1] > positions.shape[1]:
-        positions = positions.repeat_interleave(mask.shape[1] // positions.shape[1], 1)
-    B, H, N = positions.shape
-    at = positions.clamp(min=0).long().unsqueeze(2).expand(B, H, mask.shape[2], N)
-    columns, is_real = mask.expand(B, H, -1, -1).gather(3, at), (positions >= 0).unsqueeze(2)
-    return columns & is_real if mask.dtype == torch.bool else columns.masked_fill(~is_real, torch.finfo(mask.dtype).min)
-
-
-def _check_tokens(mask: torch.Tensor, view) -> None:
+def check_tokens(mask: torch.Tensor, view) -> None:
+    """Raise ValueError unless a mask is about the tokens that a layer has seen."""
     if mask.shape[-1] != view.tokens_seen:
         raise ValueError(
             f"the attention mask covers {mask.shape[-1]} tokens, layer {view.layer.layer_idx} has seen "
@@ -155,44 +127,9 @@ def _check_tokens(mask: torch.Tensor, view) -> None:
         )
 
 
-def visible(positions: torch.Tensor, tokens_seen: int, n_new: int) -> torch.Tensor:
-    """Causal mask from positions `[B, Hkv, N]` (-1 is never seen): boolean `[B, Hkv, S, N]`."""
-    queries = torch.arange(tokens_seen - n_new, tokens_seen, device=positions.device)
-    rows = positions.unsqueeze(2)
-    return (rows >= 0) & (rows <= queries.view(-1, 1))
-
-
 def causal(n_rows: int, n_new: int, device: torch.device) -> torch.Tensor:
     """Causal mask for the last `n_new` of `n_rows` rows: boolean `[1, 1, S, N]`."""
     return torch.ones(n_new, n_rows, dtype=torch.bool, device=device).tril(n_rows - n_new)[None, None]
-
-
-def new_token_padding(mask, n_new: int, tokens_seen: int) -> torch.Tensor | None:
-    """Which of the new tokens are real, boolean `[B, S]`; None when all are.
-
-    In a mask of four dimensions a token is padding when no query of its own call sees it.
-    """
-    if mask is not None and not isinstance(mask, (KVMask, torch.Tensor)):
-        raise ValueError(
-            f"a {type(mask).__name__} does not say which tokens are padding, which this cache needs to know; "
-            'load the model with attn_implementation="hf_kvcache"'
-        )
-    if isinstance(mask, KVMask):
-        return None if mask.padding is None else mask.padding[:, tokens_seen - n_new : tokens_seen]
-    if mask is not None and mask.dim() == 2:
-        # flash attention gets the padding itself
-        return mask[:, -n_new:].bool()
-    if mask is None:
-        return None
-    return as_boolean(mask[..., -n_new:]).any(1).any(1)
-
-
-def real_before(mask, n_new: int, tokens_seen: int) -> torch.Tensor | None:
-    """How many real tokens stand before each of the new ones, int64 `[B, S]`; None where no padding is known of."""
-    padding = mask.padding if isinstance(mask, KVMask) else None
-    if padding is None:
-        return None
-    return (padding[:, :tokens_seen].long().cumsum(-1) - 1).clamp(min=0)[:, -n_new:]
 
 
 def as_boolean(mask: torch.Tensor | None) -> torch.Tensor | None:

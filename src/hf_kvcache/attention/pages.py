@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hf_kvcache.attention.mask import visible
-from hf_kvcache.attention.sparse_rows import sides_as_sparse_rows
+from hf_kvcache.attention.kept_columns import visible
+from hf_kvcache.attention.row_sides import sides_as_sparse_rows
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.merge_states import merge_two
 from hf_kvcache.kernels.ragged_attention import ragged_attention

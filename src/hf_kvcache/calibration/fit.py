@@ -12,7 +12,8 @@ from hf_kvcache.adapters.modules import full_attentions
 from hf_kvcache.calibration.observe import LayerMoments, logits_behind, observe
 from hf_kvcache.calibration.ranks import ALLOCATORS, Side
 from hf_kvcache.calibration.weights import WeightGradients, condition_number, projection_weight
-from hf_kvcache.codecs.basis import Basis, principal
+from hf_kvcache.codecs.basis import Basis
+from hf_kvcache.codecs.fitting import principal
 from hf_kvcache.codecs.lowrank import step_of
 
 DIRECTIONS = ("gradient", "rows", "weights")

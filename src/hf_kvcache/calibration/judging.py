@@ -13,7 +13,7 @@ from hf_kvcache.adapters.modules import attached_heads
 from hf_kvcache.calibration.importance import BLOCK, answer_max, attention_mass, causal_max, reconstruction
 from hf_kvcache.calibration.observe import Passing, Through
 from hf_kvcache.compat import cache_argument
-from hf_kvcache.shards import refuse_shards
+from hf_kvcache.sharded_model import refuse_shards
 
 
 @dataclass(frozen=True)

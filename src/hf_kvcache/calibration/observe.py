@@ -9,12 +9,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hf_kvcache.cache import KVCache
-from hf_kvcache.codecs.basis import Basis, Moments, by_group
+from hf_kvcache.codecs.basis import Basis, by_group
+from hf_kvcache.codecs.fitting import Moments
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.layer_context import LayerContext
-from hf_kvcache.shards import refuse_shards
+from hf_kvcache.sharded_model import refuse_shards
 from hf_kvcache.text_positions import cover
 from hf_kvcache.view import KVView
 

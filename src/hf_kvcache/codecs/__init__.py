@@ -1,6 +1,7 @@
 """Codecs: how a row is encoded."""
 
-from hf_kvcache.codecs.base import Chain, Codec
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.chain import Chain
 from hf_kvcache.codecs.dense import Dense
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.codecs.quantize import Quantize

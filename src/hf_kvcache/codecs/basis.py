@@ -1,4 +1,4 @@
-"""Linear maps between the rows of a group of heads and their latents, and where they come from."""
+"""Linear maps between the rows of a group of heads and their latents."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_kvcache.codecs.rotation import mixing
 from hf_kvcache.shards import Shard
-
-# directions with less than this share of the largest deviation are as good as empty: no latent may be scaled up by more
-FLOOR = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +85,8 @@ class Basis:
 
         An orthogonal `Q` is folded in: `down Q`, `Qᵀ up` (Palu, arXiv 2407.21118).
         """
+        from hf_kvcache.codecs.rotation import mixing
+
         q = mixing(self.rank, self.down.device)
         return Basis(self.down.float() @ q, q.T @ self.up.float(), self.mean)
 
@@ -133,82 +131,6 @@ class Basis:
     def mean_by_head(self) -> torch.Tensor | None:
         """`[Hkv, D]`, or None."""
         return None if self.mean is None else self.mean.unflatten(1, (self.group_size, -1)).flatten(0, 1)
-
-
-class Moments:
-    """Running first and second moments of rows, per group of heads.
-
-    Args:
-        n_groups: `G`.
-        width: `n`, channels of a group.
-        device: where to accumulate.
-        dtype: float64, or float32 on devices without it.
-    """
-
-    def __init__(self, n_groups: int, width: int, device=None, dtype: torch.dtype = torch.float64):
-        self.count = 0
-        self.total = torch.zeros(n_groups, width, dtype=dtype, device=device)
-        self.second = torch.zeros(n_groups, width, width, dtype=dtype, device=device)
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Count rows `[G, n_rows, n]`."""
-        rows = rows.to(self.second.dtype)
-        self.count += rows.shape[1]
-        self.total += rows.sum(1)
-        self.second.baddbmm_(rows.transpose(1, 2), rows)
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """`[G, n]`."""
-        return self.total / max(self.count, 1)
-
-    def covariance(self, centred: bool) -> torch.Tensor:
-        """`E[x xᵀ]` `[G, n, n]`, around the mean or around zero."""
-        second = self.second / max(self.count, 1)
-        return second - self.mean.unsqueeze(2) * self.mean.unsqueeze(1) if centred else second
-
-
-def principal(
-    covariance: torch.Tensor, group_size: int, mean: torch.Tensor | None = None, metric: torch.Tensor | None = None
-) -> tuple[Basis, torch.Tensor]:
-    """The best basis for rows of this covariance: the top directions lose the least, at every rank.
-
-    Projecting on the eigenvectors `U` of `E[k kᵀ]` equals the truncated whitened SVD of the weights that produce `k`
-    (Palu, arXiv 2407.21118), without the inverse of a Gram matrix. With a metric `M` the loss is `eᵀ M e` instead of
-    `eᵀ e`: eigenvectors of `M^½ C M^½`, and the projection is oblique.
-
-    Args:
-        covariance: `[G, n, n]`; the arithmetic is float64.
-        group_size: heads of a group.
-        mean: `[G, n]`, where the covariance is centred.
-        metric: positive definite `[G, n, n]`, or None for the identity.
-
-    Returns:
-        The basis of full rank, its latents having the square roots of the deviations as their deviations, and the
-        loss that every direction saves, float64 `[G, n]`, descending.
-    """
-    covariance = covariance.double()
-    root, inverse = _roots(metric.double()) if metric is not None else (None, None)
-    if root is not None:
-        covariance = root @ covariance @ root
-    values, vectors = torch.linalg.eigh((covariance + covariance.transpose(1, 2)) / 2)
-    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
-    deviation = values.sqrt()
-    scale = deviation.clamp(min=torch.finfo(torch.float64).tiny)
-    scale = torch.maximum(scale, deviation[:, :1] * FLOOR).clamp(min=FLOOR).sqrt()  # [G, n]
-    down, up = vectors / scale.unsqueeze(1), (vectors * scale.unsqueeze(1)).transpose(1, 2)
-    if root is not None:
-        down, up = root @ down, up @ inverse
-    up = up.unflatten(2, (group_size, -1)).transpose(1, 2)  # [G, s, r, D]
-    held = {"down": down, "up": up} | ({} if mean is None else {"mean": mean})
-    return Basis(**{name: t.float().contiguous() for name, t in held.items()}), values
-
-
-def _roots(metric):
-    """Square root of a positive semi-definite matrix and its inverse, small eigenvalues lifted."""
-    values, vectors = torch.linalg.eigh((metric + metric.transpose(1, 2)) / 2)
-    values = torch.maximum(values, values[:, -1:] * 1e-6).clamp(min=1e-30).sqrt().unsqueeze(1)
-    return (vectors * values) @ vectors.transpose(1, 2), (vectors / values) @ vectors.transpose(1, 2)
 
 
 def by_group(x: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_kvcache.codecs.basis import Basis, Moments, principal
+from hf_kvcache.codecs.basis import Basis
+from hf_kvcache.codecs.fitting import Moments, principal
 from hf_kvcache.codecs.rotation import mixing
 
 

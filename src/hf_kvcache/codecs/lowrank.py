@@ -6,18 +6,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from hf_kvcache.codecs.basis import Basis, Moments, by_group, principal
+from hf_kvcache.codecs.basis import Basis, by_group
 from hf_kvcache.codecs.fitted import FittedCodec
-from hf_kvcache.codecs.joint import JointBasis
-from hf_kvcache.codecs.quantize import Quantize
 from hf_kvcache.rope import Rope
-from hf_kvcache.warn import warn_once
 
 CHUNK = 4096  # rows that are brought to float32 at a time
-FITTED = (
-    "the model carries no low-rank bases, so they are fitted to the prompt and held by the cache; "
-    "`hf-kvcache calibrate lowrank` makes better ones once and for all"
-)
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ class LowRank(FittedCodec):
         return replace(self, side=side)
 
     def when_followed_by(self, second):
-        return replace(self, mix=True) if self.mix is None and isinstance(second, Quantize) else self
+        return replace(self, mix=True) if self.mix is None and second.format.startswith("int") else self
 
     def for_shape(self, n_kv_heads, head_dim):
         if self.share_layers > 1:
@@ -160,19 +153,9 @@ class LowRank(FittedCodec):
 
     def fitted(self, x, positions=None, is_real=None):
         """With the principal directions of the rows `x` `[B, Hkv, n, D]` (xKV, arXiv 2503.18893: fitted online)."""
-        moments = None
-        for start in range(0, x.shape[2], CHUNK):
-            rows = slice(start, start + CHUNK)
-            grouped = self._chunk(x, positions, rows).transpose(0, 1)  # [G, B, n, s * D]
-            if moments is None:
-                dtype = torch.float32 if x.device.type == "mps" else torch.float64
-                moments = Moments(grouped.shape[0], grouped.shape[3], x.device, dtype)
-            # one broken token must not break the basis of all
-            counts = grouped.isfinite().all(-1).all(0)
-            moments.add(grouped[:, counts if is_real is None else counts & is_real[:, rows]])
-        warn_once(FITTED)
-        mean = moments.mean if self.centre else None
-        basis, _ = principal(moments.covariance(self.centre), self.group_size, mean)
+        from hf_kvcache.codecs.fitting import basis_of_rows
+
+        basis = basis_of_rows(self, x, positions, is_real)
         return replace(self, basis=basis.placed(self.rank, bool(self.mix), x.dtype, x.device), constants_in_cache=True)
 
     def rank_within(self, width):
@@ -185,7 +168,10 @@ class LowRank(FittedCodec):
     def with_constants(self, tensors):
         if not tensors:
             return self
-        basis = (JointBasis if self.share_layers > 1 else Basis)(**tensors)
+        kind = Basis
+        if self.share_layers > 1:
+            from hf_kvcache.codecs.joint import JointBasis as kind
+        basis = kind(**tensors)
         return replace(self, basis=basis, rank=basis.rank, constants_in_cache=True)
 
     # -- encode and decode -------------------------------------------------------------------------------------------
@@ -201,7 +187,7 @@ class LowRank(FittedCodec):
         latents = x.new_empty(x.shape[0], x.shape[1] // self.group_size, x.shape[2], self.rank)
         for start in range(0, x.shape[2], CHUNK):
             rows = slice(start, start + CHUNK)
-            latents[:, :, rows] = self.basis.encode(self._chunk(x, positions, rows))
+            latents[:, :, rows] = self.basis.encode(self.chunk(x, positions, rows))
         return {"latents": latents}
 
     def decode(self, encoded, dtype, head_dim, positions=None):
@@ -210,7 +196,8 @@ class LowRank(FittedCodec):
             rows = self._known_rope().rotate(rows, positions)
         return rows.to(dtype)
 
-    def _chunk(self, x, positions, rows):
+    def chunk(self, x, positions, rows):
+        """`grouped` rows of a slice of them."""
         return self.grouped(x[:, :, rows], None if positions is None else positions[:, :, rows])
 
     def grouped(self, x, positions=None):

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from hf_kvcache.codecs.base import Codec
-from hf_kvcache.codecs.rotation import rotate
 from hf_kvcache.kernels.quant_pack import quant_pack, quant_unpack
 from hf_kvcache.kernels.quant_pack.reference import PLANES, WORD
 
@@ -50,7 +49,7 @@ class Quantize(Codec):
         return replace(self, axis=self.axis or ("channel" if side == "k" else "token"))
 
     def encode(self, x, queries=None, positions=None):
-        x = rotate(x) if self.rotate else x
+        x = self._rotated(x)
         group_size = BLOCK if self.axis == "channel" else self.channels_per_group(x.shape[-1])
         return dict(
             zip(("codes", "scale", "zero"), quant_pack(x, bits=self.bits, axis=self.axis, group_size=group_size))
@@ -59,7 +58,7 @@ class Quantize(Codec):
     def decode(self, encoded, dtype, head_dim, positions=None):
         codes, scale, zero = (encoded[name] for name in ("codes", "scale", "zero"))
         x = quant_unpack(codes, scale, zero, bits=self.bits, axis=self.axis, dtype=dtype)
-        return rotate(x) if self.rotate else x
+        return self._rotated(x)
 
     def channels_per_group(self, head_dim: int) -> int:
         """The group size of a token scale at this head size."""
@@ -79,7 +78,14 @@ class Quantize(Codec):
         return self.rotate
 
     def project_query(self, q):
-        return rotate(q) if self.rotate else q
+        return self._rotated(q)
 
     def project_output(self, out):
-        return rotate(out) if self.rotate else out
+        return self._rotated(out)
+
+    def _rotated(self, x):
+        if not self.rotate:
+            return x
+        from hf_kvcache.codecs.rotation import rotate
+
+        return rotate(x)

@@ -124,7 +124,7 @@ def _measure(model, tokenizer, text, specs, settings, take) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from hf_kvcache.codecs.lowrank import FITTED
+    from hf_kvcache.codecs.fitting import FITTED
     from hf_kvcache.eval.compare import compare, n_stages
 
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")

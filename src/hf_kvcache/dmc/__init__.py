@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+# its policies are among those of that package, which has to come first
+import hf_kvcache.policies  # noqa: F401
 from hf_kvcache.lazy import lazily
 
 _HOME = {
     "Retrofit": "retrofitting",
     "Settings": "settings",
-    "compression_off": "retrofitting",
+    "compression_off": "training",
     "decide": "decisions",
-    "draw_noise": "retrofitting",
+    "draw_noise": "training",
     "load": "files",
     "merge": "merging",
-    "merge_weights": "retrofitting",
+    "merge_weights": "training",
     "retrofit": "retrofitting",
     "retrofits": "retrofitting",
     "save": "files",
-    "zero_rows": "retrofitting",
+    "zero_rows": "training",
 }
 
 __all__ = sorted(_HOME)
-__getattr__ = lazily(__name__, _HOME | {"fold": "retrofitting"}, globals())
+__getattr__ = lazily(__name__, _HOME | {"fold": "training"}, globals())

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from hf_kvcache import compat
 from hf_kvcache.attention.call import AttentionCall, as_tensor, unserved
 from hf_kvcache.attention.mask import as_boolean
-from hf_kvcache.attention.sparse_rows import sides_as_sparse_rows
+from hf_kvcache.attention.row_sides import sides_as_sparse_rows
 from hf_kvcache.dmc import flex
 from hf_kvcache.dmc.masks import expiry, hiding_bias
 from hf_kvcache.kernels.dense_attention import dense_attention

@@ -14,17 +14,18 @@ from torch import nn
 
 from hf_kvcache import compat
 from hf_kvcache.adapters.calls import Calls
-from hf_kvcache.adapters.capture import has_norms, sources
 from hf_kvcache.adapters.modules import attentions
+from hf_kvcache.adapters.projections import has_norms, sources
 from hf_kvcache.adapters.watching import Watch
 from hf_kvcache.attention.guest import Guest
 from hf_kvcache.attention.known import register_pass_throughs
-from hf_kvcache.attention.mask import new_token_padding
+from hf_kvcache.attention.padding import new_token_padding
 from hf_kvcache.dmc.attention import attend_text
 from hf_kvcache.dmc.decisions import decide, harden, opens, relax
 from hf_kvcache.dmc.merging import merge
 from hf_kvcache.dmc.settings import Settings
-from hf_kvcache.shards import WHOLE, Shard, is_sharded, shard_of
+from hf_kvcache.sharded_model import is_sharded, shard_of
+from hf_kvcache.shards import WHOLE, Shard
 
 if TYPE_CHECKING:
     from hf_kvcache.dmc.layer import TrainedLayer

@@ -19,8 +19,9 @@ from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.dmc.layer import TrainedLayer
 from hf_kvcache.dmc.objective import hinge, merged_share, ramp
-from hf_kvcache.dmc.retrofitting import draw_noise, retrofit, retrofits, zero_rows
+from hf_kvcache.dmc.retrofitting import retrofit, retrofits
 from hf_kvcache.dmc.settings import Settings
+from hf_kvcache.dmc.training import draw_noise, zero_rows
 
 N_FILLERS, N_KEYS, N_VALUES = 16, 16, 8
 CONTEXT, PAIRS, QUESTIONS = 96, 12, 16

@@ -22,22 +22,41 @@ NOT_SHIPPED = f"{PACKAGE}.hub.not_shipped"
 # what functions import for some caches only, or for what a repository is not there for: it comes along where it is
 # asked for, else the function raises an ImportError that names the library (`not_shipped`)
 OPTIONAL = {
-    # attention to the bytes of one format
+    # which tokens stay, how rows are encoded, and attention to what that leaves
+    f"{PACKAGE}.policies.base",
+    f"{PACKAGE}.codecs.base",
+    f"{PACKAGE}.codecs.chain",
+    f"{PACKAGE}.codecs.fitting",
+    f"{PACKAGE}.codecs.joint",
+    f"{PACKAGE}.codecs.rotation",
     f"{PACKAGE}.attention.integers",
+    f"{PACKAGE}.attention.kept_columns",
     f"{PACKAGE}.attention.latents",
+    f"{PACKAGE}.attention.padding",
     f"{PACKAGE}.attention.pages",
     f"{PACKAGE}.attention.sparse_rows",
+    f"{PACKAGE}.hf_layers",
+    f"{PACKAGE}.rerotation",
+    f"{PACKAGE}.stateful",
     f"{PACKAGE}.stores.shared",
+    f"{PACKAGE}.text_positions",
     # what a model carries for its cache, and what is found out about it
     f"{PACKAGE}.adapters.modules",
+    f"{PACKAGE}.layer_context",
     f"{PACKAGE}.hub.basis_module",
     f"{PACKAGE}.hub.heads_module",
     f"{PACKAGE}.hub.retrofit_module",
+    f"{PACKAGE}.rope_of_call",
     f"{PACKAGE}.rope_of_model",
-    # a second, faster kernel of the same rows, as long as the first
+    f"{PACKAGE}.rotary_embedding",
+    # a second, faster kernel of the same rows, as long as the first; and the first, of rows in pages that need it
     f"{OPS}.sparse_attention.gluon_kernel",
+    f"{OPS}.sparse_attention.triton_kernel",
+    # how rows are written that are codes, or sparse
+    f"{OPS}.quant_pack.reference",
+    f"{OPS}.sparse_pack.reference",
     # files of caches, and methods by name: what the library is for
-    f"{PACKAGE}.adapters.base_weights",
+    f"{PACKAGE}.fingerprint",
     f"{PACKAGE}.persist",
     f"{PACKAGE}.pickling",
     f"{PACKAGE}.registry",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_kvcache.adapters.capture import Capture, sources
+from hf_kvcache.adapters.capture import Capture
 from hf_kvcache.adapters.modules import RETAIN_CHILD, attentions
+from hf_kvcache.adapters.projections import sources
 from hf_kvcache.adapters.scoring import score
 
 _BLOCK = 4096  # tokens scored at a time

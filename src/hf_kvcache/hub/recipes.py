@@ -7,34 +7,51 @@ from collections.abc import Iterator
 from hf_kvcache.attention.fused import op_of
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.fitted import FittedCodec
+from hf_kvcache.compat import hf_layers, n_states
 from hf_kvcache.hub.flatten import PACKAGE, flat
 from hf_kvcache.policies.base import Policy
 
 
-def roots_of(cache: KVCache, adapter: dict | None = None, *, is_model: bool = True) -> set[str]:
+def roots_of(cache: KVCache, adapter: dict | None = None, config=None) -> set[str]:
     """Modules that a repository must have that is to make caches like this one.
 
     Args:
         cache: empty.
         adapter: what the model carries for it, as its config says it (see `adapter_modules`), or None.
-        is_model: whether it has a model, whose classes take the cache; else it is for any model.
+        config: of the repository's model, whose classes take the cache; None where it is for any model.
     """
-    roots = {f"{PACKAGE}.hub.spec", f"{PACKAGE}.hub.modeling_mixin" if is_model else f"{PACKAGE}.compat"}
-    for part in _parts(cache):
-        store = part.store_type()
-        roots |= {type(part).__module__} | (set() if store is None else {store.__module__})
+    roots = {"hub.spec", "compat" if config is None else "hub.modeling_mixin"}
+    parts, policy = [*_parts(cache)], cache.policy
+    roots |= {_short(type(part).__module__) for part in parts}
+    roots |= {_short(store.__module__) for part in parts if (store := part.store_type()) is not None}
+    if config is None or any(hf_layers(config)) or n_states(config):
+        roots |= {"hf_layers", "stateful"}
     if adapter is not None:
-        roots.add(f"{PACKAGE}.hub.{adapter['kind']}_module")
+        roots.add(f"hub.{adapter['kind']}_module")
+    elif any(isinstance(part, FittedCodec) and part.is_unfitted for part in parts):
+        roots.add("codecs.fitting")
     for pair in (cache.codec, cache.edge_codec):
         op = None if pair is None else op_of(*(codec.format for codec in pair))
-        roots |= set() if op is None else {op.__module__}
-    if cache.policy is not None and cache.policy.is_ragged:
-        roots.add(f"{PACKAGE}.attention.pages")
+        roots |= set() if op is None else {_short(op.__module__)}
     # what is asked of the model: its RoPE, and bases that hang on it
-    asking = [part for part in _parts(cache) if "model" in part.needs]
-    roots |= {f"{PACKAGE}.rope_of_model"} if asking or cache.rerotate_keys else set()
-    roots |= {f"{PACKAGE}.adapters.modules"} if any(isinstance(part, Codec) for part in asking) else set()
-    return roots
+    asking = [part for part in parts if "model" in part.needs]
+    if asking or cache.rerotate_keys:
+        roots |= {"layer_context", "rope_of_model", "text_positions"}
+    if any(isinstance(part, Codec) for part in asking):
+        roots.add("adapters.modules")
+    if asking or policy is not None:
+        roots.add("attention.padding")
+    if policy is not None:
+        roots |= {"attention.kept_columns"} | ({"attention.pages"} if policy.is_ragged else set())
+    roots |= {"rerotation"} if cache.rerotate_keys else set()
+    if any(getattr(part, "rotate", False) or getattr(part, "mix", False) for part in parts):
+        roots.add("codecs.rotation")
+    return {f"{PACKAGE}.{root}" for root in roots}
+
+
+def _short(module: str) -> str:
+    return module.removeprefix(f"{PACKAGE}.")
 
 
 def classes_in(cache: KVCache) -> list[tuple[str, str]]:

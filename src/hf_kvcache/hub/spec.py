@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from hf_kvcache.cache import KVCache
-from hf_kvcache.codecs.base import codec_from_spec
-from hf_kvcache.policies.base import policy_from_spec
 
 _PLAIN = ("window", "n_sink", "min_length", "exact_prefill", "rerotate_keys", "edge_layers", "max_length")
 
@@ -42,13 +40,18 @@ def cache_of(spec: dict, **options) -> KVCache:
         ValueError, TypeError: the spec says something impossible, or speaks of what this code does not have.
     """
     arguments = dict(spec)
-    policy = policy_from_spec(arguments.pop("policy", None))
-    make_codecs(arguments)
-    return KVCache(policy, **arguments, **options)
+    make_parts(arguments)
+    return KVCache(**arguments, **options)
 
 
-def make_codecs(arguments: dict) -> None:
-    """Put codecs in the place of what describes them."""
+def make_parts(arguments: dict) -> None:
+    """Put a policy and codecs in the place of what describes them."""
+    if arguments.get("policy") is not None:
+        from hf_kvcache.policies.base import policy_from_spec
+
+        arguments["policy"] = policy_from_spec(arguments["policy"])
     for name in ("codec", "edge_codec"):
         if name in arguments:
+            from hf_kvcache.codecs.base import codec_from_spec
+
             arguments[name] = tuple(codec_from_spec(side) for side in arguments[name])

@@ -7,7 +7,9 @@ the arguments and calls `select`, which returns the function of the best backend
     native      C++ for CPU tensors, compiled on first use (`hf_kvcache.kernels.native`)
     triton      fused kernels for CUDA tensors
 
-`use_backend` overrides the choice (tests, benchmarks); `HF_KVCACHE_BACKEND` does it for a process.
+`use_backend` overrides the choice (tests, benchmarks); `HF_KVCACHE_BACKEND` does it for a process. What ops of
+attention have in common is in this folder: `check_operands`, `online_softmax` for references, `split_kv` for Triton,
+`native.queries` and headers for C++.
 """
 
 from __future__ import annotations
@@ -149,3 +151,22 @@ def _of_operands(module, operands: tuple) -> str | None:
         return f"{x.dtype} is not supported"
     own = getattr(module, "obstacle", None)
     return None if own is None else own(*operands)
+
+
+def check_operands(q, k, v, mask, n_rows=None):
+    """Raise ValueError unless q, k, v and mask describe one attention call over `n_rows` rows (default: those of k)."""
+    n_rows = k.shape[2] if n_rows is None else n_rows
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError("q, k and v must be [B, H, rows, D]")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"head size of q is {q.shape[-1]}, of k {k.shape[-1]}")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if mask is not None:
+        B, S = q.shape[0], q.shape[2]
+        sizes_fit = mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[1] in (1, k.shape[1])
+        if mask.dtype != torch.bool or not sizes_fit or mask.shape[2:] != (S, n_rows):
+            wanted = f"[{B}|1, {k.shape[1]}|1, {S}, {n_rows}]"
+            raise ValueError(f"mask must be bool {wanted}, got {mask.dtype} {list(mask.shape)}")

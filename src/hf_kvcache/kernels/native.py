@@ -5,7 +5,7 @@ A library is keyed by a hash of its source, the shared headers, the compiler and
 has, `HF_KVCACHE_ISA` overrides it; `CXX` names the compiler. Without a compiler nothing breaks: `unavailable`
 says why and the ops run on their PyTorch reference.
 
-This module knows nothing of the arguments of an op.
+Of the arguments of ops it knows what those of attention share, `queries`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ OPS = (
     "sparse_pack",
 )
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# struct Queries of attention.h: addresses, strides and sizes, then scaling and softcap
+QUERIES = "18q2d"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
 _HAS_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -245,3 +247,35 @@ def _load(op: str, library: Path):
     found = loaded[op]
     found.argtypes, found.restype = [ctypes.c_char_p], None
     return found
+
+
+def queries(q, n_kv_heads, width, mask, scaling, softcap):
+    """Outputs of a call and the fields of `struct Queries`; q and mask come back because they must stay alive."""
+    B, Hq, S, D = q.shape
+    if q.stride(3) != 1:
+        q = rows_contiguous(q)
+    out = torch.empty(B, Hq, S, width, dtype=q.dtype)
+    lse = torch.empty(B, Hq, S, dtype=torch.float32)
+    mask_fields = 0, 0, 0, 0
+    if mask is not None:
+        mask = rows_contiguous(mask)
+        batch, head, query, _ = mask.stride()
+        # a size of 1 is shared by every batch row or head
+        mask_fields = mask.data_ptr(), batch * (mask.shape[0] > 1), head * (mask.shape[1] > 1), query
+    fields = (
+        q.data_ptr(), *q.stride()[:3], out.data_ptr(), lse.data_ptr(), *mask_fields,
+        DTYPES[q.dtype], B, n_kv_heads, Hq // n_kv_heads, S, D, width, torch.get_num_threads(),
+        scaling, softcap or 0.0,
+    )  # fmt: skip
+    return q, mask, out, lse, fields
+
+
+def rows(x):
+    """Address of `[B, H, n, D]` and its strides over batch, head and row."""
+    batch, head, row, _ = x.stride()
+    return x.data_ptr(), batch, head, row
+
+
+def rows_contiguous(x):
+    """`x`, copied only where the elements of a row are not adjacent."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

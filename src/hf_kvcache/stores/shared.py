@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from hf_kvcache.codecs.base import Chain, Codec
-from hf_kvcache.codecs.basis import Moments
+from hf_kvcache.codecs.base import Codec
+from hf_kvcache.codecs.chain import Chain
 from hf_kvcache.codecs.fitted import layers_per_row, refit
+from hf_kvcache.codecs.fitting import Moments
 from hf_kvcache.codecs.joint import fit_jointly
 from hf_kvcache.codecs.lowrank import CHUNK, LowRank
 from hf_kvcache.stores.buffer import RowBuffer
@@ -149,3 +150,24 @@ class SharedStore(UniformStore):
 def _followed(codec: Codec, encoded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the codecs behind the first one make of what it has encoded."""
     return codec.encode_payload(_followed(codec.first, encoded)) if isinstance(codec, Chain) else encoded
+
+
+def check_sharing(cache, offloading: bool) -> None:
+    """Refuse what layers that share their packed rows cannot do."""
+    if any(layers_per_row(side) > 1 for side in cache.edge_codec or ()):
+        raise ValueError("edge_codec: the first and last layers are no neighbours, so they share no latents")
+    if cache.codec is None or all(layers_per_row(side) == 1 for side in cache.codec):
+        return
+    keys, values = map(layers_per_row, cache.codec)
+    if keys != values:
+        raise ValueError(
+            f"keys of {keys} layers and values of {values} would share rows: give both sides the same share_layers"
+        )
+    refused = {
+        f"{type(cache.policy).__name__} drops tokens layer by layer": cache.policy is not None,
+        "offloading moves layers one by one": offloading,
+        "exact_prefill=False projects a layer before the next one has rows": not cache.exact_prefill,
+    }
+    for why, is_asked in refused.items():
+        if is_asked:
+            raise ValueError(f"share_layers={keys} keeps one row for several layers, but {why}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from hf_kvcache.codecs.base import Codec
-from hf_kvcache.codecs.fitted import FittedCodec
 from hf_kvcache.stores.base import Store
 from hf_kvcache.stores.buffer import RowBuffer
+
+if TYPE_CHECKING:
+    from hf_kvcache.codecs.base import Codec
+    from hf_kvcache.codecs.fitted import FittedCodec
 
 PACK_STEP = 32  # rows are packed in steps, so that packing costs a launch per 32 tokens, not per token
 QUERIES = 32  # newest queries that codecs ask for
