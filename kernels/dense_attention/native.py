@@ -19,5 +19,5 @@ def dense_attention(q, k, v, *, scaling, mask=None, softcap=None):
         k, v = rows_contiguous(k), rows_contiguous(v)
     q, mask, out, lse, fields = queries(q, k.shape[1], v.shape[3], mask, scaling, softcap)
     where = k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3], k.shape[2]
-    native.function("dense_attention")(_CALL.pack(*fields, *where))
+    native.functions["dense_attention"](_CALL.pack(*fields, *where))
     return out, lse

@@ -46,7 +46,7 @@ def lowrank_attention(q, keys, values, expansion=None, *, scaling, mask=None, so
     dtype = native.DTYPES[q.dtype]
     q, mask, out, lse, fields = queries(q.float(), n_heads // span, values.rank, mask, scaling, softcap)
     tail = dtype, n_heads, span, keys.rows.shape[2]
-    native.function("lowrank_attention")(_CALL.pack(*fields, *k_fields, *v_fields, *rebuild, *tail))
+    native.functions["lowrank_attention"](_CALL.pack(*fields, *k_fields, *v_fields, *rebuild, *tail))
     del k_alive, v_alive, alive
     return out, lse
 

@@ -33,5 +33,5 @@ def merge_step(x, weights, segment, cell):
         out.data_ptr(), native.DTYPES[x.dtype], segment.dtype == torch.float32, B, H, w, D, cell,
         torch.get_num_threads(),
     )  # fmt: skip
-    native.function("merge_step")(_CALL.pack(*fields))
+    native.functions["merge_step"](_CALL.pack(*fields))
     return out

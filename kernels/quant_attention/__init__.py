@@ -23,6 +23,7 @@ def quant_attention(
     scaling: float,
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
+    n_packed: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over packed keys and values without unpacking them to memory, then over a dense tail.
 
@@ -41,6 +42,7 @@ def quant_attention(
         scaling: factor on the scores.
         mask: boolean `[B | 1, Hkv | 1, S, N + M]`, True where a query may look; None for everything.
         softcap: scores become `softcap * tanh(scores / softcap)`.
+        n_packed: `N`, where `keys` and `values` have spare rows behind those; all of their rows by default.
 
     Returns:
         The output `[B, Hq, S, Dv]` in the dtype of `q` and the natural log-sum-exp of the scores, scaled and capped,
@@ -49,16 +51,15 @@ def quant_attention(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    n_packed = keys[0].shape[2]
+    n_packed = keys[0].shape[2] if n_packed is None else n_packed
     if tail_k is None:
         tail_k, tail_v = (q.new_empty(*keys[0].shape[:2], 0, n) for n in (q.shape[-1], packed_width(values, bits[1])))
     check_operands(q, tail_k, tail_v, mask, n_packed + tail_k.shape[2])
     _check_packed("keys", keys, q.shape[0], q.shape[-1], bits[0], n_packed)
     _check_packed("values", values, q.shape[0], tail_v.shape[-1], bits[1], n_packed)
     run = select("quant_attention", q.device, (q, keys, values, bits, key_axis))
-    return run(
-        q, keys, values, tail_k, tail_v, bits=bits, key_axis=key_axis, scaling=scaling, mask=mask, softcap=softcap
-    )
+    form = {"bits": bits, "key_axis": key_axis, "n_packed": n_packed}
+    return run(q, keys, values, tail_k, tail_v, scaling=scaling, mask=mask, softcap=softcap, **form)
 
 
 def packed_width(packed: Packed, bits: int) -> int:
@@ -69,7 +70,8 @@ def packed_width(packed: Packed, bits: int) -> int:
 def _check_packed(name, packed, batch, width, bits, n_packed):
     codes, scale, zero = packed
     words = width * bits // 16
-    if codes.dtype != torch.int16 or codes.shape[2:] != (n_packed, words) or codes.shape[0] != batch:
+    found, _, n_rows, n_words = codes.shape
+    if codes.dtype != torch.int16 or n_rows < n_packed or n_words != words or found != batch:
         wanted = f"[B, Hkv, {n_packed}, {words}]"
         raise ValueError(f"{name}: codes must be int16 {wanted}, got {codes.dtype} {list(codes.shape)}")
     if scale.dtype != torch.float16 or scale.shape != zero.shape:

@@ -14,9 +14,19 @@ def unavailable(device) -> None:
     return None
 
 
-def quant_attention(q, keys, values, tail_k=None, tail_v=None, *, bits, key_axis, scaling, mask=None, softcap=None):
-    k_codes, k_scale, k_zero = keys
-    v_codes, v_scale, v_zero = values
+def rows_in_use(packed, n_packed):
+    """Packed rows without the spare ones behind the first `n_packed` (None: there are none)."""
+    n_rows = packed[0].shape[2]
+    if n_packed is None or n_packed == n_rows:
+        return packed
+    return tuple(x[:, :, : x.shape[2] * n_packed // n_rows] for x in packed)
+
+
+def quant_attention(
+    q, keys, values, tail_k=None, tail_v=None, *, bits, key_axis, scaling, mask=None, softcap=None, n_packed=None
+):
+    k_codes, k_scale, k_zero = rows_in_use(keys, n_packed)
+    v_codes, v_scale, v_zero = rows_in_use(values, n_packed)
     n_packed = k_codes.shape[2]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows_per_scale = n_packed // k_scale.shape[2] if n_packed else 1

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from hf_kvcache.kernels.dense_attention.triton_kernel import attend_dense
 from hf_kvcache.kernels.quant_attention.fields import ULP, add_codes, field_tiles, query_fields, scores_by_token
+from hf_kvcache.kernels.quant_attention.reference import rows_in_use
 from hf_kvcache.kernels.split_kv import (
     BLOCK_M,
     INTERPRETED,
@@ -46,7 +47,10 @@ def obstacle(q, keys, values, bits, key_axis) -> str | None:
     return size_obstacle(q, sizes[1])
 
 
-def quant_attention(q, keys, values, tail_k=None, tail_v=None, *, bits, key_axis, scaling, mask=None, softcap=None):
+def quant_attention(
+    q, keys, values, tail_k=None, tail_v=None, *, bits, key_axis, scaling, mask=None, softcap=None, n_packed=None
+):
+    keys, values = rows_in_use(keys, n_packed), rows_in_use(values, n_packed)
     n_packed = keys[0].shape[2]
     n_tail = 0 if tail_k is None else tail_k.shape[2]
     partials = Partials(q, keys[0].shape[1], values[0].shape[3] * 16 // bits[1], [n_packed, n_tail])

@@ -28,5 +28,5 @@ def quant_pack(x, *, bits, axis, group_size):
         *rows(x), codes.data_ptr(), scale.data_ptr(), zero.data_ptr(),
         native.DTYPES[x.dtype], B, H, n, D, bits, per_channel, group_size, torch.get_num_threads(),
     )  # fmt: skip
-    native.function("quant_pack")(_CALL.pack(*fields))
+    native.functions["quant_pack"](_CALL.pack(*fields))
     return codes, scale, zero

@@ -1,10 +1,10 @@
-"""Attention of a few queries over pages of rows, every head with a length of its own."""
+"""Attention of a few queries over pages of rows, every head with a length of its own, and a dense tail."""
 
 from __future__ import annotations
 
 import torch
 
-from hf_kvcache.kernels import select
+from hf_kvcache.kernels import check_operands, select
 from hf_kvcache.kernels.sparse_attention.rows import SparseRows
 
 __all__ = ["ragged_attention"]
@@ -16,35 +16,47 @@ def ragged_attention(
     values: SparseRows,
     table: torch.Tensor,
     lengths: torch.Tensor,
+    tail_k: torch.Tensor | None = None,
+    tail_v: torch.Tensor | None = None,
     *,
     scaling: float,
+    mask: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend over rows that lie in pages, so that every head of every batch row may keep as many as it likes.
+    """Attend over rows in pages, of which every head of every batch row may keep as many as it likes, and a dense tail.
 
     A page belongs to one head; heads find theirs in a block table (PagedAttention, arXiv 2309.06180, per head). Rows
     are of any row-granular format: dense, quantised per token, sparse, or sparse and quantised.
 
     Args:
-        q: queries `[B, Hq, S, D]`, float16, bfloat16, float32 or float64. All of them see all rows.
+        q: queries `[B, Hq, S, D]`, float16, bfloat16, float32 or float64. All of them see all rows in pages.
         keys: rows in pages, `SparseRows` whose tensors are `[P, 1, page, ...]` instead of `[B, Hkv, N, ...]`.
         values: likewise, with the same `P` and `page`; `Dv` channels, which may be other than `D`.
         table: pages of every head in the order of its rows, int32 `[B, Hkv, M]`. The first `ceil(length / page)`
             entries of a head are read; what stands behind them does not matter.
         lengths: rows of every head, int32 `[B, Hkv]`, zero included.
+        tail_k: dense keys `[B, Hkv, M, D]` behind those of all heads, in the dtype of `q`, or None.
+        tail_v: dense values `[B, Hkv, M, Dv]`, likewise.
         scaling: factor on the scores.
+        mask: of the tail, boolean `[B | 1, Hkv | 1, S, M]`, True where a query may look; None for everything.
         softcap: scores become `softcap * tanh(scores / softcap)`.
 
     Returns:
         The output `[B, Hq, S, Dv]` in the dtype of `q` and the natural log-sum-exp of the scores, scaled and capped,
-        `[B, Hq, S]` in float32 (float64 for float64 queries). A head without rows gets zeros and `-inf`.
+        `[B, Hq, S]` in float32 (float64 for float64 queries). A query that sees nothing gets zeros and `-inf`.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
     check_pages(q, keys, values, table, lengths)
+    if tail_k is not None:
+        check_operands(q, tail_k, tail_v, mask)
+        if tail_k.shape[1] != lengths.shape[1] or tail_v.shape[3] != values.row_width(q.shape[3]):
+            raise ValueError(f"a tail of {list(tail_k.shape)} and {list(tail_v.shape)} does not go with the pages")
+    elif mask is not None:
+        raise ValueError("a mask is of the tail, and there is none")
     run = select("ragged_attention", q.device, (q, keys, values))
-    return run(q, keys, values, table, lengths, scaling=scaling, softcap=softcap)
+    return run(q, keys, values, table, lengths, tail_k, tail_v, scaling=scaling, mask=mask, softcap=softcap)
 
 
 def check_pages(q, keys, values, table, lengths):

@@ -1,5 +1,5 @@
 // ragged_attention on the CPU: to the formats a page is a batch row of one KV head. Chunks of rows are scored and added page
-// by page; softmax and what a format sets up take place once per chunk and item.
+// by page; softmax and what a format sets up take place once per chunk and item. Dense rows of all heads may follow.
 #include "../sparse_attention/sparse_item.h"
 
 #if defined(__AVX512VNNI__)
@@ -30,6 +30,7 @@ struct Call {
     attention::Queries queries;
     Side k, v;
     Pages pages;
+    attention::Tail tail;  // without a number of rows before it, which every head has of its own
 };
 
 // The pages of one head.
@@ -144,7 +145,8 @@ class Run {
         const int64_t i = state_.turn->next(), n_heads = call_.queries.Hkv;
         if (i >= part_.n_items) return prefetch(call_.k, table_, 0, 0);
         const attention::Partition::Item next = part_.item(i);
-        return prefetch(call_.k, Table(call_.pages, next.head / n_heads, next.head % n_heads), next.start, next.stop);
+        const int64_t b = next.head / n_heads, h = next.head % n_heads;
+        return prefetch(call_.k, Table(call_.pages, b, h), next.start, std::min(next.stop, call_.pages.length(b, h)));
     }
 
     Rows keys_of(int64_t page) const { return page_of(call_.k, page, call_.queries.D); }
@@ -202,11 +204,18 @@ extern "C" void ragged_attention(const char* packed) {
     Call call;
     std::memcpy(&call, packed, sizeof call);
     const attention::Queries& queries = call.queries;
-    const attention::Partition part(queries, [&](int64_t head) { return call.pages.length(head / queries.Hkv, head % queries.Hkv); });
+    const attention::Partition part(
+        queries, [&](int64_t head) { return call.pages.length(head / queries.Hkv, head % queries.Hkv) + call.tail.n_rows; });
     attention::with_type(queries.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         attention::attend(queries, part, Item::floats(queries), [&](State& state, int64_t b, int64_t h, int64_t start, int64_t stop) {
-            Run<T>(call, part, state, b, h).add(start, stop);
+            const int64_t length = call.pages.length(b, h);
+            attention::Tail tail = call.tail;
+            attention::Queries masked = queries;
+            // the mask is about the tail alone
+            tail.n_packed = length, masked.mask -= queries.mask ? length : 0;
+            tail.add<T>(state, masked, b, h, start, stop,
+                        [&](int64_t first, int64_t last) { Run<T>(call, part, state, b, h).add(first, last); });
         });
     });
 }

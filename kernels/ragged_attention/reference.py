@@ -14,7 +14,7 @@ def unavailable(device) -> None:
     return None
 
 
-def ragged_attention(q, keys, values, table, lengths, *, scaling, softcap=None):
+def ragged_attention(q, keys, values, table, lengths, tail_k=None, tail_v=None, *, scaling, mask=None, softcap=None):
     page, n_heads = keys.values.shape[2], lengths.shape[1]
     widths = [side.row_width(q.shape[-1]) for side in (keys, values)]
     state = OnlineSoftmax(q, n_heads, scaling, softcap, widths[1])
@@ -27,6 +27,8 @@ def ragged_attention(q, keys, values, table, lengths, *, scaling, softcap=None):
         held = torch.where(is_row[..., ::page], held, 0).long()
         k, v = (_rows(side, held, is_row, width, q.dtype) for side, width in zip((keys, values), widths))
         state.add(k, v, is_row.unsqueeze(2).expand(-1, -1, q.shape[2], -1))
+    if tail_k is not None and tail_k.shape[2]:
+        state.add(tail_k, tail_v, mask)
     return state.result()
 
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hf_kvcache.kernels.dense_attention.triton_kernel import dense_attention
+from hf_kvcache.kernels.merge_states import merge_two
 from hf_kvcache.kernels.merge_states.triton_kernel import merge_ragged_partials
 from hf_kvcache.kernels.quant_attention.fields import add_codes, field_tiles, query_fields, scores_by_token
 from hf_kvcache.kernels.ragged_attention.by_page import by_page
@@ -53,7 +55,14 @@ def is_fused(side):
     return side.bits != 3 and (side.places is None or side.layout == "bitmap")
 
 
-def ragged_attention(q, keys, values, table, lengths, *, scaling, softcap=None):
+def ragged_attention(q, keys, values, table, lengths, tail_k=None, tail_v=None, *, scaling, mask=None, softcap=None):
+    pages = attend_pages(q, keys, values, table, lengths, scaling=scaling, softcap=softcap)
+    if tail_k is None or not tail_k.shape[2]:
+        return pages
+    return merge_two(pages, dense_attention(q, tail_k, tail_v, scaling=scaling, mask=mask, softcap=softcap))
+
+
+def attend_pages(q, keys, values, table, lengths, *, scaling, softcap):
     if not (is_fused(keys) and is_fused(values)):
         from hf_kvcache.kernels.sparse_attention.triton_kernel import sparse_attention
 

@@ -27,5 +27,5 @@ def slot_step(alpha, is_real, pending, lengths, position):
         lengths.data_ptr(), *lengths.stride(), slot.data_ptr(),
         (position - 1) % n_cells * apart, position % n_cells * apart, B, H,
     )  # fmt: skip
-    native.function("slot_step")(_CALL.pack(*fields))
+    native.functions["slot_step"](_CALL.pack(*fields))
     return slot

@@ -46,7 +46,7 @@ def sparse_attention(q, keys, values, tail_k=None, tail_v=None, *, scaling, mask
     q, mask, out, lse, fields = queries(q, keys.values.shape[1], values.row_width(q.shape[3]), mask, scaling, softcap)
     k_fields, k_alive = side_fields(keys)
     v_fields, v_alive = side_fields(values)
-    native.function("sparse_attention")(_CALL.pack(*fields, *k_fields, *v_fields, *tail, n_packed, n_tail))
+    native.functions["sparse_attention"](_CALL.pack(*fields, *k_fields, *v_fields, *tail, n_packed, n_tail))
     del k_alive, v_alive
     return out, lse
 

@@ -36,5 +36,5 @@ def sparse_pack(x, *, keep, layout, group_size=None, importance=None):
         *rows(x), *rows(weight), values.data_ptr(), places.data_ptr(), x.element_size(), native.DTYPES[weight.dtype],
         B, H, n, D, keep, layout == "bitmap", group_size or D, torch.get_num_threads(),
     )  # fmt: skip
-    native.function("sparse_pack")(_CALL.pack(*fields))
+    native.functions["sparse_pack"](_CALL.pack(*fields))
     return values, places

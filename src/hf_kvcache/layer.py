@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -75,10 +76,8 @@ class KVLayer(LayerContract):
         return (kind or UniformStore)(keys, values, tracked=tracked, n_queries=n_queries, **sizes)
 
     def _forget(self) -> None:
-        self.tokens_seen = 0
-        self.has_padding = False
-        self.evicted_at: int | None = None
-        self.last_eviction_check = 0
+        self.tokens_seen, self.has_padding = 0, False
+        self.evicted_at, self.last_eviction_check = None, 0
         self._queries: torch.Tensor | None = None
         self._is_unsettled = self._is_decoding = self._should_evict = False
         self.is_bound, self.met = False, None
@@ -86,8 +85,7 @@ class KVLayer(LayerContract):
         self._held: tuple[Codec, Codec] | None = None
         self.policy = self.policy_at_reset
         self.scaling, self.softcap = 1.0, None
-        self.rope: Rope | None = None
-        self.rope_limit = 0
+        self.rope, self.rope_limit = None, 0
 
     # -- append ------------------------------------------------------------------------------------------------------
 
@@ -123,14 +121,7 @@ class KVLayer(LayerContract):
         # past states may have been kept for a `crop` that never came: another generate() without speculation
         if self._is_unsettled:
             self.finish(is_final=n == 1 or self.record_past)
-        self.store.append(k, v)
-        if self.policy is not None:
-            fresh = torch.arange(self.tokens_seen, self.tokens_seen + n, dtype=torch.int32, device=k.device)
-            self.store.dense["position"][:, :, -n:] = fresh
-            if self.rerotate_keys:
-                from hf_kvcache.rerotation import note_keys
-
-                note_keys(self.store, k, fresh)
+        self.store.append(k, v, None if self.policy is None else self._state_of(k, n))
         self.tokens_seen += n
         if is_prefill:
             # the rows are copied out of the model's projection sooner or later: attention reads adjacent rows faster
@@ -138,10 +129,22 @@ class KVLayer(LayerContract):
             k, v = self.store.dense["k"], self.store.dense["v"]
         return KVView(self, k, v, is_prefill)
 
+    def _state_of(self, k: torch.Tensor, n: int) -> dict[str, torch.Tensor | int]:
+        """What a policy has tracked of `n` new rows, as far as it is not zero: where they are in the text."""
+        first = self.tokens_seen
+        # one token at a time there is one number for all heads
+        at = first if n == 1 else torch.arange(first, first + n, dtype=torch.int32, device=k.device)
+        if not self.rerotate_keys:
+            return {"position": at}
+        from hf_kvcache.rerotation import state_of_keys
+
+        return {"position": at} | state_of_keys(self.store, k, at)
+
     def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        if self.tokens_seen and k.dim() == 4 and k.shape[2] and k.shape[:3] == v.shape[:3]:
-            held = self.batch_size, self.n_kv_heads, self.head_dim, self.v_head_dim, self.dtype, self.device
-            if (k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device) == held:
+        if self.tokens_seen and k.dim() == 4 and (n := k.shape[2]):
+            rows = self.batch_size, self.n_kv_heads, n
+            fits = k.shape == (*rows, self.head_dim) and v.shape == (*rows, self.v_head_dim)
+            if fits and k.dtype == self.dtype and k.device == self.device:
                 return
         check_rows(self, k, v)
 
@@ -252,7 +255,8 @@ class KVLayer(LayerContract):
         # verifying drafted tokens is decoding too, several tokens at a time; one token of a prompt is not
         self._is_decoding = incomplete is None and (call.n_new == 1 or (self.record_past and not view.is_prefill))
         self.scaling, self.softcap = call.scaling, call.softcap
-        with torch.no_grad():
+        # turning gradients off takes as long as all else here, and in `generate` they are
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             if store.n_queries and call.query is not None:
                 store.note_queries(call.query)
             self._is_unsettled, is_deferred = True, False
@@ -297,9 +301,10 @@ class KVLayer(LayerContract):
             # dense rows are fixed once others are packed, so let go of those that have left the window first
             store.pack()
         view = self._view()
-        kept = self.policy.select(self.policy.score(view), store.positions, self.tokens_seen, store.n_fixed, is_final)
+        positions = view.positions
+        kept = self.policy.select(self.policy.score(view), positions, self.tokens_seen, store.n_fixed, is_final)
         self.last_eviction_check = self.tokens_seen
-        if store.is_ragged and (kept | (store.positions < 0)).all():
+        if store.is_ragged and (kept | (positions < 0)).all():
             return
         self.policy.merge_evicted(view, kept)
         store.keep(kept)
@@ -311,4 +316,5 @@ class KVLayer(LayerContract):
 
     def _view(self) -> KVView:
         """What policies see."""
-        return KVView(self, self.store.dense["k"], self.store.dense["v"], is_prefill=False)
+        store = self.store
+        return KVView(self, store.dense["k"], store.dense["v"], is_prefill=False, positions=store.positions)

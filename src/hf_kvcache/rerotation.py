@@ -24,12 +24,9 @@ def keep_originals(store, dtype: torch.dtype) -> None:
         store.untrack(ORIGINAL)
 
 
-def note_keys(store, k: torch.Tensor, positions: torch.Tensor) -> None:
-    """Note at which positions `[n]` the newest keys `k` `[B, Hkv, n, D]` stand, and what they are."""
-    n = k.shape[2]
-    store.dense["angle"][:, :, -n:] = positions
-    if ORIGINAL in store.tracked:
-        store.dense[ORIGINAL][:, :, -n:] = k.detach()
+def state_of_keys(store, k: torch.Tensor, positions: torch.Tensor | int) -> dict[str, torch.Tensor | int]:
+    """What is tracked of new keys `k` `[B, Hkv, n, D]`: the positions `[n]` at which they stand, and what they are."""
+    return {"angle": positions} | ({ORIGINAL: k.detach()} if ORIGINAL in store.tracked else {})
 
 
 def close_gaps(layer) -> None:

@@ -87,10 +87,19 @@ class KVView(_Rows):
         is_read: whether attention has been called with it: by the module whose rows these are, which comes first.
     """
 
-    __slots__ = ("layer", "cache", "new_k", "new_v", "is_prefill", "module", "is_read", "_tensors")
+    __slots__ = ("layer", "cache", "new_k", "new_v", "is_prefill", "module", "is_read", "_tensors", "_positions")
 
-    def __init__(self, layer: KVLayer, new_k: torch.Tensor, new_v: torch.Tensor, is_prefill: bool):
+    def __init__(
+        self,
+        layer: KVLayer,
+        new_k: torch.Tensor,
+        new_v: torch.Tensor,
+        is_prefill: bool,
+        positions: torch.Tensor | None = None,
+    ):
         self.layer, self.new_k, self.new_v, self.is_prefill = layer, new_k, new_v, is_prefill
+        # policies ask for them again and again, and rows in pages have to be gathered for that
+        self._positions = positions
         self.cache: KVCache | None = None
         self.module: torch.nn.Module | None = None
         self.is_read = False
@@ -119,7 +128,7 @@ class KVView(_Rows):
     @property
     def positions(self) -> torch.Tensor | None:
         """Logical position of every kept row, int32 `[B, Hkv, N]`, -1 for padding; None when all rows are kept."""
-        return self.layer.store.positions
+        return self.layer.store.positions if self._positions is None else self._positions
 
     @property
     def scaling(self) -> float:
@@ -157,6 +166,10 @@ class KVView(_Rows):
     def blocks(self, size: int = 1024) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Dense K and V `[B, Hkv, <= size, D]`, block by block in view order."""
         return self.layer.store.blocks(size)
+
+    def key_blocks(self, size: int = 1024) -> Iterator[torch.Tensor]:
+        """Dense K `[B, Hkv, <= size, D]`, block by block in view order; values stay packed."""
+        return (k for (k,) in self.layer.store.blocks(size, "k"))
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense K and V `[B, Hkv, N, D]`, in the order of the positions (allocates them)."""

@@ -45,6 +45,8 @@ def quant():
                 mask = torch.rand(1, 1, S, n + m) > 0.3 if G == 3 else None
                 options = {"bits": bits, "key_axis": axis, "scaling": 0.1, "mask": mask}
                 quant_attention(q, keys, values, tail, tail.clone(), **options)
+                cut = {**options, "n_packed": n // 64 * 32, "mask": None}
+                quant_attention(q, keys, values, tail, tail.clone(), **cut)
 
 
 def pack():
@@ -125,7 +127,8 @@ def ragged():
             q, formats = exact(1, 4 * G, S, D).to(dtype), list(sides(P, page, D, dtype))
             for keys, values in zip(formats, (*formats[1:], formats[0]), strict=True):
                 ragged_attention(q, keys, values, table, lengths, scaling=0.1)
-                ragged_attention(q, keys, keys, table, lengths, scaling=0.1, softcap=5.0)
+                tail, mask = exact(1, 4, page + 1, D).to(dtype), torch.rand(1, 4, S, page + 1) > 0.3
+                ragged_attention(q, keys, keys, table, lengths, tail, tail.clone(), scaling=0.1, mask=mask, softcap=5.0)
 
 
 def lowrank():

@@ -112,9 +112,11 @@ def test_float64_goes_to_the_reference_unasked(form):
 @pytest.mark.parametrize("isa", levels())
 def test_native(form, isa, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", isa)
+    native.forget()
     with use_backend("native"):
         for size in SIZES:
             ask_each(form, size, {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3})
+    native.forget()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from rooms import levels
 from test_native import CPU, DTYPES, REASON, assert_close, both, queries, some_mask
 
-from hf_kvcache.kernels import choose, use_backend
+from hf_kvcache.kernels import choose, native, use_backend
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
 from hf_kvcache.kernels.lowrank_attention.reference import _unpacked
 from hf_kvcache.kernels.quant_pack import quant_pack
@@ -21,7 +21,9 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.fixture(params=levels("avx512_vbmi2", "avx512_vnni"))
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    return request.param
+    native.forget()
+    yield request.param
+    native.forget()
 
 
 def in_a_buffer(x, spare=37):

@@ -20,7 +20,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 @pytest.fixture(params=levels())
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    return request.param
+    native.forget()
+    yield request.param
+    native.forget()
 
 
 def operands(B, H, w, D, dtype, segment_dtype, n_zero=None):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from rooms import levels
-from test_native import CPU, DTYPES, REASON, assert_close, both, queries
+from test_native import CPU, DTYPES, REASON, a_view, assert_close, both, queries, some_mask
 
-from hf_kvcache.kernels import choose, use_backend
+from hf_kvcache.kernels import choose, native, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
+from hf_kvcache.kernels.merge_states import merge_two
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.ragged_attention import ragged_attention
 from hf_kvcache.kernels.sparse_attention import SparseRows
@@ -19,7 +20,9 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.fixture(params=levels())
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    return request.param
+    native.forget()
+    yield request.param
+    native.forget()
 
 
 def block_table(lengths, page, spare=2):
@@ -118,6 +121,43 @@ def test_attention(isa, case, dtype):
     ref, out = both(ragged_attention, *operands(forms, D, G, S, lengths, page, dtype), scaling=D**-0.5, softcap=softcap)
     assert out[0].isfinite().all(), "garbage was read"
     assert_close("attention", ref, out, dtype)
+
+
+# keys and values, D, page, lengths, G, S, rows of the tail, mask of the tail, softcap
+TAILS = [
+    ("all", 64, 32, [[0, 1, 63, 64, 65, 1300]], 4, 1, 40, None, None),
+    ("all", 128, 16, [[500, 49], [0, 31]], 2, 3, 35, "full", 5.0),
+    ("all", 80, 32, [[200, 31]], 1, 40, 300, "shared", None),
+    ("all:4", 128, 32, [[700, 3], [0, 70]], 4, 1, 8, None, None),
+    ("all:8", 64, 16, [[40, 300]], 7, 3, 65, "heads", None),
+    ("bitmap40", 128, 16, [[15, 700]], 4, 1, 33, "batch", None),
+    ("index24:4", 80, 48, [[130, 5]], 1, 3, 31, None, 20.0),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", TAILS, ids=lambda c: "{}-d{}-page{}-n{}-g{}-s{}-tail{}-{}-cap{}".format(*c))
+def test_a_tail_is_more_rows_of_every_head(isa, case, dtype):
+    form, D, page, lengths, G, S, n_tail, mask, softcap = case
+    torch.manual_seed(0)
+    q, *pages = operands((form, form), D, G, S, lengths, page, dtype)
+    B, Hkv = pages[-1].shape
+    tail, mask = [a_view(B, Hkv, n_tail, D, dtype) for _ in "kv"], some_mask(mask, B, Hkv, S, n_tail)
+    knobs = {"scaling": D**-0.5, "softcap": softcap}
+    ref, out = both(ragged_attention, q, *pages, *tail, mask=mask, **knobs)
+    assert_close("both parts", ref, out, dtype)
+    with use_backend("reference"):
+        parts = ragged_attention(q, *pages, **knobs), dense_attention(q, *tail, mask=mask, **knobs)
+    assert_close("parts", merge_two(*parts), ref, dtype)
+
+
+def test_what_does_not_go_with_pages_is_refused():
+    q, *pages = operands(("all", "all"), 64, 2, 1, [[3, 40]], 16, torch.float32)
+    k = torch.randn(1, 2, 5, 64)
+    with pytest.raises(ValueError, match="does not go with the pages"):
+        ragged_attention(q, *pages, k[:, :1], k[:, :1], scaling=1.0)
+    with pytest.raises(ValueError, match="a mask is of the tail"):
+        ragged_attention(q, *pages, mask=torch.ones(1, 1, 1, 5, dtype=torch.bool), scaling=1.0)
 
 
 def test_heads_are_those_of_dense_attention():

@@ -90,6 +90,22 @@ def assert_like_the_reference(case, dtype):
     assert_close("lse", expected_lse, lse, LSE[dtype])
 
 
+@runs_kernels
+def test_a_tail_is_more_rows_of_every_head():
+    dtype = DTYPES[LOW[-1] if ON_GPU else "fp32"]
+    (q, *pages), arguments = ragged_case(FUSED["dense-unequal"], dtype, spoil=False)
+    (B, Hkv), S, D = pages[-1].shape, q.shape[2], q.shape[3]
+    tail = [torch.randn(B, Hkv, 37, D).to(DEVICE, dtype) for _ in "kv"]
+    mask = (torch.rand(B, Hkv, S, 37) > 0.3).to(DEVICE)
+    with use_backend("triton"):
+        out, lse = ragged_attention(q, *pages, *tail, mask=mask, **arguments)
+    expected_out, expected_lse = reference.ragged_attention(
+        q.double(), *pages, *(x.double() for x in tail), mask=mask, **arguments
+    )
+    assert_close("out", expected_out, out, OUT[dtype])
+    assert_close("lse", expected_lse, lse, LSE[dtype])
+
+
 UNEQUAL = [[0, 1, 31, 33, 600]]
 
 # name: rows of a page, head size, query heads per kv head, queries, lengths, keys, values, softcap

@@ -18,7 +18,9 @@ BACKENDS = ["reference", pytest.param("native", marks=needs_compiler)]
 @pytest.fixture(params=levels())
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    return request.param
+    native.forget()
+    yield request.param
+    native.forget()
 
 
 def empty(B, H, delay):

@@ -5,7 +5,7 @@ import torch
 from rooms import levels
 from test_native import CPU, DTYPES, REASON, assert_close, both, queries, some_mask
 
-from hf_kvcache.kernels import choose, use_backend
+from hf_kvcache.kernels import choose, native, use_backend
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.kernels.sparse_pack import sparse_pack
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.fixture(params=levels("avx512_vnni"))
 def isa(request, monkeypatch):
     monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    return request.param
+    native.forget()
+    yield request.param
+    native.forget()
 
 
 def rows(x, form, spare=37):

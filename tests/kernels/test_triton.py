@@ -185,6 +185,20 @@ def test_quant_attention(case, dtype):
 
 
 @runs_kernels
+def test_spare_rows_are_not_read():
+    from hf_kvcache.kernels import use_backend
+    from hf_kvcache.kernels.quant_attention import quant_attention
+
+    (q, keys, values, *tail), arguments = packed_case("4bit-gqa4", DTYPES[LOW[-1] if ON_GPU else "fp32"])
+    n = keys[0].shape[2] // 64 * 32
+    cut = [[x[:, :, : x.shape[2] * n // side[0].shape[2]] for x in side] for side in (keys, values)]
+    with use_backend("triton"):
+        out, lse = quant_attention(q, keys, values, *tail, n_packed=n, **arguments)
+        cut_out, cut_lse = quant_attention(q, *cut, *tail, **arguments)
+    assert torch.equal(out, cut_out) and torch.equal(lse, cut_lse)
+
+
+@runs_kernels
 @pytest.mark.parametrize("size", [1e-6, 1e4], ids=["tiny-query", "huge-query"])
 def test_queries_of_any_size_fit_float16(size):
     from hf_kvcache.kernels import use_backend

@@ -19,13 +19,15 @@ def hides_pages(view, mask) -> bool:
 def attend_pages(q, view, scaling, mask, softcap):
     """Pages hold real tokens that all queries see; the dense window, where padding and order matter, has a mask."""
     store, n_new = view.layer.store, q.shape[2]
-    keys, values = sides_as_sparse_rows(store)
-    in_basis = store.keys.project_query(q)
-    pages = store.packed.table, store.packed.lengths
-    out, lse = ragged_attention(in_basis, keys, values, *pages, scaling=scaling, softcap=softcap)
     if mask is not None:
         mask = mask[..., store.n_packed :]
     elif n_new > 1 or view.layer.has_padding:
         mask = visible(store.dense["position"], view.tokens_seen, n_new)
-    tail = dense_attention(q, store.dense["k"], store.dense["v"], scaling=scaling, mask=mask, softcap=softcap)
+    pages = *sides_as_sparse_rows(store), store.packed.table, store.packed.lengths
+    window = store.dense["k"], store.dense["v"]
+    if not (store.keys.projects or store.values.projects):
+        return ragged_attention(q, *pages, *window, scaling=scaling, mask=mask, softcap=softcap)
+    # rows in pages live in a basis of their own: attend there, come back, and merge with the window
+    out, lse = ragged_attention(store.keys.project_query(q), *pages, scaling=scaling, softcap=softcap)
+    tail = dense_attention(q, *window, scaling=scaling, mask=mask, softcap=softcap)
     return merge_two((store.values.project_output(out).to(q.dtype), lse), tail)

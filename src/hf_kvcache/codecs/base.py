@@ -22,6 +22,7 @@ class Codec:
         shares_rows: whether several KV heads share a row.
         heads_per_row: how many (known once a layer has seen its first rows).
         fitted_part: itself or the codec of a chain that goes by constants, a `FittedCodec`; None without one.
+        projects: whether queries and outputs change basis (`project_query`, `project_output`).
     """
 
     format: str = ""
@@ -32,6 +33,7 @@ class Codec:
     shares_rows: bool = False
     heads_per_row: int = 1
     fitted_part: Codec | None = None
+    projects: bool = False
 
     @property
     def parts(self) -> tuple[Codec, ...]:
@@ -95,11 +97,6 @@ class Codec:
     def payload_width(self, head_dim: int) -> int:
         """Channels of the payload at this head size."""
         raise NotImplementedError
-
-    @property
-    def projects(self) -> bool:
-        """Whether queries and outputs change basis (`project_query`, `project_output`)."""
-        return False
 
     def project_query(self, q: torch.Tensor) -> torch.Tensor:
         """Bring queries `[B, Hq, S, D]` into the basis in which this codec keeps keys."""

@@ -198,9 +198,9 @@ class TrainedStore(RaggedStore):
     def width(self, side: str) -> int:
         return self.head_dim
 
-    def blocks(self, size: int):
+    def blocks(self, size: int, sides: str = "kv"):
         for start in range(0, self.packed.n_tokens, size):
-            yield self.rows(start, min(start + size, self.packed.n_tokens))
+            yield self.rows(start, min(start + size, self.packed.n_tokens), sides)
 
     def pack(self) -> None:
         """Nothing: rows are encoded as they come."""

@@ -2,8 +2,8 @@
 
 A library is keyed by a hash of its source, the shared headers, the compiler and the flags, and lives in
 `HF_KVCACHE_CACHE`, `$XDG_CACHE_HOME/hf_kvcache` or `~/.cache/hf_kvcache`. The instruction set is the best this CPU
-has, `HF_KVCACHE_ISA` overrides it; `CXX` names the compiler. Without a compiler nothing breaks: `unavailable`
-says why and the ops run on their PyTorch reference.
+has, `HF_KVCACHE_ISA` overrides it when an op is first used; `CXX` names the compiler. Without a compiler nothing
+breaks: `unavailable` says why and the ops run on their PyTorch reference.
 
 Of the arguments of ops it knows what those of attention share, `queries`.
 """
@@ -61,8 +61,7 @@ COMPILE_SECONDS = 300
 _INCLUDE = re.compile(r'^\s*#\s*include "(.+?)"', re.MULTILINE)
 
 _lock = threading.Lock()
-_functions: dict[tuple[str, str | None], ctypes._CFuncPtr] = {}
-_reasons: dict[tuple[str, str | None], str] = {}
+_reasons: dict[str, str] = {}
 
 
 class BuildError(RuntimeError):
@@ -74,37 +73,34 @@ def unavailable(op: str, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"native code does not run on {device.type} tensors"
     try:
-        function(op)
+        functions[op]
     except BuildError as error:
         return str(error)
     return None
 
 
-def function(op: str):
-    """The C function of `op`; it takes one bytes object, the packed arguments.
+class _Functions(dict):
+    def __missing__(self, op: str):
+        with _lock:
+            if op not in self and op not in _reasons:
+                try:
+                    self[op] = _load(op, build(op))
+                except BuildError as error:
+                    _reasons[op] = str(error)
+            if op in _reasons:
+                raise BuildError(_reasons[op])
+            return self[op]
 
-    Raises:
-        BuildError: there is no compiler, it failed, or the library does not load. The reason is remembered.
-    """
-    key = op, os.environ.get("HF_KVCACHE_ISA")
-    found = _functions.get(key)
-    if found is not None:
-        return found
-    with _lock:
-        if key not in _functions and key not in _reasons:
-            try:
-                _functions[key] = _load(op, build(op))
-            except BuildError as error:
-                _reasons[key] = str(error)
-        if key in _reasons:
-            raise BuildError(_reasons[key])
-        return _functions[key]
+
+# The C functions by op, each built and loaded when it is first asked for; they take one bytes object, the packed
+# arguments. Where there is no compiler, it fails or the library does not load, BuildError says so, again and again.
+functions = _Functions()
 
 
 def forget() -> None:
     """Forget loaded functions and remembered failures (tests)."""
     with _lock:
-        _functions.clear()
+        functions.clear()
         _reasons.clear()
     kernels.forget()
 

@@ -19,6 +19,6 @@ class KeyDiff(Policy):
 
     def score(self, view):  # -> [B, Hkv, N]
         is_padding = (view.positions < 0).unsqueeze(-1)  # [B, Hkv, N, 1]
-        keys = torch.cat([k for k, _ in view.blocks()], 2).float()
+        keys = torch.cat(list(view.key_blocks()), 2).float()
         anchor = normalize(keys, dim=-1).masked_fill(is_padding, 0).sum(2, keepdim=True)
         return -cosine_similarity(keys, anchor, dim=-1)

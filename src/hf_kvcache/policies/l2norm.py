@@ -17,4 +17,4 @@ class L2Norm(Policy):
     """
 
     def score(self, view):  # -> [B, Hkv, N]
-        return -torch.cat([k.float().norm(dim=-1) for k, _ in view.blocks()], 2)
+        return -torch.cat([k.float().norm(dim=-1) for k in view.key_blocks()], 2)

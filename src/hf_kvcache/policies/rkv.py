@@ -47,7 +47,7 @@ class RKV(WindowPolicy):
     def score(self, view):  # -> [B, Hkv, N]
         is_real = view.positions >= 0
         importance = pool(self.votes(view) / self.n_queries, view.positions, self.kernel)
-        keys = torch.cat([normalize(k.float(), dim=-1) for k, _ in view.blocks()], 2)
+        keys = torch.cat([normalize(k.float(), dim=-1) for k in view.key_blocks()], 2)
         keys = keys.masked_fill(~is_real.unsqueeze(-1), 0.0)
         total = (keys @ keys.sum(2).unsqueeze(-1)).squeeze(-1) - keys.square().sum(-1)
         if self.threshold is not None:

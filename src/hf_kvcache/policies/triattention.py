@@ -62,7 +62,7 @@ class TriAttention(QueryStatistics):
             centre[..., :half] *= torch.complex(cos, sin) * ahead * self.rope.scaling
             rest[..., :half] *= self.rope.scaling
         centre, scores = torch.view_as_real(centre), []
-        for k, _ in view.blocks():
+        for k in view.key_blocks():
             k = self._pairs(k)  # [B, Hkv, n, D / 2]
             series = torch.einsum("bhgfc,bhnfc->bhgn", centre, torch.view_as_real(k))
             scores.append(series + torch.einsum("bhgf,bhnf->bhgn", rest, k.abs()))

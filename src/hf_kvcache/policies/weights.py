@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 QUERIES = 256  # queries that are scored at a time
+ROWS = 1024  # rows that are read at a time
 
 
 def newest_mass(view, n_queries: int) -> torch.Tensor:
@@ -16,8 +17,8 @@ def newest_mass(view, n_queries: int) -> torch.Tensor:
 def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
     """What each kept row gets of the attention of some queries, summed over them, meaned over the heads of a group.
 
-    Weights are those of the softmax over the rows that are kept now. Rows are read block by block, twice, so that no
-    tensor of all queries and all rows is ever made.
+    Weights are those of the softmax over the rows that are kept now. Many rows are read block by block, twice, so that
+    no tensor of all queries and all rows is ever made.
 
     Args:
         queries: after RoPE, `[B, Hkv, G, S, D]`.
@@ -35,16 +36,24 @@ def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
         part = queries[:, :, :, at : at + QUERIES].float() * view.scaling
         where = torch.arange(first + at, first + at + part.shape[3], device=positions.device)
         is_real = (where >= start.unsqueeze(-1)).unsqueeze(2).unsqueeze(-1)  # [B, Hkv, 1, S, 1]
-        total = None
-        for _, scores in _scores(part, first + at, view):
+        total, (first_pass, second_pass) = None, _twice(part, first + at, view)
+        for _, scores in first_pass:
             block = scores.logsumexp(-1, keepdim=True)  # [B, Hkv, G, S, 1]
             total = block if total is None else torch.logaddexp(total, block)
         # a query that sees nothing has no weights to give
         total = total.masked_fill(total == float("-inf"), float("inf"))
-        for rows, scores in _scores(part, first + at, view):
+        for rows, scores in second_pass:
             weights = (scores - total).exp() * is_real
             mass[:, :, rows] += weights.sum(3).mean(2)
     return mass
+
+
+def _twice(queries, first, view):
+    """`_scores` for two passes; those of few rows are held in between."""
+    if view.n_kept <= ROWS:
+        held = list(_scores(queries, first, view))
+        return held, held
+    return _scores(queries, first, view), _scores(queries, first, view)
 
 
 def _scores(queries, first, view):
@@ -52,7 +61,7 @@ def _scores(queries, first, view):
     end = first + queries.shape[3]
     where = torch.arange(first, end, device=queries.device).view(-1, 1)
     start, is_whole = 0, view.n_kept == view.tokens_seen and not view.layer.store.n_packed
-    for k, _ in view.blocks():
+    for k in view.key_blocks(ROWS):
         rows = slice(start, start + k.shape[2])
         start = rows.stop
         # while nothing has gone, rows stand in the order of the text: what comes after all queries is not looked at

@@ -42,8 +42,8 @@ class Store(ABC):
         """Every payload, declared once: batch operations, moving, saving and counting go through here."""
 
     @abstractmethod
-    def blocks(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Dense K and V, `size` rows at a time, in view order, without expanding the rest."""
+    def blocks(self, size: int, sides: str = "kv") -> Iterator[tuple[torch.Tensor, ...]]:
+        """Dense K and V (or one of them), `size` rows at a time, in view order, without expanding the rest."""
 
     @property
     @abstractmethod

@@ -50,8 +50,11 @@ class RowBuffer:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors.values()}
         return sum(storages.values())
 
-    def append(self, rows: dict[str, torch.Tensor], n_tokens: int) -> None:
-        """Add `n_tokens` tokens. An empty buffer adopts the tensors as they are, without copying them."""
+    def append(self, rows: dict[str, torch.Tensor | float], n_tokens: int) -> None:
+        """Add `n_tokens` tokens: tensors `[B, Hkv, rows, ...]`, or one number for all rows where the buffer has some.
+
+        An empty buffer adopts the tensors as they are, without copying them.
+        """
         if not self.tensors:
             self.tensors, self.n_tokens = dict(rows), n_tokens
             return
@@ -61,8 +64,8 @@ class RowBuffer:
                 self.reserve(needed + max(MIN_SLACK_TOKENS, needed // SLACK))
                 break
         for name, new in rows.items():
-            start = self.n_tokens // self.tokens_per_row[name]
-            tensors[name].narrow(2, start, new.shape[2]).copy_(new)
+            per_row = self.tokens_per_row[name]
+            tensors[name][:, :, self.n_tokens // per_row : needed // per_row] = new
         self.n_tokens = needed
 
     def reserve(self, capacity: int) -> None:
@@ -86,9 +89,9 @@ class RowBuffer:
         kept_after = self.n_tokens - stop
         for name, t in self.tensors.items():
             per_row = self.tokens_per_row[name]
-            # the source is cloned because it may overlap its destination
-            moved = t.narrow(2, stop // per_row, kept_after // per_row).clone()
-            t.narrow(2, start // per_row, kept_after // per_row).copy_(moved)
+            moved = t[:, :, stop // per_row : self.n_tokens // per_row]
+            overlaps = kept_after > stop - start
+            t[:, :, start // per_row : (start + kept_after) // per_row] = moved.clone() if overlaps else moved
         self.n_tokens = start + kept_after
 
     def truncate(self, n_tokens: int) -> None:

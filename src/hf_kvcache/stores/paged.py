@@ -77,11 +77,10 @@ class PagedBuffer:
         if self.table is None:
             self.allocate(*like.shape[:2], like.device)
         first = self.lengths.unsqueeze(-1)
-        counts = self.counts + is_kept.sum(-1).cpu()
-        self._allot(counts, rows)
-        at = self._address(first + is_kept.cumsum(-1) - 1)[is_kept]
+        self._allot(self.counts + is_kept.sum(-1).cpu(), rows)
+        at, source = self._address(first + is_kept.cumsum(-1) - 1)[is_kept], is_kept.flatten().nonzero().squeeze(1)
         for name in self.fields:
-            self._flat(name)[at] = rows[name][is_kept]
+            self._flat(name)[at] = rows[name].flatten(0, 2)[source]
 
     def follow_lengths(self, like: dict[str, torch.Tensor]) -> None:
         """Bring pages and counts in line with `lengths`, which have been changed in place (on a CPU)."""
@@ -216,18 +215,17 @@ class PagedBuffer:
         self.tensors = {}
 
     def _pages(self, counts: torch.Tensor) -> torch.Tensor:
-        return -(-counts // self.page)
+        return (counts + (self.page - 1)) // self.page
 
     def _allot(self, counts: torch.Tensor, like: dict[str, torch.Tensor] | None = None) -> None:
         """Give every head the pages for `counts` `[B, Hkv]` rows, take back those beyond, and note the counts."""
         before, after = self._pages(self.counts), self._pages(counts)
         most = max(int(after.max()), self.table.shape[2])
-        n_new = int((after - before).clamp(min=0).sum())
-        place = torch.arange(most)
+        has, wants = (torch.arange(most) < n_pages.unsqueeze(-1) for n_pages in (before, after))
+        takes = wants & ~has
+        n_new = int(takes.sum())
         table = torch.nn.functional.pad(self.table, (0, most - self.table.shape[2]))
-        gives = ((place >= after.unsqueeze(-1)) & (place < before.unsqueeze(-1))).to(table.device)
-        takes = ((place >= before.unsqueeze(-1)) & (place < after.unsqueeze(-1))).to(table.device)
-        self.free = torch.cat([self.free, table[gives]])
+        self.free = torch.cat([self.free, table[(has & ~wants).to(table.device)]])
         if like is not None and not self.tensors:
             # rows that are all padding need no page, but those who look for rows a place to find none in
             self._grow(0, like)
@@ -235,7 +233,7 @@ class PagedBuffer:
             self._grow(n_new - self.free.shape[0] + max(MIN_SLACK_PAGES, int(after.sum()) // SLACK), like)
         # the pages that were freed last go first
         n_left = self.free.shape[0] - n_new
-        table[takes], self.free = self.free[n_left:], self.free[:n_left].clone()
+        table[takes.to(table.device)], self.free = self.free[n_left:], self.free[:n_left].clone()
         self.table, self.counts, self.is_estimate = table, counts, False
         self.lengths = counts.to(device=table.device, dtype=torch.int32)
         spare = int(after.sum()) // SLACK + MIN_SLACK_PAGES

@@ -107,20 +107,13 @@ class RaggedStore(UniformStore):
 
     def encoded(self, side: str) -> dict[str, torch.Tensor]:
         """Pages of one side, "k" or "v", `[P, 1, page, ...]` under the codec's own names."""
-        codec = self.keys if side == "k" else self.values
-        return {name: self.packed.tensors[f"{side}.{name}"] for name in codec.fields}
+        return {name: self.packed.tensors[f"{side}.{name}"] for name in self.codec_of(side).fields}
 
-    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed rows `[start, stop)` of every head, decoded, zeros behind the end of a head."""
-        is_row = self.packed.is_row[..., start:stop].unsqueeze(-1)
-        return tuple(
-            codec.decode(
-                {name: self.packed.read(f"{side}.{name}", start, stop) for name in codec.fields},
-                self.dtype,
-                self.width(side),
-            ).masked_fill(~is_row, 0)
-            for side, codec in (("k", self.keys), ("v", self.values))
-        )
+    def _decoded(self, side: str, start: int, stop: int) -> torch.Tensor:
+        """Packed rows `[start, stop)` of every head, zeros behind the end of a head."""
+        codec, is_row = self.codec_of(side), self.packed.is_row[..., start:stop].unsqueeze(-1)
+        encoded = {name: self.packed.read(f"{side}.{name}", start, stop) for name in codec.fields}
+        return codec.decode(encoded, self.dtype, self.width(side)).masked_fill(~is_row, 0)
 
     def logical_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything, dense: K and V `[B, Hkv, N, D]`, where all heads keep as many rows.

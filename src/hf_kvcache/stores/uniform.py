@@ -85,16 +85,32 @@ class UniformStore(Store):
         parts = [buffer[name] for buffer in (self.packed, self.dense) if buffer.n_tokens]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        n = k.shape[2]
+    def append(self, k: torch.Tensor, v: torch.Tensor, state: dict[str, torch.Tensor | float] | None = None) -> None:
+        """Add rows `[B, Hkv, n, D]` to the dense tail.
+
+        Args:
+            k, v: the rows.
+            state: what is tracked of them by name, `[B | 1, Hkv | 1, n, ...]`, or one number for all; zero by default.
+        """
         self.dtype, self.owns_storage = k.dtype, self.dense.n_tokens > 0 or self.packed.n_tokens > 0
         rows = {"k": k, "v": v}
-        for name, dtype in self.tracked.items():
-            shape = k.shape if name in self.wide else k.shape[:3]
-            rows[name] = torch.zeros(shape, dtype=dtype, device=k.device)
+        if self.tracked:
+            rows |= dict.fromkeys(self.tracked, 0) | (state or {})
         if self.has_position_ids:
-            rows["position_ids"] = torch.zeros(k.shape[0], 1, n, dtype=torch.int32, device=k.device)
-        self.dense.append(rows, n)
+            rows["position_ids"] = 0
+        if not self.dense.tensors:
+            rows |= self._first_state(k, rows)
+        self.dense.append(rows, k.shape[2])
+
+    def _first_state(self, k: torch.Tensor, rows: dict) -> dict[str, torch.Tensor]:
+        """What is tracked of the first rows, as tensors, which say how large state is."""
+        shapes = {name: k.shape if name in self.wide else k.shape[:3] for name in self.tracked}
+        shapes |= {"position_ids": (k.shape[0], 1, k.shape[2])} if self.has_position_ids else {}
+        first = {}
+        for name, shape in shapes.items():
+            first[name] = torch.empty(shape, dtype=self.tracked.get(name, torch.int32), device=k.device)
+            first[name][...] = rows[name]
+        return first
 
     def track(self, name: str, dtype: torch.dtype) -> None:
         """Track state as wide as keys, `[B, Hkv, n, D]`, from now on; called before there are rows, or with those."""
@@ -125,10 +141,13 @@ class UniformStore(Store):
         """Remember the newest of the queries `[B, Hq, S, D]` for codecs and policies that need them."""
         if not self.n_queries:
             return
-        n_kv_heads, least = self.dense.tensors["k"].shape[1], self.n_queries + SPARE_QUERIES
-        newest = q[:, :, -least:].unflatten(1, (n_kv_heads, -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
-        # a copy: an empty buffer adopts what it is given, and this may be a slice of the model's activations
-        self.queries.append({"q": newest.clone(memory_format=torch.contiguous_format)}, newest.shape[2])
+        least = self.n_queries + SPARE_QUERIES
+        q = q[:, :, -least:] if q.shape[2] > least else q
+        newest = q.unflatten(1, (self.dense.tensors["k"].shape[1], -1)).transpose(2, 3)  # [B, Hkv, S, G, D]
+        if not self.queries.tensors:
+            # an empty buffer adopts what it is given, and this may be a slice of the model's activations
+            newest = newest.clone(memory_format=torch.contiguous_format)
+        self.queries.append({"q": newest}, newest.shape[2])
         if self.queries.n_tokens > least + SPARE_QUERIES:
             self.queries.remove(0, self.queries.n_tokens - least)
 
@@ -299,29 +318,29 @@ class UniformStore(Store):
 
     def encoded(self, side: str) -> dict[str, torch.Tensor]:
         """Packed tensors of one side, "k" or "v", under the codec's own names."""
-        n, tensors = self.packed.n_tokens, self.packed.tensors
-        codec = self.keys if side == "k" else self.values
-        return {name: tensors[f"{side}.{name}"].narrow(2, 0, n // of_row) for name, of_row in codec.fields.items()}
+        n, tensors, fields = self.packed.n_tokens, self.packed.tensors, self.codec_of(side).fields
+        return {name: tensors[f"{side}.{name}"].narrow(2, 0, n // of_row) for name, of_row in fields.items()}
+
+    def codec_of(self, side: str) -> Codec | None:
+        """The codec of one side, "k" or "v"."""
+        return self.keys if side == "k" else self.values
 
     def width(self, side: str) -> int:
         """Channels of a row of one side, "k" or "v"."""
         return self.dense.tensors[side].shape[-1]
 
-    def rows(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packed rows `[start, stop)`, decoded: K and V `[B, Hkv, stop - start, D]` in the dtype of the cache."""
+    def rows(self, start: int, stop: int, sides: str = "kv") -> tuple[torch.Tensor, ...]:
+        """Packed rows `[start, stop)`, decoded: `[B, Hkv, stop - start, D]` of each side in the dtype of the cache."""
+        return tuple(self._decoded(side, start, stop) for side in sides)
+
+    def _decoded(self, side: str, start: int, stop: int) -> torch.Tensor:
+        codec, encoded = self.codec_of(side), self.encoded(side)
         position_ids = self.packed["position_ids"][:, :, start:stop] if self.needs_positions else None
-        return tuple(
-            codec.decode(
-                {
-                    name: t[:, :, start // codec.fields[name] : -(-stop // codec.fields[name])]
-                    for name, t in self.encoded(side).items()
-                },
-                self.dtype,
-                self.dense.tensors[side].shape[-1],
-                position_ids,
-            )
-            for side, codec in (("k", self.keys), ("v", self.values))
-        )
+        part = {
+            name: t[:, :, start // of_row : -(-stop // of_row)]
+            for (name, t), of_row in zip(encoded.items(), codec.fields.values())
+        }
+        return codec.decode(part, self.dtype, self.width(side), position_ids)
 
     def logical_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything, dense and in the order of the positions: K and V `[B, Hkv, N, D]`."""
@@ -339,10 +358,10 @@ class UniformStore(Store):
         sinks, packed, tail = mask.split([self.n_sink, self.n_packed, self.n_kept - self.n_sink - self.n_packed], -1)
         return torch.cat([packed, sinks, tail], -1)
 
-    def blocks(self, size: int):
+    def blocks(self, size: int, sides: str = "kv"):
         unit = self.packed.unit
         size = max(size // unit, 1) * unit
         for start in range(0, self.n_packed, size):
-            yield self.rows(start, min(start + size, self.n_packed))
+            yield self.rows(start, min(start + size, self.n_packed), sides)
         for start in range(0, self.dense.n_tokens, size):
-            yield self.dense["k"][:, :, start : start + size], self.dense["v"][:, :, start : start + size]
+            yield tuple(self.dense[side][:, :, start : start + size] for side in sides)
