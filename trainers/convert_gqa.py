@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import copy
 import json
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.hf_argparser import HfArg
 
 from hf_kvcache.adapters.modules import CHILDREN, attentions
 from hf_kvcache.models import embedded_model
 from hf_kvcache.trainers import train_dmc
+from hf_kvcache.trainers.common import parser_of
 
 
 @dataclass
@@ -31,12 +32,10 @@ class Conversion:
     """What to convert."""
 
     _argument_group_name: ClassVar[str] = "conversion"
-    kv_heads: int = field(metadata={"help": "KV heads that are left, a divisor of those there are"})
-    out: Path = field(metadata={"help": "folder for the model"})
-    model: str = field(
-        default=str(embedded_model()), metadata={"help": "name or path; the embedded model unless given"}
-    )
-    uptrain_steps: int = field(default=0, metadata={"help": "steps of training on what is left; 0 for none"})
+    kv_heads: int = HfArg(help="KV heads that are left, a divisor of those there are")
+    out: Path = HfArg(help="folder for the model")
+    model: str = HfArg(default=str(embedded_model()), help="name or path; the embedded model unless given")
+    uptrain_steps: int = HfArg(default=0, help="steps of training on what is left; 0 for none")
 
 
 def pool_heads(model: nn.Module, n_kv_heads: int) -> nn.Module:
@@ -106,13 +105,9 @@ def _pooled(projection: nn.Linear, n_heads: int, head_dim: int) -> nn.Linear:
     return new.train(projection.training)
 
 
-class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Commands stay as they are written."""
-
-
 def main(args: list[str] | None = None) -> None:
     """Convert, save, and train if asked to."""
-    parser = HfArgumentParser(Conversion, description=__doc__, formatter_class=_Help)
+    parser = parser_of(__doc__, Conversion)
     conversion, further = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     if further and not conversion.uptrain_steps:
         parser.error(f"{' '.join(further)}: arguments of training, which needs --uptrain-steps")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.eval.retrieval import Ledger
+from hf_kvcache.trainers.common import place_of, read_texts
 from hf_kvcache.trainers.dmc_options import Optimisation, Texts
 from hf_kvcache.trainers.pretrain_small import LedgerMix
 
@@ -43,10 +44,7 @@ def load_stream(data: Path, tokenizer, n_tokens: int) -> np.ndarray:
     Raises:
         FileNotFoundError: there is none.
     """
-    files = sorted(data.glob("*.txt")) if data.is_dir() else [data]
-    if not files:
-        raise FileNotFoundError(f"no .txt files in {data}")
-    texts = [file.read_text(encoding="utf-8") for file in files]
+    texts = read_texts(data)
     share = min(1.0, CHARACTERS * n_tokens / max(1, sum(map(len, texts))))
     cuts = [(len(text) - int(len(text) * share)) // 2 for text in texts]
     texts = [text[cut : len(text) - cut] for text, cut in zip(texts, cuts, strict=True)]
@@ -72,8 +70,7 @@ class Windows(torch.utils.data.Dataset):
 
     def row(self, i: int) -> np.ndarray:
         """`length + 1` token ids, so that `length` of them can be predicted."""
-        # multiples of the golden ratio cover the stream evenly at any number of steps
-        start = int(i * 0.6180339887498949 % 1 * (len(self.stream) - self.length))
+        start = place_of(i, len(self.stream) - self.length)
         ids = self.stream[start : start + self.length + 1].astype(np.int64)
         return ids if self.bos is None else np.concatenate([[self.bos], ids[:-1]])
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from hf_kvcache.adapters import dmc_files
+from hf_kvcache.adapters.dmc_files import RETROFIT
+from hf_kvcache.adapters.files import CONFIG
 from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.adapters.projections import has_norms
 from hf_kvcache.dmc.files import load
@@ -29,17 +30,17 @@ def load_model(source: str, attn: str, keeps_dtype: bool = False):
         ValueError: an adapter that goes with LoRA.
     """
     tensors = {}
-    if (Path(source) / "adapter_config.json").exists():
+    if (Path(source) / CONFIG).exists():
         if (Path(source) / "lora").exists():
             raise ValueError(f"{source} goes with LoRA, whose training cannot go on here; train from the base model")
-        settings, tensors = dmc_files.FORMAT.read(source)
+        settings, tensors = RETROFIT.read(source)
         source = settings["base_model_name_or_path"]
     config, _ = PreTrainedConfig.get_config_dict(source)
     read = load if "kv_dmc" in config else AutoModelForCausalLM.from_pretrained
     model = read(source, dtype="auto", attn_implementation=attn)
     dtype = model.dtype
     if tensors:
-        retrofit(model, dmc_files.settings_of(settings, source))
+        retrofit(model, RETROFIT.settings(settings, source))
         with torch.no_grad():
             for (i, part), t in tensors.items():
                 getattr(retrofits(model)[i], part).copy_(t)

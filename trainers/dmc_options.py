@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from hf_kvcache.models import embedded_model, embedded_prose
+from transformers.hf_argparser import HfArg
+
+from hf_kvcache.models import embedded_prose
+from hf_kvcache.trainers.common import Models, Steps
 
 
 @dataclass
-class Texts:
+class Texts(Models):
     """What to train, on what."""
 
     _argument_group_name: ClassVar[str] = "model and text"
-    out: Path = field(metadata={"help": "folder for the model and the checkpoints"})
-    model: str = field(
-        default=str(embedded_model()),
-        metadata={"help": "name or path, of a retrofitted model, too; the embedded model unless given"},
+    data: Path = HfArg(
+        default=embedded_prose(), help="a text file, or a folder of .txt files; the embedded prose unless given"
     )
-    attn: str = field(default="sdpa", metadata={"help": "attention implementation of the model"})
-    data: Path = field(
-        default=embedded_prose(),
-        metadata={"help": "a text file, or a folder of .txt files; the embedded prose unless given"},
-    )
-    sequence: int = field(default=512, metadata={"help": "tokens of a sequence"})
-    prose_share: float = field(
-        default=0.25, metadata={"help": "share of sequences without a ledger, if the tokenizer has one"}
-    )
-    answer_weight: float = field(default=1.0, metadata={"help": "weight of the mean loss on answers, with a ledger"})
-    skip_eos: bool = field(default=False, metadata={"help": "no loss on predicting the end of a text"})
+    sequence: int = HfArg(default=512, help="tokens of a sequence")
+    prose_share: float = HfArg(default=0.25, help="share of sequences without a ledger, if the tokenizer has one")
+    answer_weight: float = HfArg(default=1.0, help="weight of the mean loss on answers, with a ledger")
+    skip_eos: bool = HfArg(default=False, help="no loss on predicting the end of a text")
 
 
 @dataclass
@@ -37,88 +31,73 @@ class Method:
     """How the model is to decide; what is not given is as in `--model` where that is retrofitted already."""
 
     _argument_group_name: ClassVar[str] = "method"
-    method: Literal["dmc", "dms", "none"] = field(
-        default="dmc", metadata={"help": "merge tokens, drop tokens, or neither: the control run"}
+    method: Literal["dmc", "dms", "none"] = HfArg(
+        default="dmc", help="merge tokens, drop tokens, or neither: the control run"
     )
-    decision: Literal["borrowed", "rows", "linear"] | None = field(
+    decision: Literal["borrowed", "rows", "linear"] | None = HfArg(
         default=None,
-        metadata={
-            "help": "read decisions from a channel of keys and queries (borrowed: the default), from rows of their own "
-            "that replace that channel, or from rows of their own beside it (linear: the default with --adapter)"
-        },
+        help="read decisions from a channel of keys and queries (borrowed: the default), from rows of their own "
+        "that replace that channel, or from rows of their own beside it (linear: the default with --adapter)",
     )
-    ratio: float = field(default=4.0, metadata={"help": "compression ratio to reach, tokens per row"})
-    start_ratio: float = field(default=1.0, metadata={"help": "where the ramp begins"})
-    window: int | None = field(
+    ratio: float = HfArg(default=4.0, help="compression ratio to reach, tokens per row")
+    start_ratio: float = HfArg(default=1.0, help="where the ramp begins")
+    window: int | None = HfArg(
         default=None,
-        metadata={"help": "newest members that a merged row is the mean of, 0 for all (dmc: 12); or tokens that a "
-        "dropped one stays visible for (dms: 256)"},
-    )  # fmt: skip
-    scale: float | None = field(
-        default=None, metadata={"help": "of decision logits (dmc: 20, dms: 100); more learns to compress sooner"}
+        help="newest members that a merged row is the mean of, 0 for all (dmc: 12); or tokens that a "
+        "dropped one stays visible for (dms: 256)",
     )
-    offset: float | None = field(default=None, metadata={"help": "subtracted from decision logits (5)"})
-    tau: float | None = field(default=None, metadata={"help": "temperature of relaxed decisions (0.1)"})
-    neuron: int | None = field(default=None, metadata={"help": "channel that is borrowed or replaced (-1, the last)"})
-    zero_after_rope: bool | None = field(
-        default=None, metadata={"help": "do without that channel after RoPE, too, as the released code (false)"}
+    scale: float | None = HfArg(
+        default=None, help="of decision logits (dmc: 20, dms: 100); more learns to compress sooner"
     )
-    per: Literal["head", "layer"] | None = field(
-        default=None, metadata={"help": "who decides: every KV head, or a layer for all of its own (head)"}
+    offset: float | None = HfArg(default=None, help="subtracted from decision logits (5)")
+    tau: float | None = HfArg(default=None, help="temperature of relaxed decisions (0.1)")
+    neuron: int | None = HfArg(default=None, help="channel that is borrowed or replaced (-1, the last)")
+    zero_after_rope: bool | None = HfArg(
+        default=None, help="do without that channel after RoPE, too, as the released code (false)"
     )
-    constant_ratio: bool = field(
-        default=False, metadata={"help": "ask every head for the ratio (DMC-C), instead of all together"}
+    per: Literal["head", "layer"] | None = HfArg(
+        default=None, help="who decides: every KV head, or a layer for all of its own (head)"
     )
-    loss: Literal["ce", "kd"] | None = field(
+    constant_ratio: bool = HfArg(default=False, help="ask every head for the ratio (DMC-C), instead of all together")
+    loss: Literal["ce", "kd"] | None = HfArg(
+        default=None, help="cross-entropy (default of dmc), or distillation from the model without compression (of dms)"
+    )
+    kd_direction: Literal["reverse", "forward"] = HfArg(
+        default="reverse", help="KL(student || teacher), or KL(teacher || student)"
+    )
+    teacher: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "cross-entropy (default of dmc), or distillation from the model without compression (of dms)"
-        },
+        help="what is distilled: start, a copy of the model as it was (default); self, the same weights without "
+        "compression, as the released code, which may drift where they are trained (default of bare --adapter); or "
+        "the name or path of a model: for one that is retrofitted already, the one it came from",
     )
-    kd_direction: Literal["reverse", "forward"] = field(
-        default="reverse", metadata={"help": "KL(student || teacher), or KL(teacher || student)"}
-    )
-    teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "what is distilled: start, a copy of the model as it was (default); self, the same weights without "
-            "compression, as the released code, which may drift where they are trained (default of bare --adapter); or "
-            "the name or path of a model: for one that is retrofitted already, the one it came from"
-        },
-    )
-    hinge_weight: float = field(default=1.0, metadata={"help": "weight of the loss that asks for the ratio"})
-    adapter: bool = field(default=False, metadata={"help": "leave the model's own weights as they are"})
-    lora_rank: int = field(default=0, metadata={"help": "rank of LoRA on q, k, v, o projections, with --adapter"})
+    hinge_weight: float = HfArg(default=1.0, help="weight of the loss that asks for the ratio")
+    adapter: bool = HfArg(default=False, help="leave the model's own weights as they are")
+    lora_rank: int = HfArg(default=0, help="rank of LoRA on q, k, v, o projections, with --adapter")
 
 
 @dataclass
-class Optimisation:
+class Optimisation(Steps):
     """How to train; the defaults suit the embedded model."""
 
     _argument_group_name: ClassVar[str] = "optimisation"
-    zero_steps: int | None = field(
-        default=None, metadata={"help": "steps to take a channel out; 60 where one is taken out, unless given"}
+    zero_steps: int | None = HfArg(
+        default=None, help="steps to take a channel out; 60 where one is taken out, unless given"
     )
-    ramp_steps: int = field(default=400, metadata={"help": "steps of the rising ratio"})
-    solid_steps: int = field(default=100, metadata={"help": "steps at the ratio, the learning rate falling"})
-    lr: float = field(default=5e-4, metadata={"help": "learning rate; 3e-5 for models of billions of weights"})
-    final_lr: float = field(default=5e-5, metadata={"help": "learning rate at the end, by a cosine"})
-    decision_lr_factor: float = field(
-        default=10.0, metadata={"help": "times the learning rate for rows of decisions (rows, linear)"}
+    ramp_steps: int = HfArg(default=400, help="steps of the rising ratio")
+    solid_steps: int = HfArg(default=100, help="steps at the ratio, the learning rate falling")
+    lr: float = HfArg(default=5e-4, help="learning rate; 3e-5 for models of billions of weights")
+    final_lr: float = HfArg(default=5e-5, help="learning rate at the end, by a cosine")
+    decision_lr_factor: float = HfArg(default=10.0, help="times the learning rate for rows of decisions (rows, linear)")
+    weight_decay: float = HfArg(default=0.1, help="of AdamW; none for decisions")
+    batch_size: int = HfArg(default=8, help="sequences per device and batch")
+    clip_norm: float = HfArg(default=1.0, help="largest norm of a gradient; 0 leaves them")
+    bf16: bool = HfArg(default=False, help="bfloat16 autocast over float32 weights")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute layers to save memory")
+    save_steps: int = HfArg(default=250, help="steps between checkpoints; 0 for none")
+    save_dtype: Literal["source", "float32", "bfloat16"] = HfArg(
+        default="source", help="of the weights that are saved; source: as they came"
     )
-    weight_decay: float = field(default=0.1, metadata={"help": "of AdamW; none for decisions"})
-    batch_size: int = field(default=8, metadata={"help": "sequences per device and batch"})
-    accumulation: int = field(default=1, metadata={"help": "batches whose gradients are added"})
-    clip_norm: float = field(default=1.0, metadata={"help": "largest norm of a gradient; 0 leaves them"})
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast over float32 weights"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute layers to save memory"})
-    logging_steps: int = field(default=10, metadata={"help": "steps between log lines"})
-    save_steps: int = field(default=250, metadata={"help": "steps between checkpoints; 0 for none"})
-    save_dtype: Literal["source", "float32", "bfloat16"] = field(
-        default="source", metadata={"help": "of the weights that are saved; source: as they came"}
-    )
-    seed: int = field(default=0, metadata={"help": "of sequences and noise"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --out"})
 
 
 def check(method: Method, optimisation: Optimisation) -> None:

@@ -10,20 +10,14 @@ Stop at any time and go on with `--resume`; `--steps` may differ then, so that t
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import (
-    HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from hf_kvcache.eval.retrieval import (
     Ledger,
@@ -33,6 +27,7 @@ from hf_kvcache.eval.retrieval import (
     exact_match,
     ledger_tokens,
 )
+from hf_kvcache.trainers.common import parser_of, place_of, read_texts, train, training_arguments
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 MAX_TOKENS = 16384
@@ -42,34 +37,34 @@ MAX_TOKENS = 16384
 class PretrainConfig:
     """What to train, on what, for how long."""
 
-    books: Path = field(metadata={"help": "folder of .txt files to train on"})
-    valid_books: Path = field(metadata={"help": "folder of .txt files held out"})
-    output: Path = field(metadata={"help": "folder for the model, its tokenizer and the checkpoints"})
-    steps: int = field(default=6000, metadata={"help": "optimiser steps in all"})
-    warmup_steps: int = field(default=150, metadata={"help": "steps of linear warmup"})
-    decay_steps: int = field(default=1500, metadata={"help": "last steps, the learning rate falling to zero"})
+    books: Path = HfArg(help="folder of .txt files to train on")
+    valid_books: Path = HfArg(help="folder of .txt files held out")
+    output: Path = HfArg(help="folder for the model, its tokenizer and the checkpoints")
+    steps: int = HfArg(default=6000, help="optimiser steps in all")
+    warmup_steps: int = HfArg(default=150, help="steps of linear warmup")
+    decay_steps: int = HfArg(default=1500, help="last steps, the learning rate falling to zero")
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
-    tokens_per_batch: int = field(default=4096, metadata={"help": "tokens of one step on one device"})
-    curriculum: list[str] = field(
+    tokens_per_batch: int = HfArg(default=4096, help="tokens of one step on one device")
+    curriculum: list[str] = HfArg(
         default_factory=lambda: ["128x800", "256x400", "512x500", "1024x1000", "2048x2500", "4096x0"],
-        metadata={"help": "sequence length x steps in turn; the last length stays to the end"},
+        help="sequence length x steps in turn; the last length stays to the end",
     )
-    prose_share: float = field(default=0.25, metadata={"help": "share of sequences without a ledger"})
-    answer_weight: float = field(default=1.0, metadata={"help": "weight of the mean loss on answers"})
-    vocab_size: int = field(default=4096, metadata={"help": "tokens of the tokenizer, ledger included"})
+    prose_share: float = HfArg(default=0.25, help="share of sequences without a ledger")
+    answer_weight: float = HfArg(default=1.0, help="weight of the mean loss on answers")
+    vocab_size: int = HfArg(default=4096, help="tokens of the tokenizer, ledger included")
     hidden_size: int = 256
     intermediate_size: int = 640
     n_layers: int = 4
     n_heads: int = 4
     n_kv_heads: int = 2
-    bf16: bool = field(default=True, metadata={"help": "bf16 autocast over fp32 weights"})
+    bf16: bool = HfArg(default=True, help="bf16 autocast over fp32 weights")
     eval_steps: int = 250
-    eval_batches: int = field(default=8, metadata={"help": "held-out batches of 4 windows of 1,024 tokens"})
-    eval_lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048])
+    eval_batches: int = HfArg(default=8, help="held-out batches of 4 windows of 1,024 tokens")
+    eval_lengths: list[int] = HfArg(default_factory=lambda: [512, 1024, 2048])
     save_steps: int = 250
     seed: int = 0
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output"})
+    resume: bool = HfArg(default=False, help="go on from the last checkpoint in --output")
 
 
 def train_tokenizer(files: list[Path], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -109,10 +104,7 @@ def load_tokenizer(config: PretrainConfig) -> PreTrainedTokenizerFast:
 def load_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast, saved: Path) -> np.ndarray:
     """All books of a folder, `eos` after each, as one uint16 stream `[n]`; kept in `saved`."""
     if not saved.exists():
-        books = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.txt"))]
-        if not books:
-            raise FileNotFoundError(f"no .txt files in {folder}")
-        ids = tokenizer(books, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(read_texts(folder), add_special_tokens=False)["input_ids"]
         np.save(saved, np.concatenate([[*book, tokenizer.eos_token_id] for book in ids]).astype(np.uint16))
     return np.load(saved, mmap_mode="r")
 
@@ -147,8 +139,7 @@ class LedgerMix(torch.utils.data.Dataset):
 
     def row(self, i: int, length: int, rng: np.random.Generator) -> np.ndarray:
         """`length + 1` token ids, so that `length` of them can be predicted."""
-        # multiples of the golden ratio cover the stream evenly at any number of steps
-        start = int(i * 0.6180339887498949 % 1 * (len(self.stream) - length))
+        start = place_of(i, len(self.stream) - length)
         prose = self.stream[start : start + length].astype(np.int64)
         if rng.random() < self.config.prose_share:
             return np.concatenate([[self.ledger.bos], prose])
@@ -232,37 +223,30 @@ def share_ledger_parts(model: LlamaForCausalLM, ledger: Ledger) -> None:
     rows[ledger.entries] = (keys[:, None] + values) * 0.5**0.5
 
 
-def training_arguments(config: PretrainConfig) -> TrainingArguments:
+def arguments_of(config: PretrainConfig) -> TrainingArguments:
     """Warmup, constant rate, decay; a log line, an evaluation and a checkpoint at fixed steps."""
-    return TrainingArguments(
-        output_dir=str(config.output / "checkpoints"),
+    return training_arguments(
+        config.output,
+        config,
         max_steps=config.steps,
         # an item of the dataset is a batch already
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
-        train_sampling_strategy="sequential",
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         adam_beta2=0.98,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": config.decay_steps, "decay_type": "linear"},
         warmup_steps=config.warmup_steps,
-        use_cpu=not torch.accelerator.is_available(),
-        bf16=config.bf16,
         eval_strategy="steps",
         eval_steps=config.eval_steps,
         prediction_loss_only=True,
-        save_steps=config.save_steps,
-        save_total_limit=2,
         logging_steps=50,
-        report_to="none",
-        remove_unused_columns=False,
-        seed=config.seed,
     )
 
 
 def main(args: list[str] | None = None) -> None:
-    (config,) = HfArgumentParser(PretrainConfig, description=__doc__).parse_args_into_dataclasses(args)
+    (config,) = parser_of(__doc__, PretrainConfig).parse_args_into_dataclasses(args)
     config.output.mkdir(parents=True, exist_ok=True)
 
     tokenizer = load_tokenizer(config)
@@ -275,15 +259,14 @@ def main(args: list[str] | None = None) -> None:
     share_ledger_parts(model, ledger)
     trainer = LedgerTrainer(
         model=model,
-        args=training_arguments(config),
+        args=arguments_of(config),
         train_dataset=mix,
         eval_dataset=prose_batches(held_out, mix, config.eval_batches),
         data_collator=lambda items: items[0],
         prompts={n: build_prompts(ledger, held_out, n, n_prompts=4) for n in config.eval_lengths},
     )
-    trainer.train(resume_from_checkpoint=config.resume)
+    train(trainer, config.resume)
 
-    trainer.save_state()
     # the Trainer turns it off while it trains
     model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(config.output)

@@ -22,19 +22,17 @@ same tokens without compression. `training.json` beside the model has the log, a
 from __future__ import annotations
 
 import json
-import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoTokenizer, TrainingArguments, set_seed
 
 from hf_kvcache import compat
-from hf_kvcache.adapters import dmc_files
+from hf_kvcache.adapters import files, save_adapter
 from hf_kvcache.dmc.files import save
 from hf_kvcache.dmc.retrofitting import retrofits
+from hf_kvcache.trainers.common import parser_of, train, training_arguments, write_report
 from hf_kvcache.trainers.dmc_data import load_batches
 from hf_kvcache.trainers.dmc_losses import ratio_of
 from hf_kvcache.trainers.dmc_model import load_model, prepare, teacher_of
@@ -42,16 +40,10 @@ from hf_kvcache.trainers.dmc_options import Method, Optimisation, Texts, check
 from hf_kvcache.trainers.dmc_schedule import Schedule
 from hf_kvcache.trainers.dmc_trainer import RetrofitTrainer
 
-LORA_FILE = "adapter_model.safetensors"
-
-
-class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Commands stay as they are written."""
-
 
 def main(args: list[str] | None = None) -> dict:
     """Train and save; returns what `training.json` says."""
-    parser = HfArgumentParser((Texts, Method, Optimisation), description=__doc__, formatter_class=_Help)
+    parser = parser_of(__doc__, Texts, Method, Optimisation)
     texts, method, optimisation = parser.parse_args_into_dataclasses(args)
     check(method, optimisation)
 
@@ -69,7 +61,7 @@ def main(args: list[str] | None = None) -> dict:
         method.ratio,
         optimisation.final_lr / optimisation.lr,
     )
-    arguments = training_arguments(texts.out, optimisation, schedule.n_steps)
+    arguments = arguments_of(texts.out, optimisation, schedule.n_steps)
     batches = load_batches(texts, optimisation, tokenizer, schedule.n_steps, arguments.world_size)
 
     trainer = RetrofitTrainer(
@@ -82,10 +74,7 @@ def main(args: list[str] | None = None) -> dict:
         train_dataset=batches,
         data_collator=lambda items: items[0],
     )
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=optimisation.resume)
-    seconds = round(time.monotonic() - start, 1)
-    trainer.save_state()
+    seconds = train(trainer, optimisation.resume)
 
     tokens = schedule.n_steps * texts.sequence * optimisation.batch_size * optimisation.accumulation
     report = {"seconds": seconds, "tokens": tokens * arguments.world_size}
@@ -96,42 +85,29 @@ def main(args: list[str] | None = None) -> dict:
     if model is not None:
         wanted = {"source": dtype, "float32": torch.float32, "bfloat16": torch.bfloat16}[optimisation.save_dtype]
         save_model(model, wanted, texts.out, tokenizer, method.adapter, report)
-        report["settings"] = asdict(texts) | asdict(method) | asdict(optimisation)
-        text = json.dumps(report | {"log": trainer.state.log_history}, indent=1, default=str)
-        (texts.out / "training.json").write_text(text + "\n", encoding="utf-8")
+        write_report(texts.out, report, trainer, texts, method, optimisation)
         print(json.dumps({name: report[name] for name in ("seconds", "ratio", "shares") if name in report}))
     return report
 
 
-def training_arguments(out: Path, optimisation: Optimisation, n_steps: int) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
+def arguments_of(out: Path, optimisation: Optimisation, n_steps: int) -> TrainingArguments:
+    return training_arguments(
+        out,
+        optimisation,
         max_steps=n_steps,
         # an item of the dataset is a batch already
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=optimisation.accumulation,
-        train_sampling_strategy="sequential",
         learning_rate=optimisation.lr,
         adam_beta1=0.9,
         adam_beta2=0.95,
         weight_decay=optimisation.weight_decay,
         max_grad_norm=optimisation.clip_norm,
-        use_cpu=not torch.accelerator.is_available(),
-        bf16=optimisation.bf16,
         **compat.checkpointing(optimisation.gradient_checkpointing),
         save_strategy="steps" if optimisation.save_steps else "no",
         save_steps=optimisation.save_steps or 500,
-        save_total_limit=2,
         # all weights have a gradient at every step, see `RetrofitTrainer.compute_loss`
         ddp_find_unused_parameters=False,
-        logging_steps=optimisation.logging_steps,
-        report_to="none",
-        remove_unused_columns=False,
-        seed=optimisation.seed,
     )
-    # several devices are for `accelerate launch`
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 def trained_model(trainer: RetrofitTrainer, texts: Texts, method: Method, optimisation: Optimisation):
@@ -162,12 +138,12 @@ def save_model(model, dtype: torch.dtype, out: Path, tokenizer, is_adapter: bool
     lora = {name: p for name, p in model.named_parameters() if "lora_" in name}
     if lora:
         # what PEFT calls weights of the adapter that is loaded
-        lora = {f"base_model.model.{name.replace('.lora.weight', '.weight')}": p for name, p in lora.items()}
+        lora = {files.ROOT + name.replace(".lora.weight", ".weight"): p for name, p in lora.items()}
         config = model.peft_config["lora"]
         config.base_model_name_or_path, config.inference_mode = model.name_or_path, True
         config.save_pretrained(out / "lora")
-        save_file({name: p.detach().cpu().contiguous() for name, p in lora.items()}, out / "lora" / LORA_FILE)
-    dmc_files.save_adapter(model, out, **facts)
+        save_file({name: p.detach().cpu().contiguous() for name, p in lora.items()}, out / "lora" / files.TENSORS)
+    save_adapter(model, out, **facts)
 
 
 if __name__ == "__main__":

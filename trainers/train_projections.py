@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from hf_kvcache import compat
 from hf_kvcache.adapters.bases import Bases
@@ -33,7 +34,7 @@ from hf_kvcache.codecs.basis import Basis, by_group
 from hf_kvcache.codecs.fitting import Moments
 from hf_kvcache.rope import rotate
 from hf_kvcache.rope_of_model import rope_of
-from hf_kvcache.trainers.processes import refuse_fsdp
+from hf_kvcache.trainers.common import PartsTrainer, Steps, load_model, parser_of, training_arguments
 
 IMPLEMENTATION = "hf_kvcache_projected"  # private: only the model that is being trained is loaded with it
 RANK_STEP = 16
@@ -44,14 +45,14 @@ class Texts:
     """What to train on."""
 
     _argument_group_name: ClassVar[str] = "model and text"
-    model: str = field(metadata={"help": "name or path of the model"})
-    text: list[Path] = field(metadata={"help": "plain text files"})
-    output: Path = field(metadata={"help": "folder for the adapter and the checkpoints"})
-    length: int = field(default=2048, metadata={"help": "tokens of a window"})
-    valid_share: float = field(default=0.1, metadata={"help": "share of the tokens, at the end, that is held out"})
-    eval_windows: int = field(default=8, metadata={"help": "held-out windows"})
-    eval_ranks: list[int] = field(
-        default_factory=lambda: [64, 48, 32, 16], metadata={"help": "latent channels per KV head to evaluate"}
+    model: str = HfArg(help="name or path of the model")
+    text: list[Path] = HfArg(help="plain text files")
+    output: Path = HfArg(help="folder for the adapter and the checkpoints")
+    length: int = HfArg(default=2048, help="tokens of a window")
+    valid_share: float = HfArg(default=0.1, help="share of the tokens, at the end, that is held out")
+    eval_windows: int = HfArg(default=8, help="held-out windows")
+    eval_ranks: list[int] = HfArg(
+        default_factory=lambda: [64, 48, 32, 16], help="latent channels per KV head to evaluate"
     )
 
 
@@ -60,33 +61,26 @@ class Projections:
     """Which projections."""
 
     _argument_group_name: ClassVar[str] = "projections"
-    bases: str | None = field(default=None, metadata={"help": "calibrated adapter to start from"})
-    rope: str = field(default="post", metadata={"help": "project keys before ('pre') or after ('post') RoPE"})
-    group_size_k: int = field(default=1, metadata={"help": "KV heads that share latents of keys"})
-    group_size_v: int = field(default=1, metadata={"help": "KV heads that share latents of values"})
-    centre: bool = field(default=True, metadata={"help": "subtract a mean, which is trained too"})
-    pca_windows: int = field(default=32, metadata={"help": "windows for the principal directions"})
+    bases: str | None = HfArg(default=None, help="calibrated adapter to start from")
+    rope: str = HfArg(default="post", help="project keys before ('pre') or after ('post') RoPE")
+    group_size_k: int = HfArg(default=1, help="KV heads that share latents of keys")
+    group_size_v: int = HfArg(default=1, help="KV heads that share latents of values")
+    centre: bool = HfArg(default=True, help="subtract a mean, which is trained too")
+    pca_windows: int = HfArg(default=32, help="windows for the principal directions")
 
 
 @dataclass
-class Optimisation:
+class Optimisation(Steps):
     """How to train; the defaults are the paper's."""
 
-    _argument_group_name: ClassVar[str] = "optimisation"
     steps: int = 1000
-    batch_size: int = field(default=1, metadata={"help": "windows per device and step"})
-    accumulation: int = field(default=16, metadata={"help": "batches whose gradients are added"})
+    accumulation: int = HfArg(default=16, help="batches whose gradients are added")
     learning_rate: float = 1e-3
     warmup_steps: int = 100
-    kl_weight: float = field(
-        default=0.25, metadata={"help": "weight of KL(teacher || student), the rest is CE; 1 where text is scarce"}
+    kl_weight: float = HfArg(
+        default=0.25, help="weight of KL(teacher || student), the rest is CE; 1 where text is scarce"
     )
-    bf16: bool = field(default=False, metadata={"help": "the model in bfloat16, the projections in float32"})
-    logging_steps: int = 10
-    eval_steps: int = field(default=0, metadata={"help": "steps between evaluations; 0 is start and end only"})
-    save_steps: int = 250
-    seed: int = 0
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --output"})
+    eval_steps: int = HfArg(default=0, help="steps between evaluations; 0 is start and end only")
 
 
 # -- projections -------------------------------------------------------------------------------------------------------
@@ -302,27 +296,12 @@ class Windows(torch.utils.data.Dataset):
         return torch.stack([self.window(int(i)) for i in np.linspace(0, len(self.stream) - self.length, n)])
 
 
-class ProjectionTrainer(Trainer):
-    """Trainer that logs both parts of the loss, and evaluates the divergence at fixed ranks."""
+class ProjectionTrainer(PartsTrainer):
+    """Trainer that evaluates the divergence at fixed ranks."""
 
     def __init__(self, eval_ranks: list[int], head_dim: int, **kwargs):
         super().__init__(**kwargs)
         self.eval_ranks, self.head_dim = eval_ranks, head_dim
-        self.parts = defaultdict(list)
-        # the loss is a mean per batch, not a sum over tokens
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(inputs["input_ids"])
-        for name in ("kl", "ce"):
-            self.parts[name].append(outputs[name])
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
-            logs |= {name: round(torch.stack(values).mean().item(), 4) for name, values in self.parts.items()}
-            self.parts.clear()
-        super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         distiller = self.accelerator.unwrap_model(self.model)
@@ -338,42 +317,31 @@ def load_stream(files: list[Path], tokenizer) -> torch.Tensor:
     return torch.tensor([i for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in ids])
 
 
-def training_arguments(texts: Texts, optimisation: Optimisation) -> TrainingArguments:
+def arguments_of(texts: Texts, optimisation: Optimisation) -> TrainingArguments:
     """Warmup and cosine, no weight decay: the parameters are angles."""
-    return TrainingArguments(
-        output_dir=str(texts.output / "checkpoints"),
+    return training_arguments(
+        texts.output,
+        optimisation,
         max_steps=optimisation.steps,
-        per_device_train_batch_size=optimisation.batch_size,
-        gradient_accumulation_steps=optimisation.accumulation,
+        train_sampling_strategy="random",
         learning_rate=optimisation.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=optimisation.warmup_steps,
         weight_decay=0.0,
-        use_cpu=not torch.accelerator.is_available(),
-        bf16=optimisation.bf16,
         eval_strategy="steps" if optimisation.eval_steps else "no",
         eval_steps=optimisation.eval_steps or None,
-        save_steps=optimisation.save_steps,
-        save_total_limit=2,
-        logging_steps=optimisation.logging_steps,
-        report_to="none",
-        remove_unused_columns=False,
-        seed=optimisation.seed,
     )
 
 
 def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Train and save; returns the held-out divergence by rank, of the start ("before") and of the end ("after")."""
-    parser = HfArgumentParser((Texts, Projections, Optimisation), description=__doc__)
+    parser = parser_of(__doc__, Texts, Projections, Optimisation)
     texts, projections, optimisation = parser.parse_args_into_dataclasses(args)
-    arguments = training_arguments(texts, optimisation)
+    arguments = arguments_of(texts, optimisation)
     compat.register_attention(IMPLEMENTATION, projected_attention)
     compat.register_mask(IMPLEMENTATION, kv_mask)
 
-    tokenizer = AutoTokenizer.from_pretrained(texts.model)
-    dtype = torch.bfloat16 if optimisation.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(texts.model, dtype=dtype, attn_implementation=IMPLEMENTATION)
-    model.to(arguments.device).eval()
+    model, tokenizer = load_model(texts.model, IMPLEMENTATION, optimisation, arguments)
     stream = load_stream(texts.text, tokenizer)
     n_train = int(len(stream) * (1 - texts.valid_share))
     n_items = optimisation.steps * optimisation.batch_size * optimisation.accumulation * arguments.world_size
@@ -403,7 +371,6 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
         eval_ranks=texts.eval_ranks,
         head_dim=next(iter(attentions.values())).head_dim,
     )
-    refuse_fsdp(trainer)
     before = trainer.evaluate()
     # the Trainer shows, and keeps, nothing that is logged before it trains
     print(json.dumps({"before": before}), flush=True)

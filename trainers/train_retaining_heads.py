@@ -21,10 +21,7 @@ Stop at any time and go on with `--resume`.
 from __future__ import annotations
 
 import json
-import time
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -32,14 +29,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from hf_kvcache.adapters import RetainingHeads, attach
 from hf_kvcache.adapters.scoring import score
@@ -48,37 +39,39 @@ from hf_kvcache.calibration.conversations import Conversations, read_rows
 from hf_kvcache.calibration.judging import TARGETS, Text, judge
 from hf_kvcache.calibration.prompts import Arrange, request_to_repeat
 from hf_kvcache.calibration.synthetic import Synthetic
-from hf_kvcache.models import embedded_model, embedded_prose
-from hf_kvcache.trainers.processes import refuse_fsdp
+from hf_kvcache.models import embedded_prose
+from hf_kvcache.trainers.common import (
+    Models,
+    PartsTrainer,
+    Steps,
+    load_model,
+    parser_of,
+    train,
+    training_arguments,
+    write_report,
+)
 
 JUDGED_BY = {"answer_max": "answer", "causal": "prompt", "reconstruction": "repeat"}
 
 
 @dataclass
-class Prompts:
+class Prompts(Models):
     """What to train on."""
 
     _argument_group_name: ClassVar[str] = "model and prompts"
-    out: Path = field(metadata={"help": "folder for the adapter and the checkpoints"})
-    model: str = field(
-        default=str(embedded_model()), metadata={"help": "name or path; the embedded model unless given"}
-    )
-    attn: str = field(default="sdpa", metadata={"help": "attention implementation of the model"})
-    data: Path = field(
+    data: Path = HfArg(
         default=embedded_prose(),
-        metadata={
-            "help": "conversations as .json or .jsonl, {'instruction', 'output'} or {'conversations': [{'from', "
-            "'value'}]}; or a plain text, in which facts are hidden and asked for; the embedded prose unless given"
-        },
+        help="conversations as .json or .jsonl, {'instruction', 'output'} or {'conversations': [{'from', "
+        "'value'}]}; or a plain text, in which facts are hidden and asked for; the embedded prose unless given",
     )
-    rows: int = field(default=5000, metadata={"help": "conversations to use, drawn at random"})
-    prompt_tokens: int = field(default=10240, metadata={"help": "tokens of a prompt; longer ones lose their middle"})
-    answer_tokens: int = field(default=512, metadata={"help": "most tokens of an answer"})
-    prose_share: float = field(default=0.5, metadata={"help": "of prompts made of text, the share without facts"})
-    valid_share: float = field(default=0.2, metadata={"help": "share of a text, at its end, that is held out"})
-    valid_prompts: int = field(default=16, metadata={"help": "held-out prompts to evaluate on"})
-    budget: int = field(default=0, metadata={"help": "tokens to keep at evaluation; 0 is an eighth of the prompt"})
-    n_recent: int = field(default=100, metadata={"help": "last tokens of a prompt that are kept beside them"})
+    rows: int = HfArg(default=5000, help="conversations to use, drawn at random")
+    prompt_tokens: int = HfArg(default=10240, help="tokens of a prompt; longer ones lose their middle")
+    answer_tokens: int = HfArg(default=512, help="most tokens of an answer")
+    prose_share: float = HfArg(default=0.5, help="of prompts made of text, the share without facts")
+    valid_share: float = HfArg(default=0.2, help="share of a text, at its end, that is held out")
+    valid_prompts: int = HfArg(default=16, help="held-out prompts to evaluate on")
+    budget: int = HfArg(default=0, help="tokens to keep at evaluation; 0 is an eighth of the prompt")
+    n_recent: int = HfArg(default=100, help="last tokens of a prompt that are kept beside them")
 
 
 @dataclass
@@ -86,39 +79,28 @@ class Heads:
     """Which heads, and what they learn."""
 
     _argument_group_name: ClassVar[str] = "heads"
-    target: Literal["answer_max", "causal", "reconstruction"] = field(
+    target: Literal["answer_max", "causal", "reconstruction"] = HfArg(
         default="answer_max",
-        metadata={
-            "help": "the largest score that the answer gives a token (Locret); that later tokens of the same prompt "
-            "give it (ours, for text without answers); the log of the largest attention weight that repeating the "
-            "prompt gives it (KVzip, KVzap)"
-        },
+        help="the largest score that the answer gives a token (Locret); that later tokens of the same prompt "
+        "give it (ours, for text without answers); the log of the largest attention weight that repeating the "
+        "prompt gives it (KVzip, KVzap)",
     )
-    d_r: int = field(default=256, metadata={"help": "width of the hidden layer; the paper has 1024, to little effect"})
-    query_aware: bool = field(default=False, metadata={"help": "put the question before the prompt, too (Locret-Q)"})
-    n_query: int = field(default=64, metadata={"help": "last tokens of the question to put there"})
+    d_r: int = HfArg(default=256, help="width of the hidden layer; the paper has 1024, to little effect")
+    query_aware: bool = HfArg(default=False, help="put the question before the prompt, too (Locret-Q)")
+    n_query: int = HfArg(default=64, help="last tokens of the question to put there")
 
 
 @dataclass
-class Optimisation:
+class Optimisation(Steps):
     """How to train; the defaults are the paper's."""
 
-    _argument_group_name: ClassVar[str] = "optimisation"
-    max_steps: int = field(default=3000, metadata={"help": "optimiser steps"})
-    warmup_steps: int | None = field(default=None, metadata={"help": "of them warm-up; two thirds unless given"})
-    batch_size: int = field(default=1, metadata={"help": "prompts per device and step"})
-    accumulation: int = field(default=1, metadata={"help": "batches whose gradients are added"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "at its peak; falls to zero linearly"})
-    weight_decay: float = field(default=0.01, metadata={"help": "of AdamW"})
-    clip_value: float = field(
-        default=0.5, metadata={"help": "gradients are cut to this, entry by entry; 0 leaves them"}
-    )
-    alpha: float = field(default=0.0025, metadata={"help": "weight of the difference between neighbours' scores"})
-    bf16: bool = field(default=False, metadata={"help": "the model in bfloat16, the heads in float32 under autocast"})
-    logging_steps: int = field(default=10, metadata={"help": "steps between log lines"})
-    save_steps: int = field(default=250, metadata={"help": "steps between checkpoints"})
-    seed: int = field(default=42, metadata={"help": "of weights, prompts and their order"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in --out"})
+    max_steps: int = HfArg(default=3000, help="optimiser steps")
+    warmup_steps: int | None = HfArg(default=None, help="of them warm-up; two thirds unless given")
+    learning_rate: float = HfArg(default=5e-4, help="at its peak; falls to zero linearly")
+    weight_decay: float = HfArg(default=0.01, help="of AdamW")
+    clip_value: float = HfArg(default=0.5, help="gradients are cut to this, entry by entry; 0 leaves them")
+    alpha: float = HfArg(default=0.0025, help="weight of the difference between neighbours' scores")
+    seed: int = HfArg(default=42, help="of weights, prompts and their order")
 
     @property
     def n_warmup(self) -> int:
@@ -198,28 +180,6 @@ class ClipValue(TrainerCallback):
             nn.utils.clip_grad_value_(self.parameters, self.value)
 
 
-class RetainingTrainer(Trainer):
-    """Trainer that logs the parts of the loss, and the overlap."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.parts = defaultdict(list)
-        # the loss is a mean per batch, not a sum over tokens
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        for name in ("regression", "smoothness", "overlap"):
-            self.parts[name].append(outputs[name].detach())
-        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
-            logs |= {name: round(torch.stack(values).mean().item(), 4) for name, values in self.parts.items()}
-            self.parts.clear()
-        super().log(logs, *args, **kwargs)
-
-
 def load_prompts(options: Prompts, heads: Heads, seed: int, tokenizer, n_items: int) -> tuple:
     """Prompts to train on, and held-out ones.
 
@@ -243,13 +203,11 @@ def load_prompts(options: Prompts, heads: Heads, seed: int, tokenizer, n_items: 
     return windows, Synthetic(tokenizer, stream[n_train:], *sizes, *more, options.valid_prompts, seed + 1)
 
 
-def training_arguments(out: Path, optimisation: Optimisation) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(out / "checkpoints"),
+def arguments_of(out: Path, optimisation: Optimisation) -> TrainingArguments:
+    return training_arguments(
+        out,
+        optimisation,
         max_steps=optimisation.max_steps,
-        per_device_train_batch_size=optimisation.batch_size,
-        gradient_accumulation_steps=optimisation.accumulation,
-        train_sampling_strategy="sequential",
         learning_rate=optimisation.learning_rate,
         adam_beta1=0.9,
         adam_beta2=0.95,
@@ -258,34 +216,16 @@ def training_arguments(out: Path, optimisation: Optimisation) -> TrainingArgumen
         warmup_steps=optimisation.n_warmup,
         # entries are clipped instead: `ClipValue`
         max_grad_norm=0.0,
-        use_cpu=not torch.accelerator.is_available(),
-        bf16=optimisation.bf16,
-        save_steps=optimisation.save_steps,
-        save_total_limit=2,
-        logging_steps=optimisation.logging_steps,
-        report_to="none",
-        remove_unused_columns=False,
-        seed=optimisation.seed,
     )
-    # the frozen model is on one device: several of them are for `accelerate launch`
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Commands stay as they are written."""
 
 
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Train and save; returns what `agreement` does on held-out prompts, and the seconds that training took."""
-    parser = HfArgumentParser((Prompts, Heads, Optimisation), description=__doc__, formatter_class=_Help)
+    parser = parser_of(__doc__, Prompts, Heads, Optimisation)
     options, chosen, optimisation = parser.parse_args_into_dataclasses(args)
-    arguments = training_arguments(options.out, optimisation)
+    arguments = arguments_of(options.out, optimisation)
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    dtype = torch.bfloat16 if optimisation.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=options.attn)
-    model.to(arguments.device)
+    model, tokenizer = load_model(options.model, options.attn, optimisation, arguments)
     n_items = optimisation.max_steps * optimisation.batch_size * optimisation.accumulation * arguments.world_size
     prompts, held_out = load_prompts(options, chosen, optimisation.seed, tokenizer, n_items)
     layout = {
@@ -300,27 +240,21 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     heads = RetainingHeads.new(model, chosen.d_r, optimisation.seed, target=chosen.target, defaults=made_for, **aware)
     attach(model, heads)
     trained = HeadsInTraining(model, heads, chosen.target, optimisation.alpha)
-    trainer = RetainingTrainer(
+    trainer = PartsTrainer(
         model=trained,
         args=arguments,
         train_dataset=prompts,
         data_collator=lambda batch: dict(vars(arrange(batch))),
         callbacks=[ClipValue(trained.parameters(), optimisation.clip_value)],
     )
-    refuse_fsdp(trainer)
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=optimisation.resume)
-    seconds = round(time.monotonic() - start, 1)
-    trainer.save_state()
+    seconds = train(trainer, optimisation.resume)
 
     to_answer, kept = Arrange("answer", **layout), (options.budget, options.n_recent)
     scores = agreement(model, trained.scores, TARGETS[chosen.target], held_out, arrange, to_answer, *kept)
     scores["seconds"] = seconds
     if trainer.is_world_process_zero():
         replace(heads, layers=trained.layers).save(options.out, model)
-        settings = asdict(options) | asdict(chosen) | asdict(optimisation)
-        report = {"held out": scores, "settings": settings, "log": trainer.state.log_history}
-        (options.out / "training.json").write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+        write_report(options.out, {"held out": scores}, trainer, options, chosen, optimisation)
         print(json.dumps(scores))
     return scores
 

@@ -140,6 +140,7 @@ CONFIG_DAMAGE = {
     "text": (lambda f, kind: reword(f, **{SIZES[kind]: "8"}), "damaged or missing"),
     "layers without end": (lambda f, kind: refingerprint(f, num_hidden_layers=10**12), "fingerprint"),
     "a list for a layer": (lambda f, kind: refingerprint(f, layer=[]), "fingerprint"),
+    "a list for a version": (lambda f, kind: reword(f, hf_kvcache_version=[1]), "damaged or missing"),
     "another model": (lambda f, kind: refingerprint(f, weights="0" * 32), "weights: the adapter is for"),
     "a longer model": (lambda f, kind: refingerprint(f, num_hidden_layers=3), "layers: the adapter is for 3"),
 }

@@ -200,6 +200,7 @@ HOSTILE = {
     "ranks of truth": (lambda f: reword(f, ranks_k=[True, 7]), "ranks_k"),
     "negative rank": (lambda f: reword(f, ranks_k=[-8, 7]), "ranks_k"),
     "too large a rank": (lambda f: reword(f, ranks_k=[17, 7]), "ranks_k"),
+    "ranks of no layer": (lambda f: reword(f, ranks_k=[None] * 2, ranks_v=[None] * 2), "neither ranks_k nor ranks_v"),
     "ranks of other lengths": (lambda f: reword(f, ranks_k=[8]), "different numbers of layers"),
     "no heads": (lambda f: reword(f, n_kv_heads=0), "n_kv_heads"),
     "groups of three": (lambda f: reword(f, group_size_k=3), "group_size_k"),

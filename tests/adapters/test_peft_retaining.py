@@ -97,11 +97,13 @@ def test_a_fused_projection_with_norms():
             self.k_norm(qkv[..., 16:24].unflatten(-1, (2, 4)))
             return qkv
 
-    module, capture, x = Fused(), Capture(), torch.randn(2, 3, 8)
-    capture.watch(module, sources(module, "norm"))
-    capture.arm(module)
+    module, x, seen = Fused(), torch.randn(2, 3, 8), []
+    names = sources(module, "norm")
+    capture = Capture(lambda: names)
+    module.register_forward_hook(lambda *_: seen.extend(capture.parts()))
+    capture.hang(module, names)
     qkv = module(x)
-    q, k, v = capture.parts()
+    q, k, v = seen
     assert torch.equal(q, module.q_norm(qkv[..., :16].unflatten(-1, (4, 4))).flatten(2))
     assert torch.equal(k, module.k_norm(qkv[..., 16:24].unflatten(-1, (2, 4))).flatten(2))
     assert torch.equal(v, qkv[..., 24:])
@@ -116,9 +118,9 @@ def test_features_before_the_norm_if_asked_for(arch):
 
 
 def test_long_texts_are_scored_in_blocks(model, heads, monkeypatch):
-    from hf_kvcache.adapters import retaining_peft
+    from hf_kvcache.adapters import scoring
 
-    monkeypatch.setattr(retaining_peft, "_BLOCK", 3)
+    monkeypatch.setattr(scoring, "_BLOCK", 3)
     assert_scores(attached(model, heads), heads)
 
 
@@ -202,6 +204,16 @@ def test_nothing_is_captured_outside_a_call(model, heads):
         module_of(model).q_proj(torch.zeros(1, 3, 32))
         assert child._capture._calls.now is None, when
         model(prompt())
+
+
+def test_heads_of_a_repository_say_so_too(model, heads):
+    """Its model carries them without an adapter."""
+    from hf_kvcache.hub.heads_module import HeadsModule
+
+    shapes = {part: tuple(t.shape) for part, t in zip(("fc1", "fc2"), heads.layers[0])}
+    child = HeadsModule(shapes, module_of(model), heads.activation, heads.feature_point)
+    with pytest.raises(RuntimeError, match="no features have been captured"):
+        child.scores()
 
 
 def test_a_call_that_fails_leaves_nothing(model, heads):
@@ -442,7 +454,9 @@ def test_several_adapters_take_turns(model, heads, adapter, tmp_path):
     assert_scores(wrapped, other)
     wrapped.delete_adapter("b")
     child = module_of(wrapped).kv_retain
-    assert attached_heads(module_of(wrapped)) is None and not child._handles and not child._capture._watch.handles
+    assert (
+        attached_heads(module_of(wrapped)) is None and not child._capture._handles and not child._capture._watch.handles
+    )
     with pytest.raises(RuntimeError, match="no retaining heads: no adapter"):
         child.scores()
     wrapped.load_adapter(str(adapter), "a")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, LlamaConfig, PreTrainedTokenizerFast
 
 import hf_kvcache as kv
-from hf_kvcache.adapters import dmc_peft
+from hf_kvcache.adapters import attach
 from hf_kvcache.dmc.files import load
 from hf_kvcache.dmc.retrofitting import retrofits
 from hf_kvcache.dmc.training import draw_noise
@@ -24,7 +24,7 @@ from hf_kvcache.trainers.dmc_model import load_model, prepare, teacher_of
 from hf_kvcache.trainers.dmc_options import Method, Optimisation, Texts, check
 from hf_kvcache.trainers.dmc_schedule import Schedule
 from hf_kvcache.trainers.dmc_trainer import RetrofitTrainer, teaching
-from hf_kvcache.trainers.train_dmc import main, training_arguments
+from hf_kvcache.trainers.train_dmc import arguments_of, main
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def new_trainer(small, out, *more, steps=(0, 10, 10)):
     teacher = teacher_of(model, method, "sdpa")
     prepare(model, method, optimisation)
     schedule = Schedule(*steps, method.start_ratio, method.ratio, 0.1)
-    args = training_arguments(texts.out, optimisation, schedule.n_steps)
+    args = arguments_of(texts.out, optimisation, schedule.n_steps)
     batches = load_batches(texts, optimisation, tokenizer, schedule.n_steps, 1)
     own = dict(schedule=schedule, method=method, optimisation=optimisation)
     own["teacher"] = teacher
@@ -388,7 +388,7 @@ def test_an_adapter_leaves_the_model_alone(small, tmp_path, rank, monkeypatch):
             before = PeftModel.from_pretrained(before, tmp_path / "lora", adapter_name="lora")
             lora = before(ids, use_cache=False).logits
             assert (lora - plain).abs().max() > 1e-4
-        dmc_peft.attach(before, tmp_path, "dmc")
+        attach(before, tmp_path, "dmc")
         found = before(ids, use_cache=False).logits
     assert (expected - plain).abs().max() > 1e-2
     torch.testing.assert_close(found, expected)

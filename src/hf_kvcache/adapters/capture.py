@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from hf_kvcache.adapters.calls import Calls
 from hf_kvcache.adapters.watching import Watch
 from hf_kvcache.sharded_model import shard_of
-from hf_kvcache.shards import WHOLE, Shard
+from hf_kvcache.shards import Shard
 
 
 class _Call:
@@ -20,32 +22,40 @@ class _Call:
 
 
 class Capture:
-    """References to the outputs of an attention module's projections, from `arm` to `drop`, thread by thread.
+    """References to the outputs of an attention module's projections while it runs, thread by thread.
 
     Nothing is computed until somebody asks. The modules are looked up whenever a call begins, so that a projection
     which PEFT has wrapped or unwrapped since is followed.
+
+    Args:
+        names: of the modules to look at (from `sources`), asked for when a call begins; None if at none.
     """
 
-    def __init__(self):
-        self._watch, self._calls = Watch(), Calls()
+    def __init__(self, names: Callable[[], dict[str, str] | None]):
+        self._names, self._watch, self._calls = names, Watch(), Calls()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def watch(self, attention: nn.Module, names: dict[str, str]) -> None:
-        """Have hooks on these modules (from `sources`) of an attention module, and on no others."""
-        modules = {role: getattr(attention, name) for role, name in names.items()}
-        hooks = {"q": self._take_q, "k": self._take_k, "v": self._take_v, "qkv": self._take_qkv}
-        self._watch.follow(modules, hooks)
-
-    def arm(self, attention: nn.Module | None) -> None:
-        """A call of the attention module begins; None if its projections are not to be looked at."""
-        self._calls.begin(None if attention is None else _Call(attention))
-
-    def drop(self) -> None:
-        """It is over: forget what was seen."""
-        self._calls.end()
+    def hang(self, attention: nn.Module, names: dict[str, str]) -> None:
+        """Look at the calls of this attention module from now on, and at these of its modules first."""
+        if not self._handles:
+            self._handles = [
+                attention.register_forward_pre_hook(self._before),
+                attention.register_forward_hook(self._after, always_call=True),
+            ]
+        self._follow(attention, names)
 
     def release(self) -> None:
         """Take all hooks off."""
         self._watch.release()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _follow(self, attention: nn.Module, names: dict[str, str]) -> None:
+        """Have hooks on these modules, and on no others."""
+        modules = {role: getattr(attention, name) for role, name in names.items()}
+        hooks = {"q": self._take_q, "k": self._take_k, "v": self._take_v, "qkv": self._take_qkv}
+        self._watch.follow(modules, hooks)
 
     def parts(self) -> list[torch.Tensor]:
         """What the features of the tokens of this call consist of: queries, keys and values, each `[B, S, ...]`.
@@ -70,14 +80,30 @@ class Capture:
 
         Args:
             n_features: channels of all heads together. What other processes computed comes without its graph.
+
+        Raises:
+            RuntimeError: the attention module is not running, or its projections have not run yet.
         """
         parts = self.parts()
         if not parts:
-            return [], WHOLE
+            raise RuntimeError(
+                "no features have been captured: scores and features are there only while the attention module runs, "
+                "after its projections (a hook on the module needs prepend=True)"
+            )
         shard = shard_of(self._calls.now.attention, n_features // sum(part.shape[-1] for part in parts))
         return [shard.all_heads(part, -1) for part in parts], shard
 
     # -- hooks: methods, so that copies of a model get their own ------------------------------------------------------
+
+    def _before(self, attention: nn.Module, args) -> None:
+        names = self._names()
+        # a call that nobody looks at is one, too
+        self._calls.begin(None if names is None else _Call(attention))
+        if names is not None:
+            self._follow(attention, names)
+
+    def _after(self, attention: nn.Module, args, output) -> None:
+        self._calls.end()
 
     def _take(self, role, inputs, output) -> None:
         call = self._calls.now

@@ -9,24 +9,6 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-_WHAT = {
-    "KV_LOWRANK": (
-        "Low-rank bases of keys and values: a cache stores latents (Palu, arXiv 2407.21118)",
-        "low-rank",
-        "cache = kv.LowRankCache()  # finds the bases",
-    ),
-    "RETAINING_HEAD": (
-        "Retaining heads: a cache keeps the tokens that they score highest (Locret, arXiv 2410.01805)",
-        "locret",
-        "cache = kv.LocretCache(budget=4096)  # finds the heads",
-    ),
-    "KV_DMC": (
-        "Decisions by which attention merges or drops tokens (DMC, arXiv 2403.09636; DMS, arXiv 2506.05345)",
-        "dmc",
-        "cache = kv.{method}Cache()",
-    ),
-}
-
 _LOADING = """```bash
 pip install hf_kvcache "peft>=0.21"
 ```
@@ -58,7 +40,10 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _PLACEHOLDER = "Use the code below to get started with the model.\n\n[More Information Needed]"
 
 
-def write(directory: Path, config: Mapping) -> None:
+Card = tuple[str, str, str]  # what an adapter is, its tag on the Hub, and the line that makes a cache
+
+
+def write(directory: Path, config: Mapping, card: Card) -> None:
     """Put a README into the folder of an adapter, unless there is one.
 
     One that PEFT has made of its template gets the code where the template leaves it open; one that somebody wrote
@@ -66,20 +51,21 @@ def write(directory: Path, config: Mapping) -> None:
 
     Args:
         directory: the folder.
-        config: of the adapter, with its plain `peft_type`.
+        config: of the adapter.
+        card: of its kind.
     """
     path = directory / "README.md"
     try:
         # "x": what a link in the folder points at is not written to
         with open(path, "x", encoding="utf-8") as file:
-            file.write(card_of(config))
+            file.write(card_of(config, card))
     except FileExistsError:
-        _fill_in(path, config)
+        _fill_in(path, config, card)
 
 
-def card_of(config: Mapping) -> str:
+def card_of(config: Mapping, card: Card) -> str:
     """The whole README of an adapter, with metadata for the Hub."""
-    what, tag, _ = _WHAT[config["peft_type"]]
+    what, tag, _ = card
     data = ModelCardData(
         base_model=_base(config),
         library_name="hf_kvcache",
@@ -91,21 +77,21 @@ def card_of(config: Mapping) -> str:
     if config.get("fingerprint") is None:
         fit = "The adapter says of no model that it is for that one: it fits all of its shapes."
     version = config.get("hf_kvcache_version")
-    return _TEXT.format(metadata=data.to_yaml(), what=what, loading=loading(config), fit=fit, version=version)
+    return _TEXT.format(metadata=data.to_yaml(), what=what, loading=loading(config, card), fit=fit, version=version)
 
 
-def loading(config: Mapping) -> str:
+def loading(config: Mapping, card: Card) -> str:
     """Commands and code that load an adapter."""
-    cache = _WHAT[config["peft_type"]][2].format(method=(config.get("method") or "dmc").upper())
+    cache = card[2].format(method=(config.get("method") or "dmc").upper())
     return _LOADING.format(base=_base(config) or "the model that this is for", cache=cache)
 
 
-def _fill_in(path: Path, config: Mapping) -> None:
+def _fill_in(path: Path, config: Mapping, card: Card) -> None:
     if path.is_symlink() or not path.is_file():
         return
     text = path.read_text(encoding="utf-8", errors="surrogateescape")
     if _PLACEHOLDER in text:
-        whole = text.replace(_PLACEHOLDER, loading(config), 1)
+        whole = text.replace(_PLACEHOLDER, loading(config, card), 1)
         path.write_text(whole, encoding="utf-8", errors="surrogateescape")
 
 

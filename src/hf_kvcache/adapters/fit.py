@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,7 +13,8 @@ from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.modules import Attention, attentions, is_attention
 from hf_kvcache.fingerprint import fingerprint as of_model
 
-Size = tuple[str, object, object]  # what it is of, the adapter's, the model's
+if TYPE_CHECKING:
+    from hf_kvcache.adapters.kinds import Kind
 
 
 def fingerprint(module: torch.nn.Module) -> dict | None:
@@ -37,25 +39,19 @@ def module_paths(model: torch.nn.Module | None, layers: Iterable[int]) -> dict[i
     return {i: a.name.replace(files.ROOT, "") for i, a in attentions(model).items()}
 
 
-def check_fit(
-    config: Mapping,
-    model: torch.nn.Module,
-    *,
-    layers: Collection[int],
-    n_layers: int,
-    sizes: Callable[[Attention], Iterable[Size]],
-    further: Callable[[dict[int, Attention]], list[str]] = lambda found: [],
-    weights: bool = True,
-) -> None:
+def known_layers(fingerprint: Mapping | None, layers: Iterable[int]) -> int:
+    """Layers of a model, as far as is known: at least one more than the largest of those that an adapter is for."""
+    known = (fingerprint or {}).get("num_hidden_layers")
+    return max(known if isinstance(known, int) else 0, max(layers) + 1)
+
+
+def check_fit(kind: Kind, config: Mapping, model: torch.nn.Module, weights: bool = True) -> None:
     """Raise unless an adapter of which the config is known fits a model, or one attention module of it.
 
     Args:
-        config: with `fingerprint` and `base_model_name_or_path`.
+        kind: of the adapter.
+        config: that `kind.check` has passed.
         model: the model, bare or wrapped by PEFT, or one attention module.
-        layers: those that the adapter has something for.
-        n_layers: of the model that it is for, as far as is known.
-        sizes: that must be equal.
-        further: what else differs, in words, once the model has all layers.
         weights: also compare a sample of the base weights, where they are there to be compared.
 
     Raises:
@@ -65,10 +61,12 @@ def check_fit(
     if not found:
         raise AdapterError(f"{type(model).__name__} has no attention modules that this adapter could belong to")
     made = config.get("fingerprint") or {}
-    problems = _layer_problems(made, model, found, set(layers), n_layers) or further(found)
+    problems = _layer_problems(made, model, found, set(kind.layers(config))) or kind.misfits(config, model, found)
     some = next(iter(found.values()))
     problems += [
-        f"{what}: the adapter is for {own}, the model has {its}" for what, own, its in sizes(some) if own != its
+        f"{what}: the adapter is for {own}, the model has {its}"
+        for what, own, its in kind.sizes(config, some)
+        if own != its
     ]
     if not problems and made:
         problems = _weight_problems(made, found.get(made.get("layer")), weights)
@@ -77,9 +75,9 @@ def check_fit(
         raise AdapterError(f"this adapter (of {name or 'an unnamed model'}) does not fit: " + "; ".join(problems))
 
 
-def _layer_problems(made: Mapping, model, found: dict[int, Attention], layers: set[int], n_layers: int) -> list[str]:
+def _layer_problems(made: Mapping, model, found: dict[int, Attention], layers: set[int]) -> list[str]:
     if is_attention(model):
-        i = model.layer_idx
+        i, n_layers = model.layer_idx, known_layers(made, layers)
         return [] if i < n_layers else [f"layers: the adapter is for {n_layers}, this is layer {i}"]
     known = made.get("num_hidden_layers")
     if known is not None and known != len(found):

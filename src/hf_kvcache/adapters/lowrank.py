@@ -2,86 +2,53 @@
 
 The adapter alone leaves the model's forward as it is; a low-rank cache finds it and stores latents (Palu, Chang et al.
 2025). Importing this module makes the method known to PEFT.
-
-Beside an adapter of another method (LoRA on `q_proj`) give both different names: PEFT tells them apart by name when it
-saves.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from hf_kvcache.adapters import having_peft, layout, tuner  # noqa: F401
-from hf_kvcache.adapters.bases import Bases, check_fit
-from hf_kvcache.adapters.errors import AdapterError
-from hf_kvcache.adapters.layout import PARTS, SIDES
+from hf_kvcache.adapters import having_peft, tuner  # noqa: F401
+from hf_kvcache.adapters.lowrank_files import LOWRANK, PARTS
 from hf_kvcache.adapters.modules import CHILD, attentions, full_attentions
 from hf_kvcache.adapters.peft_types import peft_type, register
 from hf_kvcache.codecs.basis import Basis
 
-KV_LOWRANK = peft_type(layout.PEFT_TYPE)
+KV_LOWRANK = peft_type(LOWRANK.peft_type)
 
 
 @dataclass
 class LowRankKVConfig(tuner.ChildConfig):
-    """What `adapter_config.json` says of a low-rank adapter.
+    """What `adapter_config.json` says of bases: one number for ranks is that of every full-attention layer."""
 
-    Attributes:
-        ranks_k, ranks_v: latent channels per group for every layer, None for a layer without; one number means the
-            same for every full-attention layer.
-        group_size_k, group_size_v: KV heads that share latents.
-        rope: whether keys are projected before RoPE ("pre") or after it ("post").
-        has_mean_k, has_mean_v: whether a mean row is subtracted.
-        n_kv_heads, head_dim: of the model; filled in from it.
-        fingerprint: what tells the base model from others; None fits every model of these shapes. Filled in.
-        budget: how the ranks were chosen.
-        cache_class, cache_kwargs: the cache that the bases were made for (bits, window, ...).
-        target_modules: not used; attention modules are found by what they have.
-    """
-
-    ranks_k: int | list | None = field(default=None, metadata={"help": "latent channels of keys, by layer"})
-    ranks_v: int | list | None = field(default=None, metadata={"help": "latent channels of values, by layer"})
+    ranks_k: int | list | None = field(default=None, metadata={"help": "latent channels of a group of keys, by layer"})
+    ranks_v: int | list | None = field(default=None, metadata={"help": "the same of values; None is a layer without"})
     group_size_k: int = field(default=1, metadata={"help": "KV heads that share latents of keys"})
     group_size_v: int = field(default=1, metadata={"help": "KV heads that share latents of values"})
     rope: str = field(default="pre", metadata={"help": "project keys before ('pre') or after ('post') RoPE"})
     has_mean_k: bool = field(default=False, metadata={"help": "subtract a mean key"})
     has_mean_v: bool = field(default=False, metadata={"help": "subtract a mean value"})
-    n_kv_heads: int | None = field(default=None, metadata={"help": "KV heads of the model"})
-    head_dim: int | None = field(default=None, metadata={"help": "head size of the model"})
-    fingerprint: dict | None = field(default=None, metadata={"help": "what tells the base model from others"})
+    n_kv_heads: int | None = field(default=None, metadata={"help": "KV heads of the model; filled in from it"})
+    head_dim: int | None = field(default=None, metadata={"help": "head size of the model; filled in from it"})
     budget: dict | None = field(default=None, metadata={"help": "how the ranks were chosen"})
     cache_class: str | None = field(default=None, metadata={"help": "the cache that the bases were made for"})
-    cache_kwargs: dict = field(default_factory=dict, metadata={"help": "and its arguments"})
-    format_version: int = field(default=layout.FORMAT_VERSION, metadata={"help": "of the files"})
-    hf_kvcache_version: str | None = field(default=None, metadata={"help": "release that wrote the adapter"})
-    target_modules: list | None = field(default=None, metadata={"help": "not used"})
+    cache_kwargs: dict = field(default_factory=dict, metadata={"help": "and its arguments (bits, window, ...)"})
 
-    kind: ClassVar = KV_LOWRANK
-    format: ClassVar = layout.FORMAT
+    kind: ClassVar = LOWRANK
 
     def fill_in(self, model: nn.Module) -> None:
         found, compressed = attentions(model), full_attentions(model)
         if compressed:
             some = next(iter(compressed.values()))
-            self.n_kv_heads = some.n_kv_heads if self.n_kv_heads is None else self.n_kv_heads
-            self.head_dim = some.head_dim if self.head_dim is None else self.head_dim
+            self.default(n_kv_heads=some.n_kv_heads, head_dim=some.head_dim)
         for name in ("ranks_k", "ranks_v"):
             ranks = getattr(self, name)
             if not isinstance(ranks, list):
                 setattr(self, name, [ranks if i in compressed else None for i in range(max(found, default=-1) + 1)])
-        layout.check_config(vars(self), "LowRankKVConfig")
-        check_fit(vars(self), model)
-        if not any(rank is not None for name in ("ranks_k", "ranks_v") for rank in getattr(self, name)):
-            raise AdapterError("LowRankKVConfig has neither ranks_k nor ranks_v")
-
-    def layer_indices(self) -> list[int]:
-        ranks = enumerate(zip(self.ranks_k, self.ranks_v))
-        return [i for i, pair in ranks if pair != (None, None)]
 
 
 class LowRankKVLayer(tuner.ChildLayer):
@@ -92,24 +59,18 @@ class LowRankKVLayer(tuner.ChildLayer):
             forward pass uses them.
     """
 
-    adapter_layer_names = tuple(f"{CHILD}_{side}_{part}" for side in SIDES for part in PARTS)
-    other_param_names = ("ropes",)
+    adapter_layer_names = LOWRANK.parameter_names
 
     def __init__(self):
         super().__init__()
-        self.ropes: dict[str, str] = {}
         self._made: dict[str, tuple[tuple, Basis]] = {}
-
-    @property
-    def names(self) -> dict[str, str]:
-        return self.ropes
 
     # -- what caches ask ---------------------------------------------------------------------------------------------
 
     @property
     def rope(self) -> str | None:
         """Where the current adapter projects keys: "pre" or "post"."""
-        return self.ropes.get(self.current)
+        return self.settings
 
     def basis(self, side: str) -> Basis | None:
         """The current adapter's basis of one side ("k" or "v"); None without one, and while adapters are disabled.
@@ -137,22 +98,16 @@ class LowRankKVLayer(tuner.ChildLayer):
 
     # -- what PEFT asks ----------------------------------------------------------------------------------------------
 
-    def add(self, adapter_name: str, config: LowRankKVConfig, attention: nn.Module) -> None:
+    def initial(self, part, shape, attention):
         """The leading channels of every group, until others are loaded."""
-        for side in SIDES:
-            rank = getattr(config, f"ranks_{side}")[attention.layer_idx]
-            if rank is None:
-                continue
-            for part, shape in layout.shapes(vars(config), side, rank).items():
-                self._parameters_of(side, part)[adapter_name] = self.start(_leading(part, shape), config)
-        self.ropes[adapter_name] = config.rope
+        return _leading(part.split("_")[1], shape)
 
     def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
         # whatever PEFT asks for: parameters that no forward uses have no gradient
         super().set_adapter(adapter_names, inference_mode=True)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name!r}: rope={rope!r}" for name, rope in self.ropes.items())
+        return ", ".join(f"{name!r}: rope={rope!r}" for name, rope in self._settings.items())
 
 
 def _state(parameter) -> tuple | None:
@@ -177,7 +132,6 @@ class LowRankKVModel(tuner.ChildModel):
     """Hangs a `LowRankKVLayer` on every attention module that the config has ranks for."""
 
     prefix = f"{CHILD}_"
-    child = CHILD
     tuner_layer_cls = LowRankKVLayer
     config_cls = LowRankKVConfig
     no_merge = (
@@ -188,26 +142,3 @@ class LowRankKVModel(tuner.ChildModel):
 
 
 register(KV_LOWRANK, LowRankKVConfig, LowRankKVModel)
-
-
-def attach(model: nn.Module, bases: Bases | str | os.PathLike, name: str = "default", **hub) -> None:
-    """Put bases on a model without going through files: what `model.load_adapter(directory, name)` would do.
-
-    A low-rank cache then finds them. What the model computes, and which of its parameters are trained, stays as it is.
-
-    Args:
-        model: a transformers model, or one that PEFT has wrapped.
-        bases: checked against it; or the folder or Hub repository to load them from.
-        name: of the adapter; another than those of the adapters that are there.
-        hub: `revision`, `token`, `subfolder` and the like for the Hub.
-
-    Raises:
-        AdapterError: the bases cannot be loaded, do not fit, or the name is taken.
-    """
-    if not isinstance(bases, Bases):
-        bases = Bases.load(bases, **hub)
-    model = tuner.bare(model)
-    tuner.check_name(model, name)
-    bases.check_model(model)
-    fields = {key: value for key, value in bases.config().items() if key != "peft_type"}
-    tuner.put(model, LowRankKVConfig(**fields), layout.flat(bases.layers), name)

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
-from hf_kvcache.adapters import files, fit, upstream
+from hf_kvcache.adapters import upstream
 from hf_kvcache.adapters.errors import AdapterError
-from hf_kvcache.adapters.modules import RETAIN_CHILD, Attention, attentions, full_attentions
-from hf_kvcache.adapters.projections import has_norms, sources
-from hf_kvcache.adapters.retaining_files import (
-    DEFAULTS,
-    FORMAT,
-    FORMAT_VERSION,
-    PARTS,
-    PEFT_TYPE,
-    check_config,
-    settings_of,
-    shapes,
-)
+from hf_kvcache.adapters.files import Place
+from hf_kvcache.adapters.in_memory import Adapter
+from hf_kvcache.adapters.modules import RETAIN_CHILD, attentions, full_attentions
+from hf_kvcache.adapters.projections import has_norms
+from hf_kvcache.adapters.retaining_files import DEFAULTS, PARTS, RETAINING, SETTINGS, feature_dim
 from hf_kvcache.adapters.scoring import score
 
 
 @dataclass(frozen=True, eq=False)
-class RetainingHeads:
+class RetainingHeads(Adapter):
     """Two matrices for every layer that has a head: score every token as it is written, evict those that score low.
 
     Locret (Huang et al. 2024, arXiv 2410.01805): `scores = fc2(act(fc1(concat(q, k, v))))` without biases, one score
@@ -61,6 +54,8 @@ class RetainingHeads:
     base_model: str | None = None
     fingerprint: dict | None = None
 
+    kind: ClassVar = RETAINING
+
     def __post_init__(self):
         if not self.layers:
             raise AdapterError("retaining heads of no layer at all")
@@ -70,15 +65,11 @@ class RetainingHeads:
             if fc1.dim() != 2 or fc2.dim() != 2:
                 raise AdapterError(f"the heads of layer {i} are no matrices: {tuple(fc1.shape)}, {tuple(fc2.shape)}")
         config = self.config()
-        check_config(config, "these heads")
-        for (i, part), shape in shapes(config).items():
+        self.kind.check(config, "these heads")
+        for (i, part), shape in self.kind.shapes(config).items():
             t = self.tensors[i, part]
             if tuple(t.shape) != shape or not t.is_floating_point():
                 raise AdapterError(f"{part} of layer {i} is {t.dtype} {tuple(t.shape)}, those before it are {shape}")
-
-    def __deepcopy__(self, memo) -> RetainingHeads:
-        # constants: copies of a cache share them
-        return self
 
     @classmethod
     def new(
@@ -137,7 +128,7 @@ class RetainingHeads:
     # -- what is in them ---------------------------------------------------------------------------------------------
 
     @property
-    def tensors(self) -> dict[files.Place, torch.Tensor]:
+    def tensors(self) -> dict[Place, torch.Tensor]:
         """By layer and part."""
         return {(i, part): t for i, own in sorted(self.layers.items()) for part, t in zip(PARTS, own)}
 
@@ -157,11 +148,6 @@ class RetainingHeads:
         return self._some[1].shape[0]
 
     @property
-    def n_layers(self) -> int:
-        """Layers of the model, as far as is known: at least one more than the largest index."""
-        return known_layers(self.fingerprint, self.layers)
-
-    @property
     def n_parameters(self) -> int:
         return sum(t.numel() for t in self.tensors.values())
 
@@ -177,95 +163,33 @@ class RetainingHeads:
         """Of tokens by their features `[B, S, F]`: float32 `[B, Hkv, S]`; see `score`."""
         return score(features, *self.layers[layer_idx], self.activation)
 
-    def to(self, *args, **kwargs) -> RetainingHeads:
-        """The same heads in another dtype or on another device; arguments as `torch.Tensor.to`."""
-        layers = {i: tuple(t.to(*args, **kwargs) for t in own) for i, own in self.layers.items()}
-        return replace(self, layers=layers)
-
     @property
     def settings(self) -> dict:
         """Everything but the tensors and the model that they are for: arguments of the class."""
-        names = ("activation", "feature_point", "target", "query_aware", "n_query", "defaults")
-        return {name: getattr(self, name) for name in names}
-
-    # -- the model ---------------------------------------------------------------------------------------------------
-
-    def made_for(self, model: torch.nn.Module, name: str | None = None) -> RetainingHeads:
-        """The same heads, tied to a model by its name and its fingerprint."""
-        found = attentions(model)
-        if min(self.layers) not in found:
-            raise AdapterError(f"layers: the model has {len(found)}, the adapter is for {sorted(self.layers)}")
-        first = found[min(self.layers)].module
-        name = fit.model_name(model, first) if name is None else name
-        return replace(self, base_model=name, fingerprint=fit.fingerprint(first))
-
-    def check_model(self, model: torch.nn.Module, weights: bool = True) -> None:
-        """Raise unless these heads fit a model, or one attention module of it.
-
-        Args:
-            model: the model, bare or wrapped by PEFT, or one attention module.
-            weights: also compare a sample of the base weights, where they are there to be compared.
-
-        Raises:
-            AdapterError: names all that differs, or the projections that are missing.
-        """
-        check_fit(self.config(), model, weights)
+        return {name: getattr(self, name) for name in (*SETTINGS, "defaults")}
 
     # -- files -------------------------------------------------------------------------------------------------------
 
     def config(self) -> dict:
         """What `adapter_config.json` says: the fields of `RetainingHeadConfig`."""
-        from hf_kvcache import __version__
-
-        return {
-            "peft_type": PEFT_TYPE,
-            "task_type": "CAUSAL_LM",
-            "inference_mode": True,
-            "base_model_name_or_path": self.base_model,
-            "format_version": FORMAT_VERSION,
-            "hf_kvcache_version": __version__,
-            "d_r": self.d_r,
-            "feature_dim": self.feature_dim,
-            "num_kv_heads": self.n_kv_heads,
-            "layers": sorted(self.layers),
-            "fingerprint": self.fingerprint,
+        return self.kind.config(
+            self.base_model,
+            self.fingerprint,
+            d_r=self.d_r,
+            feature_dim=self.feature_dim,
+            num_kv_heads=self.n_kv_heads,
+            layers=sorted(self.layers),
             **{name: value for name, value in self.settings.items() if name != "defaults"},
             **{f"default_{name}": self.defaults.get(name) for name in DEFAULTS},
-        }
-
-    def save(self, directory: str | os.PathLike, model: torch.nn.Module | None = None) -> Path:
-        """Write a PEFT adapter: `PeftModel.from_pretrained`, `model.load_adapter` and `RetainingHeads.load` read it.
-
-        Args:
-            directory: created if need be; an earlier adapter there is replaced, atomically.
-            model: the model that the heads are for. Its name, its fingerprint and the paths of its attention modules
-                are recorded; without it, heads that do not know their model fit every one of the same shapes.
-
-        Raises:
-            AdapterError: they do not fit `model`, or hold NaN or infinity.
-        """
-        heads = self if model is None or self.fingerprint is not None else self.made_for(model)
-        if model is not None:
-            heads.check_model(model)
-        return FORMAT.write(directory, heads.config(), heads.tensors, fit.module_paths(model, self.layers))
+        )
 
     @classmethod
-    def load(cls, source: str | os.PathLike, **hub) -> RetainingHeads:
-        """Read an adapter from a folder or from the Hub; PEFT is not needed.
-
-        Args:
-            source: folder, or name of a repository on the Hub.
-            hub: `revision`, `token`, `subfolder` and the like for the Hub.
-
-        Raises:
-            AdapterError: files are missing, pickled, damaged, of another format, or say something impossible.
-        """
-        config, tensors = FORMAT.read(source, **hub)
+    def from_config(cls, config: Mapping, tensors: Mapping[Place, torch.Tensor]) -> RetainingHeads:
         return cls(
             layers={i: (tensors[i, "fc1"], tensors[i, "fc2"]) for i in config["layers"]},
             base_model=config["base_model_name_or_path"],
             fingerprint=config["fingerprint"],
-            **settings_of(config),
+            **cls.kind.settings(config),
         )
 
     @classmethod
@@ -296,11 +220,6 @@ class RetainingHeads:
 # -- shared with `retaining_peft` --------------------------------------------------------------------------------------
 
 
-def feature_dim(attention: Attention) -> int:
-    """`F = (Hq + 2 * Hkv) * D`."""
-    return (attention.n_heads + 2 * attention.n_kv_heads) * attention.head_dim
-
-
 def natural(module: torch.nn.Module) -> dict:
     """The `activation`, if any, and the `feature_point` that an attention module suggests."""
     config = module.config
@@ -311,24 +230,3 @@ def natural(module: torch.nn.Module) -> dict:
 def init_std(module: torch.nn.Module) -> float:
     """Deviation of untrained weights."""
     return getattr(module.config, "initializer_range", None) or 0.02
-
-
-def known_layers(fingerprint: Mapping | None, layers: Iterable[int]) -> int:
-    """Layers of the model, as far as is known."""
-    known = (fingerprint or {}).get("num_hidden_layers")
-    return max(known if isinstance(known, int) else 0, max(layers) + 1)
-
-
-def check_fit(config: Mapping, model: torch.nn.Module, weights: bool = True) -> None:
-    """`RetainingHeads.check_model` for heads of which only the config is known."""
-
-    def sizes(attention):
-        yield "KV heads", config["num_kv_heads"], attention.n_kv_heads
-        yield "features", config["feature_dim"], feature_dim(attention)
-
-    layers = config["layers"]
-    n_layers = known_layers(config.get("fingerprint"), layers)
-    for i, attention in attentions(model).items():
-        if i in layers:
-            sources(attention.module, config["feature_point"])
-    fit.check_fit(config, model, layers=layers, n_layers=n_layers, sizes=sizes, weights=weights)

@@ -9,6 +9,7 @@ from hf_kvcache.adapters.errors import AdapterError
 
 # a dictionary rather than functools.cache, which torch.compile looks through
 _ACTIVATIONS: dict[str, torch.nn.Module] = {}
+_BLOCK = 4096  # tokens whose features are in memory at once
 
 
 def score(features: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor, activation: str = "silu") -> torch.Tensor:
@@ -34,6 +35,15 @@ def score(features: torch.Tensor, fc1: torch.Tensor, fc2: torch.Tensor, activati
     # autocast would round the scores, and rounded scores tie
     with torch.autocast(features.device.type, enabled=False):
         return linear(hidden.float(), fc2).transpose(1, 2)
+
+
+def score_in_blocks(parts: list[torch.Tensor], fc1: torch.Tensor, fc2: torch.Tensor, activation: str) -> torch.Tensor:
+    """`score` of features that come in parts, each `[B, S, ...]`: some tokens at a time are put together."""
+    # cast once, not for every block
+    fc1 = fc1.to(parts[0])
+    blocks = zip(*(part.split(_BLOCK, 1) for part in parts))
+    found = [score(torch.cat(block, -1), fc1, fc2, activation) for block in blocks]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 def activation_of(name: str) -> torch.nn.Module:

@@ -1,38 +1,45 @@
 """What our PEFT adapters share: a child of attention modules, which wraps nothing, and the model that hangs it there.
 
 PEFT calls a `BaseTunerLayer` a layer and a `BaseTuner` a model; both are found, saved, switched and freed by it.
+Beside an adapter of another method (LoRA on the projections) give both different names: PEFT tells them apart by name
+when it saves.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from hf_kvcache.adapters import cards, files, fit
 from hf_kvcache.adapters.errors import AdapterError
+from hf_kvcache.adapters.kinds import Kind
 from hf_kvcache.adapters.modules import attentions
+from hf_kvcache.adapters.peft_types import peft_type
 
 
+@dataclass
 class ChildConfig(PeftConfig):
-    """A config that is filled in from the model, and knows on which layers its adapter belongs.
+    """A config that is filled in from the model."""
 
-    Subclasses are dataclasses with the fields `fingerprint`, `format_version` and `hf_kvcache_version`.
-    """
+    fingerprint: dict | None = field(default=None, metadata={"help": "of the base model; None fits all of its shapes"})
+    format_version: int = field(default=Kind.version, metadata={"help": "of the files"})
+    hf_kvcache_version: str | None = field(default=None, metadata={"help": "release that wrote the adapter"})
+    target_modules: list | None = field(
+        default=None, metadata={"help": "not used: modules are found by what they have"}
+    )
 
-    kind: ClassVar  # member of PeftType
-    format: ClassVar[files.Format]
+    kind: ClassVar[Kind]
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = self.kind
-        self.format.check_version(self.format_version, "the adapter has")
+        self.peft_type = peft_type(self.kind.peft_type)
+        self.kind.check_version(self.format_version, "the adapter has")
         if self.hf_kvcache_version is None:
             from hf_kvcache import __version__
 
@@ -45,17 +52,17 @@ class ChildConfig(PeftConfig):
         A folder with a config alone is read as such.
 
         Raises:
-            AdapterError: as `files.Format.read`; tensors are pickled, damaged, or not those of the config.
+            AdapterError: as `Kind.read`; tensors are pickled, damaged, or not those of the config.
         """
         hub = {name: value for name, value in kwargs.items() if name in files.HUB} | {"subfolder": subfolder}
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
         is_alone = folder.is_dir() and not any((folder / name).exists() for name in (files.TENSORS, files.PICKLE))
         if not is_alone:
-            cls.format.verify(pretrained_model_name_or_path, **hub)
+            cls.kind.verify(pretrained_model_name_or_path, **hub)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def to_dict(self) -> dict:
-        return super().to_dict() | {"peft_type": files.written(self.kind.value)}
+        return super().to_dict() | {"peft_type": files.written(self.kind.peft_type)}
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As PEFT's, with a README; the tensors are there by now.
@@ -67,25 +74,38 @@ class ChildConfig(PeftConfig):
         if (folder / files.PICKLE).exists() and not (folder / files.TENSORS).exists():
             raise AdapterError(f"{folder} has its tensors pickled; adapters of ours are safetensors, and nothing else")
         super().save_pretrained(save_directory, **kwargs)
-        cards.write(folder, super().to_dict() | {"peft_type": self.kind.value})
+        cards.write(folder, super().to_dict(), self.kind.card)
 
     def complete(self, model: nn.Module) -> None:
-        """`fill_in`, and what tells the model from others, unless the adapter comes from a file."""
-        self.fill_in(model)
-        if self.fingerprint is None and not self.inference_mode:
-            self.fingerprint = fit.fingerprint(attentions(model)[min(self.layer_indices())].module)
-
-    def fill_in(self, model: nn.Module) -> None:
         """Take from the model what was left open, and check that the rest fits it.
 
         Raises:
             AdapterError: names what differs, or what the config lacks.
         """
+        self.fill_in(model)
+        self.kind.check(vars(self), type(self).__name__)
+        fit.check_fit(self.kind, vars(self), model)
+        if not self.inference_mode:
+            self.tie(model)
+
+    def tie(self, model: nn.Module) -> None:
+        """Record what tells the model from others, unless that is known."""
+        if self.fingerprint is None:
+            self.fingerprint = fit.fingerprint(attentions(model)[min(self.layer_indices())].module)
+
+    def default(self, **values) -> None:
+        """Set what has been left open."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def fill_in(self, model: nn.Module) -> None:
+        """Take from the model what was left open."""
         raise NotImplementedError
 
-    def layer_indices(self) -> Collection[int]:
+    def layer_indices(self) -> list[int]:
         """Of the attention modules that get a child."""
-        raise NotImplementedError
+        return self.kind.layers(vars(self))
 
 
 class ChildLayer(nn.Module, BaseTunerLayer):
@@ -93,6 +113,8 @@ class ChildLayer(nn.Module, BaseTunerLayer):
 
     Subclasses name their parameters in `adapter_layer_names`, each a `ParameterDict`.
     """
+
+    other_param_names = ("_settings",)
 
     def __init__(self):
         super().__init__()
@@ -102,17 +124,26 @@ class ChildLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._device = torch.device("cpu")
+        self._settings: dict[str, object] = {}
         self._current: str | None = None
         self._unchecked: set[str] = set()
 
     @property
-    def names(self) -> Collection[str]:
-        """Of the adapters that are here, be there parameters or not."""
-        raise NotImplementedError
+    def names(self) -> dict[str, object]:
+        """`Kind.settings` by the names of the adapters that are here, be there parameters or not."""
+        return self._settings
 
-    def add(self, adapter_name: str, config: PeftConfig, attention: nn.Module) -> None:
-        """Add an adapter's parameters, each by `start`."""
-        raise NotImplementedError
+    @property
+    def settings(self):
+        """`Kind.settings` of the current adapter."""
+        return self._settings.get(self.current)
+
+    def initial(self, part: str, shape: tuple[int, ...], attention: nn.Module) -> torch.Tensor:
+        """What a parameter begins with that comes from no file."""
+        return torch.zeros(shape)
+
+    def hang(self, adapter_name: str, config: ChildConfig, attention: nn.Module) -> None:
+        """The parameters of an adapter are there: what else it needs of its attention module."""
 
     def remove(self) -> None:
         """The child leaves its attention module, or has no adapter any more."""
@@ -141,19 +172,22 @@ class ChildLayer(nn.Module, BaseTunerLayer):
             raise AdapterError(f"adapter {name!r}: weights were missing in its file, or are NaN or infinity")
         self._unchecked.discard(name)
 
-    def start(self, values: torch.Tensor, config: PeftConfig) -> nn.Parameter:
-        """A parameter that begins with these values, or as NaN where a file has others: what it lacks is then seen."""
-        values = torch.full_like(values, torch.nan) if config.inference_mode else values
-        return nn.Parameter(values.to(self._device), requires_grad=False)
-
     # -- what PEFT asks ----------------------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, config: PeftConfig, attention: nn.Module) -> None:
+    def update_layer(self, adapter_name: str, config: ChildConfig, attention: nn.Module) -> None:
         """Add an adapter, on the device of the attention module."""
         device = next(attention.parameters()).device
         # offloaded weights are on no device; these are small and stay
         self._device = torch.device("cpu") if device.type == "meta" else device
-        self.add(adapter_name, config, attention)
+        for (layer_idx, part), shape in config.kind.shapes(vars(config)).items():
+            if layer_idx == attention.layer_idx:
+                # NaN where a file has others: what it lacks is then seen
+                is_read = config.inference_mode
+                values = torch.full(shape, torch.nan) if is_read else self.initial(part, shape, attention)
+                held = getattr(self, f"{config.kind.child}_{part}")
+                held[adapter_name] = nn.Parameter(values.to(self._device), requires_grad=False)
+        self._settings[adapter_name] = config.kind.settings(vars(config))
+        self.hang(adapter_name, config, attention)
         self._unchecked.add(adapter_name)
         if not self._active_adapter:
             self.set_adapter(adapter_name)
@@ -200,12 +234,10 @@ class ChildModel(BaseTuner):
     Subclasses set `prefix` and `tuner_layer_cls` as PEFT has it, and the following.
 
     Attributes:
-        child: name of the child.
         config_cls: the config it goes with.
         no_merge: why there is nothing to merge, and what to do instead.
     """
 
-    child: ClassVar[str]
     config_cls: ClassVar[type[ChildConfig]]
     no_merge: ClassVar[str]
     target_module_mapping: dict[str, list[str]] = {}
@@ -218,13 +250,27 @@ class ChildModel(BaseTuner):
                 f"the model has an adapter {adapter_name!r} of {taken.peft_type.value} already; give this one another "
                 "adapter_name"
             )
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except Exception:
+            if taken is None:
+                # PEFT notes the name before it asks whether the adapter fits
+                getattr(model, "peft_config", {}).pop(adapter_name, None)
+            raise
+
+    @property
+    def child(self) -> str:
+        """Name of the child."""
+        return self.config_cls.kind.child
 
     def _check_new_adapter_config(self, config) -> None:
         super()._check_new_adapter_config(config)
         # layers are only touched once everything is known to fit
-        config.complete(self.model)
         found = attentions(self.model)
+        for i, attention in found.items():
+            if not isinstance(getattr(attention.module, self.child, None), self.tuner_layer_cls | None):
+                raise AdapterError(f"layer {i} {config.kind.taken} already, and not by an adapter")
+        config.complete(self.model)
         # not a field, so that it is not saved: names differ between a model and its wrappers
         config._attention_names = frozenset(found[i].name for i in config.layer_indices())
 
@@ -261,13 +307,13 @@ class ChildModel(BaseTuner):
     def _get_adapter_state_dict(cls, *args, **kwargs):
         # the inherited one returns the weights of all methods on the model
         found = super()._get_adapter_state_dict(*args, **kwargs)
-        return {name: t for name, t in found.items() if f".{cls.child}.{cls.prefix}" in name}
+        return {name: t for name, t in found.items() if f".{cls.config_cls.kind.child}.{cls.prefix}" in name}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         # PEFT would load other tensors of the file into the base model; names in models of transformers have no root
         named = {files.ROOT + name.removeprefix(files.ROOT): t for name, t in state_dict.items()}
-        config.format.verify_tensors(named, vars(config), f"adapter {adapter_name!r}")
+        config.kind.verify_tensors(named, vars(config), f"adapter {adapter_name!r}")
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -279,55 +325,3 @@ class ChildModel(BaseTuner):
         while key.startswith(root + root):
             key = key.removeprefix(root)
         return key
-
-
-def put(
-    model: nn.Module,
-    config: ChildConfig,
-    tensors: Mapping[files.Place, torch.Tensor],
-    name: str,
-    trainable: bool = False,
-) -> None:
-    """Put an adapter on a model without going through files, and activate it.
-
-    Which other parameters of the model are trained stays as it is.
-
-    Args:
-        model: a transformers model, or one that PEFT has wrapped.
-        config: already known to fit.
-        tensors: by layer and part, copied.
-        name: of the adapter.
-        trainable: whether its parameters are.
-
-    Raises:
-        AdapterError: the name is taken.
-    """
-    model = bare(model)
-    check_name(model, name)
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    with warnings.catch_warnings():
-        # PEFT wonders about a second method on the model, which is what this is for
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, model, name)
-    for parameter, requires_grad in trained:
-        parameter.requires_grad = requires_grad
-    found, child = attentions(model), config.format.child
-    layers = {i: getattr(found[i].module, child) for i in config.layer_indices()}
-    for layer in layers.values():
-        layer.set_adapter(name, inference_mode=not trainable)
-    for (i, part), t in tensors.items():
-        held = getattr(layers[i], f"{child}_{part}")
-        held[name] = nn.Parameter(t.detach().to(layers[i]._device, copy=True), requires_grad=trainable)
-    # transformers' own adapter methods (set_adapter, disable_adapters, save_pretrained) ask for this
-    model._hf_peft_config_loaded = True
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The transformers model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def check_name(model: nn.Module, name: str) -> None:
-    """Raise `AdapterError` if a model has an adapter of this name."""
-    if name in getattr(model, "peft_config", {}):
-        raise AdapterError(f"the model has an adapter {name!r} already; give this one another name")

@@ -17,10 +17,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from hf_kvcache.adapters.errors import AdapterError
-from hf_kvcache.adapters.modules import RETROFIT_CHILD, full_attentions
 from hf_kvcache.dmc.classes import classes_of, read_settings, register
-from hf_kvcache.dmc.retrofitting import Retrofit
 from hf_kvcache.dmc.settings import Settings
+from hf_kvcache.dmc.training import common_settings
 
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -37,7 +36,12 @@ def save(model: torch.nn.Module, directory: str | os.PathLike, tokenizer=None, *
     Raises:
         AdapterError: the model is not retrofitted, in parts only, or has adapters.
     """
-    settings = _settings(model)
+    if hasattr(model, "peft_config") or any(hasattr(m, "adapter_layer_names") for m in model.modules()):
+        raise AdapterError(
+            "the model has PEFT adapters, which a whole model does not hold: merge them first (merge_and_unload), or "
+            "save them as adapters"
+        )
+    settings = common_settings(model)
     base_model_type = getattr(model.config, "base_model_type", model.config.model_type)
     classes = classes_of(settings.method, base_model_type)
     if type(model) not in (classes.causal_lm, classes.causal_lm.__bases__[1]):
@@ -73,24 +77,6 @@ def load(source: str | os.PathLike, **kwargs) -> torch.nn.Module:
     settings = read_settings(config)
     register(settings.method, model_type.partition("_")[2])
     return AutoModelForCausalLM.from_pretrained(source, **kwargs)
-
-
-def _settings(model: torch.nn.Module) -> Settings:
-    """Of a model that is retrofitted throughout."""
-    if hasattr(model, "peft_config") or any(hasattr(m, "adapter_layer_names") for m in model.modules()):
-        raise AdapterError(
-            "the model has PEFT adapters, which a whole model does not hold: merge them first (merge_and_unload), or "
-            "save them as adapters"
-        )
-    children = {i: getattr(a.module, RETROFIT_CHILD, None) for i, a in full_attentions(model).items()}
-    missing = [i for i, child in children.items() if not isinstance(child, Retrofit)]
-    if missing or not children:
-        where = f"layers {missing} of it are" if 0 < len(missing) < len(children) else "it is"
-        raise AdapterError(f"{type(model).__name__} cannot be saved as a retrofitted model: {where} not retrofitted")
-    settings = {child.settings for child in children.values()}
-    if len(settings) > 1:
-        raise AdapterError(f"the layers of the model have different settings: {settings}")
-    return settings.pop()
 
 
 def _config(model: torch.nn.Module, cls: type, settings: Settings, facts: dict):

@@ -10,12 +10,32 @@ import torch
 from torch import nn
 
 from hf_kvcache.adapters.errors import AdapterError
-from hf_kvcache.adapters.modules import RETROFIT_CHILD, attentions
+from hf_kvcache.adapters.modules import RETROFIT_CHILD, attentions, full_attentions
 from hf_kvcache.dmc.decisions import logistic_noise
 from hf_kvcache.dmc.retrofitting import Retrofit, retrofits
 from hf_kvcache.dmc.settings import Settings
 from hf_kvcache.former_names import former
 from hf_kvcache.sharded_model import clear_rows, refuse_shards
+
+
+def common_settings(model: nn.Module) -> Settings:
+    """Settings of a model that is retrofitted throughout, for it to be saved.
+
+    Raises:
+        AdapterError: it is not, in parts only, by an adapter, or differently in different layers.
+    """
+    children = {i: getattr(a.module, RETROFIT_CHILD, None) for i, a in full_attentions(model).items()}
+    missing = [i for i, child in children.items() if not isinstance(child, Retrofit)]
+    if missing or not children:
+        where = f"layers {missing} of it are" if 0 < len(missing) < len(children) else "it is"
+        raise AdapterError(
+            f"{type(model).__name__} does not have a Retrofit in all its full-attention layers, so it cannot be saved "
+            f"as a retrofitted model: {where} not retrofitted"
+        )
+    settings = {child.settings for child in children.values()}
+    if len(settings) > 1:
+        raise AdapterError(f"the layers of the model have different settings: {settings}")
+    return settings.pop()
 
 
 @contextmanager

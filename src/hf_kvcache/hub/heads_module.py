@@ -8,9 +8,7 @@ from torch import nn
 from hf_kvcache.adapters.capture import Capture
 from hf_kvcache.adapters.modules import RETAIN_CHILD, attentions
 from hf_kvcache.adapters.projections import sources
-from hf_kvcache.adapters.scoring import score
-
-_BLOCK = 4096  # tokens scored at a time
+from hf_kvcache.adapters.scoring import score_in_blocks
 
 
 class HeadsModule(nn.Module):
@@ -26,30 +24,24 @@ class HeadsModule(nn.Module):
 
     def __init__(self, shapes: dict[str, list[int]], attention: nn.Module, activation: str, feature_point: str):
         super().__init__()
-        self.activation, self._sources, self._capture = activation, sources(attention, feature_point), Capture()
+        self.activation, self._sources = activation, sources(attention, feature_point)
+        self._capture = Capture(self._names)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
-        attention.register_forward_pre_hook(self._before)
-        attention.register_forward_hook(self._after, always_call=True)
+        self._capture.hang(attention, self._sources)
 
     def scores(self) -> torch.Tensor:
         """How much later tokens will look at every token of the current call, float32 `[B, Hkv, S]`."""
         parts, shard = self._capture.parts_of_all_heads(self.fc1.shape[1])
         fc1, fc2 = self()
-        fc1, fc2 = fc1.to(parts[0]), shard.local_shard(fc2, 0)
-        blocks = zip(*(part.split(_BLOCK, 1) for part in parts))
-        return torch.cat([score(torch.cat(block, -1), fc1, fc2, self.activation) for block in blocks], -1)
+        return score_in_blocks(parts, fc1, shard.local_shard(fc2, 0), self.activation)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Both weights: a call, so that weights that are kept elsewhere (`device_map`) are brought for it."""
         return self.fc1, self.fc2
 
-    def _before(self, attention: nn.Module, args) -> None:
-        self._capture.arm(attention)
-        self._capture.watch(attention, self._sources)
-
-    def _after(self, attention: nn.Module, args, output) -> None:
-        self._capture.drop()
+    def _names(self) -> dict[str, str]:
+        return self._sources
 
 
 def add_heads(model: nn.Module, spec: dict) -> None:
