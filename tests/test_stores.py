@@ -80,6 +80,16 @@ def test_blocks_and_masks_are_in_view_order(name):
         viewed = torch.cat([b for b, _ in blocks], 2)  # [B, H, N, D]
         order = store.to_view_order(torch.arange(T).expand(1, 1, 1, T))[0, 0, 0]
         assert_close("rows", viewed, store.logical_rows()[0][:, :, order], 1e-6)
+        assert torch.equal(torch.cat([k for (k,) in store.blocks(size, "k")], 2), viewed)
+
+
+def test_state_of_new_rows_is_tensors_or_one_number():
+    x = torch.randn(2, 3, 4, 8)
+    store = UniformStore(tracked={"position": torch.int32, "mass": torch.float32})
+    store.append(x, x, {"position": torch.arange(4)})
+    store.append(x[:, :, :1], x[:, :, :1], {"position": 4, "mass": 0.5})
+    assert torch.equal(store.positions, torch.arange(5, dtype=torch.int32).expand(2, 3, 5))
+    assert torch.equal(store.state("mass"), torch.tensor([0, 0, 0, 0, 0.5]).expand(2, 3, 5))
 
 
 def test_appending_does_not_copy_the_cache():

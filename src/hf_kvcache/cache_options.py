@@ -39,7 +39,10 @@ def check_options(cache, offloading: bool) -> None:
         raise ValueError(f"{', '.join(f'{name}={n}' for name, n in sizes.items())}: they must not be negative")
     policy = cache.policy
     if policy is not None:
-        _check_policy(policy)
+        from hf_kvcache.policies.base import Policy
+
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
     _check_use(cache)
     for pair in (cache.codec, cache.edge_codec if cache.edge_layers else None):
         check_pair(cache, pair)
@@ -53,13 +56,6 @@ def check_options(cache, offloading: bool) -> None:
         from hf_kvcache.stores.shared import check_sharing
 
         check_sharing(cache, offloading)
-
-
-def _check_policy(policy) -> None:
-    from hf_kvcache.policies.base import Policy
-
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a Policy such as KeyDiff(budget=1024), not {policy!r}")
 
 
 def _check_use(cache) -> None:

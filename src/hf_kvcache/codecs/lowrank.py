@@ -168,10 +168,12 @@ class LowRank(FittedCodec):
     def with_constants(self, tensors):
         if not tensors:
             return self
-        kind = Basis
         if self.share_layers > 1:
-            from hf_kvcache.codecs.joint import JointBasis as kind
-        basis = kind(**tensors)
+            from hf_kvcache.codecs.joint import JointBasis
+
+            basis = JointBasis(**tensors)
+        else:
+            basis = Basis(**tensors)
         return replace(self, basis=basis, rank=basis.rank, constants_in_cache=True)
 
     # -- encode and decode -------------------------------------------------------------------------------------------
