@@ -67,9 +67,6 @@ class Side:
     def more(self, rank: int) -> int:
         return min(rank + self.step, self.width)
 
-    def less(self, rank: int) -> int:
-        return max(-(-rank // self.step) - 1, 0) * self.step
-
     def gain(self, low: int, high: int) -> float:
         """Loss saved per byte by going from one rank to a higher one."""
         return float(self.saves[low:high].sum()) / max(self.cost(high) - self.cost(low), 1e-9)
