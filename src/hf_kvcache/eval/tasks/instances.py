@@ -1,0 +1,60 @@
+"""What a task asks of a model: a text to read, and questions about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about a context.
+
+    Attributes:
+        text: what follows the context: the question, as a user would put it.
+        answers: strings that an answer is scored by.
+        prefix: what the answer begins with already; fed to the model, not scored.
+        max_new_tokens: tokens that an answer may take.
+    """
+
+    text: str
+    answers: tuple[str, ...]
+    prefix: str = ""
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One text and what is asked about it.
+
+    Attributes:
+        instruction: what stands before the context and says what will be asked for, whatever the question.
+        context: the text; the longest part, of which a cache keeps what it can.
+        questions: one at least. Where several are asked, each is about the same context.
+    """
+
+    instruction: str
+    context: str
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of instances, which are generated, and how answers to their questions are scored.
+
+    Attributes:
+        name: as typed: "niah_single_1".
+        summary: one line.
+        build: an instance of about `n_tokens` tokens, never more: `build(count, n_tokens, rng)`, where `count` says how
+            many tokens a text has, and everything that is drawn is drawn from `rng`.
+        score: share of a question that an answer gets right, 0 to 1: `score(answer, question)`.
+        paper: where it is defined, and its arXiv number.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[Callable[[str], int], int, np.random.Generator], Instance]
+    score: Callable[[str, Question], float]
+    paper: str = ""
