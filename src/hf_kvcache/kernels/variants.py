@@ -375,11 +375,11 @@ def _step_specs():
     from hf_kvcache.kernels.merge_step import triton_kernel as merge
     from hf_kvcache.kernels.slot_step import triton_kernel as slots
 
-    for D, dtype, taps in ((64, "bf16", "bf16"), (80, "fp16", "fp32"), (128, "bf16", "bf16"), (256, "fp32", "fp32")):
-        pointers = {"x": dtype, "weights": "fp32", "taps": taps, "out": dtype}
-        name = f"step-merge-d{D}-{dtype}" + f"-taps-{taps}" * (taps != dtype)
+    for D, dtype, segment in ((64, "bf16", "bf16"), (80, "fp16", "fp32"), (128, "bf16", "bf16"), (256, "fp32", "fp32")):
+        pointers = {"x": dtype, "weights": "fp32", "segment": segment, "out": dtype}
+        name = f"step-merge-d{D}-{dtype}" + f"-segment-{segment}" * (segment != dtype)
         yield _spec(name, merge.merge_step_fwd_kernel, pointers, merge.merge_config(D))
-    decisions = {"alpha": "u8", "mask": "u8", "ring": "i32", "lengths": "i32"}
+    decisions = {"alpha": "u8", "mask": "u8", "pending": "i32", "lengths": "i32"}
     for padded in (False, True):
         constants = {"PADDED": padded, **slots.CONFIG}
         pointers = decisions | {"slot": "i32"}
