@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from cases import generate, prompt, tiny_model
 from safetensors.torch import load_file, save_file
 
 import hf_kvcache as kv
-from hf_kvcache import dmc, former_files, persist
+from hf_kvcache import dmc, former_files, former_names, persist
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.warn import _said
 
@@ -75,6 +76,13 @@ def test_former_names_of_modules():
     for module in (kv, kv.policies, dmc):
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):
             module.nothing  # noqa: B018
+
+
+def test_the_glossary_lists_them():
+    text = (Path(__file__).parents[1] / "docs" / "glossary.md").read_text(encoding="utf-8")
+    table = text.partition("## Former names")[2]
+    pairs = former_names.POLICY | {"compact=": "rerotate_keys=", "HeadSplit": "Duo", "memory": "layer_state"}
+    assert [name for pair in pairs.items() for name in pair if f"`{name}`" not in table] == []
 
 
 CACHES = {
