@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from hf_kvcache.eval.tasks import GROUPS, TASKS, Question, haystacks, markdown, questions, tasks_named, vocabulary
+from hf_kvcache.eval.tasks import (
+    GROUPS,
+    TASKS,
+    Instance,
+    Question,
+    haystacks,
+    markdown,
+    questions,
+    tasks_named,
+    vocabulary,
+)
 from hf_kvcache.eval.tasks.evidence import without_answers
 from hf_kvcache.eval.tasks.filling import size
 from hf_kvcache.eval.tasks.scoring import first_number, string_match_all, string_match_part
@@ -266,7 +276,7 @@ def test_official_files(tmp_path):
     contexts += [{"context": f"Nothing happened on day {i}. It rained.", "qas": []} for i in range(50)]
     (tmp_path / "squad.json").write_text(json.dumps({"data": [{"paragraphs": contexts}]}))
     task = questions.task("mine", "SQuAD", lambda: questions.squad(tmp_path / "squad.json"))
-    instance = task.build(words, 300, np.random.default_rng(0))
+    instance = task.build(words, 700, np.random.default_rng(0))
     assert instance.questions[0].answers == ("Ann",) and "It was Ann. She ran." in instance.context
     # another paragraph with the answer does not come along
     assert "Ann again." not in instance.context and "It rained." in instance.context
@@ -291,6 +301,11 @@ def test_scorers():
     key = Question("", ("48213",))
     assert first_number("It is 48213, not 7.", key) == 1
     assert first_number("7 or 48213", key) == first_number("482130", key) == first_number("", key) == 0
+
+
+def test_answers_are_taken_out_as_words():
+    instance = Instance("", "An Owl, owls, an owl. Barn owl.", (Question("", ("owl", "barn owl")),))
+    assert without_answers(instance).context == "An , owls, an . ."
 
 
 def test_names():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import count as naturals
 from string import ascii_lowercase
 
 import numpy as np
@@ -66,7 +65,7 @@ def coded(n: int, rng: np.random.Generator) -> list[str]:
 
 def make_frequent(n: int, rng: np.random.Generator) -> Instance:
     """A text of about `n` coded words: the k-th stands `n / (ZETA * k**ALPHA)` times, and the first is dots."""
-    n_ranks = next(k for k in naturals(1) if n < ZETA * (k + 1) ** ALPHA)
+    n_ranks = int((n / ZETA) ** (1 / ALPHA))
     times = (n / (ZETA * np.arange(1, n_ranks + 1) ** ALPHA)).astype(int)
     words = ["...", *coded(n_ranks - 1, rng)]
     written = [word for word, t in zip(words, times, strict=True) for _ in range(t)]
