@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class Question:
@@ -29,6 +27,8 @@ class Question:
 class Instance:
     """One text and what is asked about it.
 
+    A prompt is `instruction + context + question.text + question.prefix`, white space between them included.
+
     Attributes:
         instruction: what stands before the context and says what will be asked for, whatever the question.
         context: the text; the longest part, of which a cache keeps what it can.
@@ -47,14 +47,17 @@ class Task:
     Attributes:
         name: as typed: "niah_single_1".
         summary: one line.
-        build: an instance of about `n_tokens` tokens, never more: `build(count, n_tokens, rng)`, where `count` says how
-            many tokens a text has, and everything that is drawn is drawn from `rng`.
+        build: an instance of about `n_tokens` tokens, never more, the longest question and the answer to it included:
+            `build(count, n_tokens, rng, n_questions=1)`, where `count` says how many tokens a text has, and everything
+            that is drawn is drawn from `rng`. One question is the published form; with more, each asks for one thing of
+            the same context, into which more is put if need be. Tasks that can ask only one thing (`cwe`, `fwe`) ask
+            one question. Raises ValueError where `n_tokens` are too few.
         score: share of a question that an answer gets right, 0 to 1: `score(answer, question)`.
         paper: where it is defined, and its arXiv number.
     """
 
     name: str
     summary: str
-    build: Callable[[Callable[[str], int], int, np.random.Generator], Instance]
+    build: Callable[..., Instance]
     score: Callable[[str, Question], float]
     paper: str = ""
