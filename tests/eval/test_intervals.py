@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_kvcache.eval.intervals import bonett_price, difference_of, mean_of, wilson
+from hf_kvcache.eval.intervals import bonett_price, difference_of, mean_of, mean_of_groups, wilson
 
 
 def test_wilson_is_the_published_one():
@@ -42,6 +42,14 @@ def test_differences_are_of_pairs():
         difference_of([1, 0, 1], [1, 0])
     with pytest.raises(ValueError, match="no values"):
         mean_of([])
+
+
+def test_tasks_count_alike_whatever_their_instances():
+    found = mean_of_groups([[1, 1, 1, 1, 1, 0], [0, 0.5]])
+    assert found.mean == pytest.approx((5 / 6 + 1 / 4) / 2) and found.n == 2 and found.low < found.mean < found.high
+    # what does not vary within a task does not make the mean of all vary
+    assert mean_of_groups([[1, 1], [0, 0]]).low == mean_of_groups([[1, 1], [0, 0]]).high == 0.5
+    assert mean_of_groups([[1, 0], [1]]).low is None
 
 
 def test_the_bootstrap_holds_the_mean_about_as_often_as_it_says():

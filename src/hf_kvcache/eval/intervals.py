@@ -19,7 +19,7 @@ class Estimate:
         mean: of the values.
         low, high: ends of the interval; None where fewer than two values say nothing of their spread.
         kind: "wilson", "bonett-price", "bootstrap" or "none".
-        n: number of values.
+        n: number of values, of the smallest group where there are several.
     """
 
     mean: float
@@ -57,6 +57,16 @@ def difference_of(values, base) -> Estimate:
     return _bootstrapped(values - base)
 
 
+def mean_of_groups(groups) -> Estimate:
+    """Mean of the means of several tasks, each with values of its own: they are resampled task by task."""
+    groups = [_checked(values) for values in groups]
+    mean, n = float(np.mean([values.mean() for values in groups])), min(map(len, groups))
+    if n < 2:
+        return Estimate(mean, None, None, "none", n)
+    means = np.mean([_resampled_means(values, seed) for seed, values in enumerate(groups)], axis=0)
+    return Estimate(mean, *_middle(means), "bootstrap", n)
+
+
 def wilson(n_right: int, n: int) -> tuple[float, float]:
     """Interval of a proportion (Wilson 1927, score interval without correction)."""
     share, width = n_right / n, Z * Z / n
@@ -81,8 +91,16 @@ def bonett_price(n_gained: int, n_lost: int, n: int) -> tuple[float, float]:
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
     """Percentiles of the means of resampled values `[n]`; the same values give the same interval."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(N_RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
+    return _middle(_resampled_means(values, 0))
+
+
+def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).integers(len(values), size=(N_RESAMPLES, len(values)))
+    return values[drawn].mean(1)
+
+
+def _middle(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 
