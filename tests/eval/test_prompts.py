@@ -12,8 +12,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>{% endif %}"
     "{% endif %}"
 )
-QUESTIONS = (Question("What is the first number?", ("7",), "It is"), Question("And the second?", ("8",)))
-INSTANCE = Instance("Remember the numbers.", "One is 7. Two is 8.\n", QUESTIONS)
+QUESTIONS = (Question("\nWhat is the first number?", ("7",), " It is"), Question("\nAnd the second? ", ("8",)))
+INSTANCE = Instance("Remember the numbers.\n", "One is 7. Two is 8.", QUESTIONS)
 
 
 @pytest.fixture
@@ -29,22 +29,22 @@ def chatty(tokenizer):
 
 def test_plain_pieces_are_the_whole(tokenizer):
     prompt = Prompter(tokenizer).prompt(INSTANCE)
-    text = "Remember the numbers.\n\nOne is 7. Two is 8.\n\n"
-    for ids, asked in zip(prompt.questions, ("What is the first number? It is", "And the second?"), strict=True):
+    text = "Remember the numbers.\nOne is 7. Two is 8.\n"
+    for ids, asked in zip(prompt.questions, ("What is the first number? It is", "And the second? "), strict=True):
         assert prompt.context + ids == tokenizer(text + asked)["input_ids"]
     assert prompt.context == tokenizer(text)["input_ids"] and prompt.context[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(prompt.turns[0]) == "\n\nAnd the second?" and len(prompt.turns) == 1
+    assert tokenizer.decode(prompt.turns[0]) == "\nAnd the second? " and len(prompt.turns) == 1
 
 
 def test_pieces_of_a_template_are_the_whole(chatty):
     prompt = Prompter(chatty).prompt(INSTANCE)
     for ids, question in zip(prompt.questions, QUESTIONS, strict=True):
-        said = [{"role": "user", "content": f"Remember the numbers.\n\nOne is 7. Two is 8.\n\n{question.text}"}]
+        said = [{"role": "user", "content": f"Remember the numbers.\nOne is 7. Two is 8.{question.text.rstrip()}"}]
         text = chatty.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        assert prompt.context + ids == chatty(text + question.prefix, add_special_tokens=False)["input_ids"]
+        assert prompt.context + ids == chatty(text + question.prefix.strip(), add_special_tokens=False)["input_ids"]
     # one token for the beginning of the text, not two, and the question is not read with the context
     assert prompt.context.count(chatty.bos_token_id) == 1
-    assert chatty.decode(prompt.context).endswith("Two is 8.\n\n")
+    assert chatty.decode(prompt.context).endswith("Two is 8.\n")
 
 
 def test_a_further_turn_ends_the_answer_and_begins_the_next(chatty):
@@ -75,15 +75,15 @@ def test_a_token_across_the_border_is_split():
             return {"input_ids": [hash(text[i : i + 2]) for i in range(0, len(text), 2)]}
 
     tokenizer = Pairs()
-    prompt = Prompter(tokenizer).prompt(Instance("", "odd", (Question("ask", ()), Question("why", ()))))
-    for ids, text in zip(prompt.questions, ("ask", "why"), strict=True):
+    prompt = Prompter(tokenizer).prompt(Instance("", "odd", (Question("ask", ()), Question("\nwhy", ()))))
+    for ids, text in zip(prompt.questions, ("ask", "\nwhy"), strict=True):
         assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_what_a_template_adds_is_counted(chatty, tokenizer):
     for prompter in (Prompter(chatty), Prompter(tokenizer, uses_template=False)):
         prompt = prompter.prompt(INSTANCE)
-        parts = INSTANCE.instruction, INSTANCE.context.strip(), QUESTIONS[1].text
+        parts = INSTANCE.instruction, INSTANCE.context, QUESTIONS[1].text
         assert prompter.n_added() == pytest.approx(
             len(prompt.context + prompt.questions[1]) - sum(map(prompter.count, parts)), abs=2
         )

@@ -14,11 +14,11 @@ def build(count, n_tokens, rng, n_questions=1):
     colours = rng.choice(["red", "blue", "green"], n_questions).tolist()
     facts = "".join(f"The {thing} is {colour}. " for thing, colour in zip(things, colours, strict=True))
     questions = tuple(
-        Question(f"What is the colour of the {thing}?", (colour,), "It is", max_new_tokens=3)
+        Question(f"\nWhat is the colour of the {thing}?", (colour,), " It is", max_new_tokens=3)
         for thing, colour in zip(things, colours, strict=True)
     )
-    instruction, filler = "Remember colours.", "The rain fell on the roof. "
-    n_left = n_tokens - count(instruction + facts) - max(count(f"{q.text} {q.prefix}") for q in questions)
+    instruction, filler = "Remember colours.\n", "The rain fell on the roof. "
+    n_left = n_tokens - count(instruction + facts) - max(count(q.text + q.prefix) + q.max_new_tokens for q in questions)
     if n_left < 0:
         raise ValueError(f"{n_tokens} tokens are too few")
     return Instance(instruction, filler * (n_left // count(filler)) + facts, questions)

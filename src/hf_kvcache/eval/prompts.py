@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from hf_kvcache.eval.tasks.instances import Instance, Question
 
@@ -36,8 +37,9 @@ class Prompt:
 class Prompter:
     """Makes prompts for one tokenizer.
 
-    Instruction, context and question stand in one turn of the user, the prefix of the answer begins the assistant's.
-    Without a template they follow each other as plain text.
+    Instruction, context and question follow each other as they are, in one turn of the user where there is a template;
+    the prefix of the answer begins the assistant's turn. Line feeds that all questions begin with are read with the
+    context: tokenizers join them to what stands before.
 
     Args:
         tokenizer: of the model.
@@ -54,9 +56,9 @@ class Prompter:
         Raises:
             ValueError: the chat template changes what the user says, so that the context cannot be found in it.
         """
-        told = "\n\n".join(filter(None, (instance.instruction.strip(), instance.context.strip())))
-        # the border stands before a word, where no tokenizer joins what it separates
-        pairs = [self._texts(f"{told}\n\n", question) for question in instance.questions]
+        breaks = commonprefix([q.text[: len(q.text) - len(q.text.lstrip("\n"))] for q in instance.questions])
+        told = (instance.instruction + instance.context).lstrip() + breaks
+        pairs = [self._texts(told, question, question.text.removeprefix(breaks)) for question in instance.questions]
         before = pairs[0][0]
         bos = [] if self.has_template or self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         context = self._encode(before)
@@ -70,24 +72,24 @@ class Prompter:
 
     def n_added(self) -> int:
         """Tokens that stand in a prompt beside those of instruction, context and question."""
-        prompt = self.prompt(Instance("a", "a", (Question("a", ()),)))
-        return prompt.n_tokens("known") - 3 * self.count("a")
+        prompt = self.prompt(Instance("a\n", "a\n", (Question("a", ()),)))
+        return prompt.n_tokens("known") - 2 * self.count("a\n") - self.count("a")
 
-    def _texts(self, told: str, question: Question) -> tuple[str, str]:
+    def _texts(self, told: str, question: Question, asked: str) -> tuple[str, str]:
         """What stands before the question, and from it to the answer."""
-        asked = question.text.strip()
         if not self.has_template:
-            return told, f"{asked} {question.prefix.strip()}".rstrip()
-        content = told + asked
+            return told, asked + question.prefix
+        content = told + asked.rstrip()
         start, found, end = self._render([{"role": "user", "content": content}]).partition(content)
         if not found:
             raise ValueError("the chat template changes the text of the user: leave it out (--no-chat-template)")
-        return start + told, asked + end + question.prefix.strip()
+        return start + told, asked.rstrip() + end + question.prefix.strip()
 
     def _turn(self, question: Question) -> str:
         """What stands between an answer and the next one."""
         if not self.has_template:
-            return f"\n\n{question.text.strip()} {question.prefix.strip()}".rstrip()
+            break_ = "" if question.text.startswith("\n") else "\n"
+            return break_ + question.text + question.prefix
         said = ("user", "a"), ("assistant", _ANSWER), ("user", question.text.strip())
         rendered = self._render([{"role": role, "content": content} for role, content in said])
         return rendered.rpartition(_ANSWER)[2] + question.prefix.strip()
