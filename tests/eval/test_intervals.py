@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_kvcache.eval.intervals import bonett_price, difference_of, mean_of, mean_of_groups, wilson
+from hf_kvcache.eval.intervals import bonett_price, difference_of, mean_of, mean_of_means, wilson
 
 
 def test_wilson_is_the_published_one():
@@ -45,11 +45,18 @@ def test_differences_are_of_pairs():
 
 
 def test_tasks_count_alike_whatever_their_instances():
-    found = mean_of_groups([[1, 1, 1, 1, 1, 0], [0, 0.5]])
-    assert found.mean == pytest.approx((5 / 6 + 1 / 4) / 2) and found.n == 2 and found.low < found.mean < found.high
-    # what does not vary within a task does not make the mean of all vary
-    assert mean_of_groups([[1, 1], [0, 0]]).low == mean_of_groups([[1, 1], [0, 0]]).high == 0.5
-    assert mean_of_groups([[1, 0], [1]]).low is None
+    several, few = mean_of([1, 1, 1, 1, 1, 0]), mean_of([0, 0.5])
+    found = mean_of_means([several, few])
+    assert found.mean == pytest.approx((5 / 6 + 1 / 4) / 2) and found.n == 2
+    assert found.low < found.mean < found.high and found.high - found.low < few.high - few.low
+    # one mean is its own, and twice as many tasks tell as much as twice as many instances, nearly
+    alone = mean_of_means([several])
+    assert (alone.low, alone.high) == pytest.approx((several.low, several.high))
+    half = mean_of([1, 0] * 100)
+    assert mean_of_means([half, half]).low == pytest.approx(mean_of([1, 0] * 200).low, abs=1e-3)
+    # where all are right, there is doubt nevertheless
+    assert mean_of_means([mean_of([1, 1, 1])] * 2).low < 0.9
+    assert mean_of_means([several, mean_of([0.5])]).low is None
 
 
 def test_the_bootstrap_holds_the_mean_about_as_often_as_it_says():

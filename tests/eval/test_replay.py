@@ -62,10 +62,10 @@ def test_a_replay_is_a_prefill(case, heard):
 def test_a_recording_is_never_changed(heard):
     """Caches that evict in place, and decode, leave it as it was."""
     before = [(h.k.clone(), h.v.clone(), h.query.clone()) for h in heard.layers]
-    for name in ("keydiff-budget24", "quant4-window8", "adakv-budget42", "keydiff-merge"):
+    for name in ("snapkv-budget24", "h2o-budget24", "quant4-window8", "adakv-budget42", "keydiff-merge"):
         cache = BY_ID[name].make()
         replay(heard, cache)
-        for token in NEXT:
+        for token in TEXT:
             feed(tiny_model(), cache, [token])
     for h, rows in zip(heard.layers, before, strict=True):
         assert all(map(torch.equal, (h.k, h.v, h.query), rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from statistics import fmean
 
 import numpy as np
 
@@ -18,8 +19,8 @@ class Estimate:
     Attributes:
         mean: of the values.
         low, high: ends of the interval; None where fewer than two values say nothing of their spread.
-        kind: "wilson", "bonett-price", "bootstrap" or "none".
-        n: number of values, of the smallest group where there are several.
+        kind: "wilson", "bonett-price", "bootstrap", "zou-donner" or "none".
+        n: number of values; of the fewest where it is a mean of means.
     """
 
     mean: float
@@ -57,14 +58,14 @@ def difference_of(values, base) -> Estimate:
     return _bootstrapped(values - base)
 
 
-def mean_of_groups(groups) -> Estimate:
-    """Mean of the means of several tasks, each with values of its own: they are resampled task by task."""
-    groups = [_checked(values) for values in groups]
-    mean, n = float(np.mean([values.mean() for values in groups])), min(map(len, groups))
-    if n < 2:
+def mean_of_means(estimates: list[Estimate]) -> Estimate:
+    """Mean of independent means, each of which counts alike (Zou and Donner 2008: distances to the ends, squared)."""
+    mean, n = fmean(one.mean for one in estimates), min(one.n for one in estimates)
+    if any(one.low is None for one in estimates):
         return Estimate(mean, None, None, "none", n)
-    means = np.mean([_resampled_means(values, seed) for seed, values in enumerate(groups)], axis=0)
-    return Estimate(mean, *_middle(means), "bootstrap", n)
+    below = sqrt(sum((one.mean - one.low) ** 2 for one in estimates)) / len(estimates)
+    above = sqrt(sum((one.high - one.mean) ** 2 for one in estimates)) / len(estimates)
+    return Estimate(mean, mean - below, mean + above, "zou-donner", n)
 
 
 def wilson(n_right: int, n: int) -> tuple[float, float]:
@@ -91,16 +92,8 @@ def bonett_price(n_gained: int, n_lost: int, n: int) -> tuple[float, float]:
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
     """Percentiles of the means of resampled values `[n]`; the same values give the same interval."""
-    return _middle(_resampled_means(values, 0))
-
-
-def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
-    drawn = np.random.default_rng(seed).integers(len(values), size=(N_RESAMPLES, len(values)))
-    return values[drawn].mean(1)
-
-
-def _middle(means: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(means, (2.5, 97.5))
+    drawn = np.random.default_rng(0).integers(len(values), size=(N_RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
     return float(low), float(high)
 
 

@@ -114,7 +114,7 @@ def check_replay(cache) -> None:
 def replay(prefill: Prefill, cache) -> None:
     """Let an empty cache that `check_replay` has let take a text, and compress it, as in a forward pass."""
     for i, handed in enumerate(prefill.layers):
-        # a store adopts contiguous rows, and changes them in place
+        # a store may adopt the rows that it is given
         view, _ = cache.update(handed.k.clone(), handed.v.clone(), i)
         if isinstance(view, KVView):
             rest = handed.query, handed.mask, handed.module, handed.base, handed.fuses

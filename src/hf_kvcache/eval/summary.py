@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-from hf_kvcache.eval.intervals import Estimate, difference_of, mean_of, mean_of_groups
+from hf_kvcache.eval.intervals import Estimate, difference_of, mean_of, mean_of_means
 from hf_kvcache.eval.lines import Line
 
 BASELINE = "dynamic"
@@ -58,7 +58,7 @@ def summarise(lines: Iterable[Line], n_questions: int) -> list[Summary]:
     order = {key[:2]: i for i, key in reversed(list(enumerate(groups)))}
     tasks = {key[2]: i for i, key in reversed(list(enumerate(groups)))}
     ordered = sorted(groups, key=lambda key: (order[key[:2]], tasks[key[2]]))
-    means = _means(ordered, rows, scores) if len(tasks) > 1 else []
+    means = _means([rows[key] for key in ordered]) if len(tasks) > 1 else []
     return [rows[key] for key in ordered] + means
 
 
@@ -99,19 +99,18 @@ def _pairs(key: tuple, scores: dict) -> tuple[list[float], list[float]]:
     return [ours[i] for i in both], [base[i] for i in both]
 
 
-def _means(keys: list[tuple], rows: dict[tuple, Summary], scores: dict) -> list[Summary]:
+def _means(rows: list[Summary]) -> list[Summary]:
     """Means of tasks, of caches that have scores of all."""
-    by_cache: dict[tuple, list[tuple]] = defaultdict(list)
-    for key in keys:
-        by_cache[key[0], key[1], key[3]].append(key)
-    n_tasks = {key[:2]: len({k[2] for k in keys if k[:2] == key[:2]}) for key in keys}
+    by_cache: dict[tuple, list[Summary]] = defaultdict(list)
+    tasks_of: dict[tuple, set[str]] = defaultdict(set)
+    for row in rows:
+        by_cache[row.setting, row.length, row.cache].append(row)
+        tasks_of[row.setting, row.length].add(row.task)
     found = []
-    for (setting, length, cache), own in by_cache.items():
-        of_tasks = [rows[key] for key in own]
-        if len(own) < n_tasks[setting, length] or not all(scores[key] for key in own):
+    for (setting, length, cache), of_tasks in by_cache.items():
+        if len(of_tasks) < len(tasks_of[setting, length]) or any(row.score is None for row in of_tasks):
             continue
-        pairs = [_pairs(key, scores) for key in own]
-        gains = [[a - b for a, b in zip(ours, base, strict=True)] for ours, base in pairs]
+        gains = [row.difference for row in of_tasks]
         ratios = [row.bytes_ratio for row in of_tasks]
         row = Summary(
             MEAN,
@@ -120,8 +119,8 @@ def _means(keys: list[tuple], rows: dict[tuple, Summary], scores: dict) -> list[
             cache,
             n_instances=min(row.n_instances for row in of_tasks),
             n_failed=sum(row.n_failed for row in of_tasks),
-            score=mean_of_groups([list(scores[key].values()) for key in own]),
-            difference=mean_of_groups(gains) if all(gains) and cache != BASELINE else None,
+            score=mean_of_means([row.score for row in of_tasks]),
+            difference=None if None in gains else mean_of_means(gains),
             n_answer=fmean(row.n_answer for row in of_tasks),
             bytes_ratio=None if None in ratios else fmean(ratios),
             n_replayed=sum(row.n_replayed for row in of_tasks),

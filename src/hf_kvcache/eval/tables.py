@@ -13,6 +13,7 @@ CAPTION = (
     "bytes: of the cache once it had compressed, as a share of DynamicCache's. score: mean of instances, in percent, "
     "with Wilson's interval where an instance is right or wrong, else a bootstrap over instances. to dense: paired "
     "difference to DynamicCache on the same instances, in points, with Bonett and Price's interval or the bootstrap. "
+    "Intervals of means of tasks are made of those of the tasks (Zou and Donner). "
     "answer: tokens. n: instances; failed answers behind a plus."
 )
 
