@@ -1,0 +1,193 @@
+"""Tasks over long texts, asked of a model behind many caches: scores with intervals, beside the dense cache's.
+
+A task is a name or a group of names (`needles`, `ruler`, `all`), a cache is written as in `hf-kvcache compare`.
+transformers' DynamicCache is always asked, too: differences are to its answers on the same instances.
+
+What a cache knows when it compresses is a setting, and settings are never mixed in one number:
+  known    instruction, context and question are read together, then the cache compresses, then the answer comes
+  unknown  instruction and context are read and compressed once, each question is asked of a copy of that cache
+  turns    instruction and context are read and compressed, then the questions follow each other in that cache
+
+DIR/eval.jsonl has a line for every answer as soon as there is one: the same command goes on where it was stopped, and
+more tasks, lengths, instances, settings or caches add to it. DIR/eval.json and DIR/eval.md are written at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from hf_kvcache.commands import UserError
+from hf_kvcache.commands.common import add_model_arguments, check_writable, load_model, parse_specs, retrofitted
+from hf_kvcache.commands.numbers import count, positive
+
+LINES, RESULT, TABLE = "eval.jsonl", "eval.json", "eval.md"
+SETTINGS = ("known", "unknown", "turns")
+# tokens of a prompt, and instances: as it is, and with --quick
+LENGTHS, QUICK_LENGTHS = (4096,), (1024,)
+INSTANCES, QUICK_INSTANCES = 100, 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    group = parser.add_argument_group("what to ask")
+    group.add_argument(
+        "--tasks", nargs="+", default=["needles"], metavar="NAME", help="tasks or groups of them (default: needles)"
+    )
+    group.add_argument(
+        "--lengths",
+        nargs="+",
+        type=positive,
+        metavar="N",
+        help=f"tokens of a prompt with its answer (default: {LENGTHS[0]}; with --quick {QUICK_LENGTHS[0]})",
+    )
+    group.add_argument(
+        "--instances",
+        type=positive,
+        metavar="N",
+        help=f"texts of every task and length (default: {INSTANCES}; with --quick {QUICK_INSTANCES})",
+    )
+    group.add_argument(
+        "--questions", type=positive, default=1, metavar="N", help="questions about every text (default: %(default)s)"
+    )
+    group.add_argument(
+        "--settings",
+        nargs="+",
+        choices=SETTINGS,
+        default=["known", "unknown"],
+        help="what a cache knows when it compresses (default: known unknown)",
+    )
+    group.add_argument("--caches", nargs="+", metavar="SPEC", help="caches to ask (default: ten that help to choose)")
+    group.add_argument("--seed", type=count, default=0, metavar="N", help="of the texts (default: %(default)s)")
+    group.add_argument("--quick", action="store_true", help="few and short texts, to see whether all runs")
+    group = parser.add_argument_group("how")
+    group.add_argument("--no-chat-template", action="store_true", help="plain text, also where there is a template")
+    group.add_argument(
+        "--no-replay", action="store_true", help="let every cache read every text, instead of one dense pass for all"
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--out", required=True, metavar="DIR", help=f"write there: {LINES} as it goes, {RESULT} and {TABLE} at the end"
+    )
+    group.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    from hf_kvcache.eval.lines import Lines, OtherRun
+    from hf_kvcache.eval.report import about
+    from hf_kvcache.eval.running import Settings
+
+    typed = parse_specs(args.caches) if args.caches else None
+    tasks = _tasks(args.tasks)
+    if "turns" in args.settings and args.questions < 2:
+        raise UserError("--settings turns: turns are of several questions; give --questions 2 or more")
+    out = Path(args.out)
+    check_writable(out, "--out", (LINES, RESULT, TABLE))
+    model, tokenizer = load_model(args)
+    settings = Settings(args.questions, args.seed, not args.no_chat_template, args.attn, not args.no_replay)
+    plan = _plan(args, tasks, typed, model)
+    _check_lengths(plan, settings, model, tokenizer)
+    known = about(settings, model, args.model or "the embedded model") | {"adapter": args.adapter}
+    try:
+        lines = Lines(out / LINES, known)
+    except OtherRun as error:
+        raise UserError(f"--out: {error}") from error
+    try:
+        _evaluate(model, tokenizer, plan, settings, lines)
+    except KeyboardInterrupt:
+        _show(args, out, known, lines, settings)
+        print(f"hf-kvcache eval: interrupted; the same command goes on from {out / LINES}", file=sys.stderr)
+        raise
+    _show(args, out, known, lines, settings)
+    # a peer that does not run here is no failure of ours
+    ours = {spec.text for spec in plan.specs if not spec.is_peer}
+    return 1 if any(line.error and line.cache in ours for line in lines) else 0
+
+
+def _tasks(names: list[str]):
+    from hf_kvcache.eval.tasks import tasks_named
+
+    try:
+        return tuple(tasks_named(",".join(names)))
+    except ValueError as error:
+        raise UserError(f"--tasks: {error}") from error
+
+
+def _plan(args: argparse.Namespace, tasks, typed, model):
+    from hf_kvcache.eval.compare import with_baseline
+    from hf_kvcache.eval.running import Plan
+    from hf_kvcache.eval.specs import default_specs
+
+    specs = with_baseline(default_specs(retrofitted(model)) if typed is None else typed)
+    unique = {spec.text: spec for spec in specs}
+    lengths = args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS)
+    n_instances = args.instances or (QUICK_INSTANCES if args.quick else INSTANCES)
+    chosen = tuple(name for name in SETTINGS if name in args.settings)
+    return Plan(tasks, tuple(dict.fromkeys(lengths)), n_instances, chosen, tuple(unique.values()))
+
+
+def _check_lengths(plan, settings, model, tokenizer) -> None:
+    """Raise UserError where prompts with their answers are longer than the model reads, or shorter than a task."""
+    from hf_kvcache.eval.prompts import Prompter
+    from hf_kvcache.eval.running import most_tokens
+
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    n = max(plan.lengths)
+    if n <= most:
+        try:
+            n = most_tokens(plan, Prompter(tokenizer, settings.uses_template), settings)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    if n > most:
+        raise UserError(f"--lengths: this model reads at most {most:,} tokens, not {n:,} (answers included)")
+
+
+def _evaluate(model, tokenizer, plan, settings, lines) -> None:
+    from re import escape
+    from warnings import catch_warnings, filterwarnings
+
+    from rich import progress as shown
+    from rich.console import Console
+
+    from hf_kvcache.codecs.fitting import FITTED
+    from hf_kvcache.eval.running import evaluate
+
+    columns = shown.BarColumn(), shown.MofNCompleteColumn(), shown.TimeElapsedColumn(), shown.TimeRemainingColumn()
+    bar = shown.Progress(*columns, shown.TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+    with bar as progress, catch_warnings():
+        # said in the help of `compare`: here it is no mistake
+        filterwarnings("ignore", message=f".*{escape(FITTED)}")
+        task = progress.add_task("", total=plan.n_lines(settings))
+        n_begun = 0
+
+        def advance(stage: str, n: int) -> None:
+            # what has begun is done when the next one begins
+            nonlocal n_begun
+            progress.update(task, advance=n_begun, description=stage)
+            n_begun = n
+
+        evaluate(model, tokenizer, plan, settings, lines, advance)
+
+
+def _show(args: argparse.Namespace, out: Path, known: dict, lines, settings) -> None:
+    """Summaries to the folder and to standard output."""
+    from rich.console import Console
+
+    from hf_kvcache.eval.summary import summarise
+    from hf_kvcache.eval.tables import CAPTION, as_markdown, as_tables
+
+    rows = summarise(lines, settings.n_questions)
+    text = json.dumps(known | {"rows": [asdict(row) for row in rows]}, indent=1)
+    table = as_markdown(rows, f"{known['model']}, {known['dtype']}, {known['device']}")
+    (out / RESULT).write_text(text + "\n", encoding="utf-8")
+    (out / TABLE).write_text(table, encoding="utf-8")
+    console = Console()
+    if args.json:
+        print(text)
+    elif console.is_terminal:
+        console.print(*as_tables(rows), CAPTION)
+    else:
+        print(table, end="")

@@ -1,0 +1,125 @@
+"""One dense prefill, replayed into other caches: what attention handed to their layers, without attention.
+
+Methods whose prefill is exact (`exact_prefill`) see in every layer the rows and queries of the dense model, whatever
+they keep of them afterwards. So a text is read once, and each further cache costs what it does with the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hf_kvcache import compat
+from hf_kvcache.attention.call import AttentionCall
+from hf_kvcache.cache import KVCache
+from hf_kvcache.calibration.observe import Passing, Through
+from hf_kvcache.eval.asking import feed
+from hf_kvcache.policies.base import Policy
+from hf_kvcache.policies.wrapper import Wrapper
+from hf_kvcache.view import KVView
+
+
+class NotReplayed(ValueError):
+    """A cache or a model for which there is no replay; says why."""
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What the attention of one layer was called with.
+
+    Attributes:
+        k, v: rows of the text, `[B, Hkv, T, D]`, keys after RoPE.
+        query: `[B, Hq, T, D]` after RoPE.
+        mask, module, base, fuses, options: as in `AttentionCall`.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    query: torch.Tensor
+    mask: object
+    module: torch.nn.Module
+    base: Callable
+    fuses: bool
+    options: dict
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A text that a model has read, kept in memory.
+
+    Attributes:
+        layers: of all layers, in their order.
+        logits: `[vocab]` after the last token.
+    """
+
+    layers: list[Handed]
+    logits: torch.Tensor
+
+
+class _Recording(Passing):
+    """A layer that keeps no rows, but what attention was called with."""
+
+    needs_model = False
+    handed: Handed | None = None
+
+    def append(self, k, v):
+        # as a layer hands them to attention at prefill
+        return super().append(k.contiguous(), v.contiguous())
+
+    def prepare(self, call):
+        pass
+
+    def compress(self, call):
+        if call.query is not None:
+            rest = call.query, call.mask, call.module, call.base, call.fuses, call.options
+            self.handed = Handed(call.view.new_k, call.view.new_v, *rest)
+        super().compress(call)
+
+
+def record(model, ids: list[int]) -> Prefill:
+    """Read a text once.
+
+    Raises:
+        NotReplayed: the model has layers that are not of full attention, or hands attention something else than rows.
+    """
+    config = model.config
+    if any(layer is not None for layer in compat.hf_layers(config)) or compat.n_states(config):
+        raise NotReplayed("not all layers of this model have full attention")
+    recorder = Through(_Recording)
+    logits = feed(model, recorder, ids)
+    handed = [getattr(layer, "handed", None) for layer in recorder.layers]
+    if None in handed:
+        raise NotReplayed("this model computes with rows before attention gets them")
+    return Prefill(handed, logits)
+
+
+def check_replay(cache) -> None:
+    """Raise `NotReplayed` for a cache whose rows depend on more than those of a dense prefill."""
+    if not isinstance(cache, KVCache):
+        return
+    if not cache.exact_prefill:
+        raise NotReplayed("exact_prefill=False")
+    if cache.offloading:
+        raise NotReplayed("offloading=True")
+    policy = cache.policy
+    while isinstance(policy, Wrapper):
+        policy = policy.scorer
+    if policy is not None and (policy.is_trained or type(policy).on_forward is not Policy.on_forward):
+        raise NotReplayed(f"{type(policy).__name__} goes by what happens within the forward pass")
+
+
+@torch.no_grad()
+def replay(prefill: Prefill, cache) -> None:
+    """Let an empty cache that `check_replay` has let take a text, and compress it, as in a forward pass."""
+    for i, handed in enumerate(prefill.layers):
+        # a store may adopt the rows that it is given
+        view, _ = cache.update(handed.k.clone(), handed.v.clone(), i)
+        if isinstance(view, KVView):
+            rest = handed.query, handed.mask, handed.module, handed.base, handed.fuses
+            call = AttentionCall(view, *rest, **handed.options)
+            view.is_read, view.module = True, call.module
+            cache.meet(call)
+            view.layer.prepare(call)
+            view.layer.compress(call)
