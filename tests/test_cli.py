@@ -171,6 +171,8 @@ def test_mistakes_end_with_two_and_a_sentence(capsys, args, message):
 WHOLE = "-1", "0", "1.5", "nan", "inf", "many", ""
 NONSENSE = {
     **{("compare", option): WHOLE for option in ("--context", "--eval-context", "--new-tokens", "--rounds")},
+    **{("eval", option): WHOLE for option in ("--lengths", "--instances", "--questions")},
+    ("eval", "--seed"): ("-1", "0.5", "nan", "first", ""),
     ("generate", "--max-new-tokens"): WHOLE,
     ("generate", "--chunk"): WHOLE,
     ("generate", "--temperature"): ("-1", "-0.01", "nan", "inf", "-inf", "hot", ""),

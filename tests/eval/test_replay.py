@@ -161,6 +161,7 @@ def test_what_waits_is_compressed_before_its_bytes_are_counted(small):
     assert cache_nbytes(cache) == cache_nbytes(waiting)
 
 
+@pytest.mark.filterwarnings("ignore:.*none of this model's layers is compressed")
 @pytest.mark.parametrize("arch", ["gemma3", "mistral-window8"])
 def test_models_with_a_window_read_for_every_cache(arch):
     model = tiny_model(arch)

@@ -90,7 +90,8 @@ def build_instance(task: Task, prompter: Prompter, length: int, i: int, settings
             raise
         raise ValueError(f"{task.name} asks one question about a context, not {settings.n_questions}") from error
     if len(instance.questions) != settings.n_questions:
-        raise ValueError(f"{task.name} asks {len(instance.questions)} questions, not {settings.n_questions}")
+        n = len(instance.questions)
+        raise ValueError(f"{task.name} asks {n} question{'s' * (n > 1)} about a context, not {settings.n_questions}")
     return instance
 
 
