@@ -131,6 +131,25 @@ def test_a_copy_of_a_cache_is_a_cache_of_its_own(small, text):
     assert torch.equal(first, feed(model, cache, ids[1:9]))
 
 
+def test_what_cannot_be_copied_is_compressed_once_more(small, answered, monkeypatch):
+    """As quantised tensors of optimum-quanto."""
+
+    def refused(cache, memo):
+        raise RuntimeError("the default implementation of __deepcopy__() does not work")
+
+    monkeypatch.setattr(kv.KVCache, "__deepcopy__", refused)
+    lines = Lines(None, ABOUT)
+    evaluate(*small, PLAN, SETTINGS, lines)
+    assert by_key(lines) == by_key(answered)
+
+
+def test_a_setting_that_fails_fails_alone(small, monkeypatch):
+    monkeypatch.setattr(running, "_fork", lambda *args: 1 / 0)
+    lines = Lines(None, ABOUT)
+    evaluate(*small, replace(PLAN, n_instances=1), SETTINGS, lines)
+    assert {line.setting for line in lines if line.error} == {"unknown"} and len(lines) == 18
+
+
 def test_one_failure_is_one_row(small, monkeypatch):
     monkeypatch.setattr(kv.QuantCache, "update", lambda *args, **kwargs: 1 / 0)
     lines = Lines(None, ABOUT)

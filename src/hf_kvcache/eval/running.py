@@ -180,25 +180,32 @@ class _Asking:
             yield prompt.context, later, every
 
     def _ask(self, reading: Reading, spec: CacheSpec, asked: dict[str, list[int]]) -> None:
-        """Compress a text into a cache and ask; a failure ends this cache for this text, not the evaluation."""
+        """Compress a text into a cache and ask; a failure ends this setting for this cache, not the evaluation."""
         prepare(self.model, spec, self.settings)
         try:
             cache, logits, filled = reading.fill(spec)
             known = {"n_read": len(reading.ids), "nbytes": cache_nbytes(cache), "filled": filled}
-            for q in asked.get("known", ()):
-                self._answer("known", spec, q, cache, logits, known, 0)
-            for q in asked.get("unknown", ()):
-                ids, fork = self.prompt.questions[q], copy.deepcopy(cache)
-                self._answer("unknown", spec, q, fork, feed(self.model, fork, ids), known, len(ids))
-            if asked.get("turns"):
-                self._take_turns(spec, cache, known)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            for setting, questions in asked.items():
-                for q in questions:
-                    key = self.key(setting, spec, q)
-                    if not self.lines.has(key):
-                        self.lines.add(Line(*key, error=reason))
+            self._fail(spec, asked, error)
+            return
+        for setting, questions in asked.items():
+            try:
+                if setting == "turns" and questions:
+                    self._take_turns(spec, cache, known)
+                for q in questions if setting == "known" else ():
+                    self._answer(setting, spec, q, cache, logits, known, 0)
+                for q in questions if setting == "unknown" else ():
+                    ids, fork = self.prompt.questions[q], _fork(cache, reading, spec)
+                    self._answer(setting, spec, q, fork, feed(self.model, fork, ids), known, len(ids))
+            except Exception as error:
+                self._fail(spec, {setting: questions}, error)
+
+    def _fail(self, spec: CacheSpec, asked: dict[str, list[int]], error: Exception) -> None:
+        for setting, questions in asked.items():
+            for q in questions:
+                key = self.key(setting, spec, q)
+                if not self.lines.has(key):
+                    self.lines.add(Line(*key, error=f"{type(error).__name__}: {error}"))
 
     def _take_turns(self, spec: CacheSpec, cache, known: dict) -> None:
         """All questions, one after the other: each stands after what the model itself has said before."""
@@ -221,3 +228,12 @@ class _Asking:
 
     def _stage(self, spec: CacheSpec, settings: list[str]) -> str:
         return f"{self.task.name} · {self.length:,} · {self.i + 1} · {' + '.join(settings)} · {spec.text}"
+
+
+def _fork(cache, reading: Reading, spec: CacheSpec):
+    """A copy of a cache that has read a text, to be changed."""
+    try:
+        return copy.deepcopy(cache)
+    except RuntimeError:
+        # tensors of optimum-quanto cannot be copied: the text is compressed once more
+        return reading.fill(spec)[0]
