@@ -19,7 +19,9 @@ from hf_kvcache.models.known import MODELS, folder
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, help="get or list")
-    getting = verbs.add_parser("get", help="bring a model here", description="Bring a model here, and print its folder.")
+    getting = verbs.add_parser(
+        "get", help="bring a model here", description="Bring a model here, and print its folder."
+    )
     getting.add_argument("name", choices=MODELS, metavar="NAME", help=f"one of: {', '.join(MODELS)}")
     getting.add_argument(
         "--source",
