@@ -79,6 +79,7 @@ def test_out_of_a_package_where_there_is_no_hub(tiny, kept, capsys):
     # a line feed is merged with the next one, whether or not a digit follows
     tokenizer = AutoTokenizer.from_pretrained(kept / "tiny")
     assert tokenizer.tokenize("\n\n1") == ["ĊĊ", "1"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
 
 
 def test_what_is_there_is_not_fetched_again_and_is_known_by_its_name(tiny, kept, capsys, monkeypatch):

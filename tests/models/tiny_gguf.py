@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 FILE = "kv_tiny/tiny.Q4_1.gguf"
 NAME = "kv_tiny-1.0-py3-none-any.whl"
-D, FFN, V = 64, 96, 257
+D, FFN, V = 64, 96, 258
 SHAPES = {
     "token_embd": (V, D),
     "blk.0.attn_q": (D, D),
@@ -35,11 +35,11 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     file.add_rope_dimension_count(D // 4)
     file.add_rope_freq_base(10000.0)
     file.add_vocab_size(V)
-    # every byte, and two line feeds as one token
+    # every byte, two line feeds as one token, and two blanks
     file.add_tokenizer_model("gpt2")
-    file.add_token_list([*sorted(ByteLevel.alphabet()), "ĊĊ"])
+    file.add_token_list([*sorted(ByteLevel.alphabet()), "ĊĊ", "ĠĠ"])
     file.add_token_types([gguf.TokenType.NORMAL] * V)
-    file.add_token_merges(["Ċ Ċ"])
+    file.add_token_merges(["Ċ Ċ", "Ġ Ġ"])
     file.add_bos_token_id(0)
     file.add_eos_token_id(1)
     random, kind, found = np.random.default_rng(0), gguf.GGMLQuantizationType.Q4_1, {}

@@ -167,6 +167,11 @@ def dequantise(gguf: Path, out: Path, single_digits: bool) -> None:
     if single_digits:
         split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
+    # transformers 5.17 takes the token that begins a text for the one that ends it
+    for name in ("bos_token", "eos_token", "pad_token"):
+        i = getattr(model.config, f"{name}_id", None)
+        setattr(tokenizer, name, None if i is None else tokenizer.convert_ids_to_tokens(i))
+    tokenizer.clean_up_tokenization_spaces = False
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
