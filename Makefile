@@ -11,7 +11,7 @@ PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 EVERYTHING := -m ""
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow test-all test-oldest test-oldest-all lint bench bench-gpu clean
+.PHONY: setup demo real test test-slow test-all test-oldest test-oldest-all lint bench bench-gpu clean
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ $(READY): setup.cfg pyproject.toml
 
 demo: setup
 	$(BIN)/hf-kvcache compare --out out
+
+# a real language model, for `--model smollm2` and the slow tests that ask for it: docs/models.md
+real: setup
+	$(BIN)/hf-kvcache models get smollm2
 
 # a few minutes: all but the tests marked slow
 test: setup

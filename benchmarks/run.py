@@ -34,6 +34,7 @@ from rich.table import Table
 
 from hf_kvcache.bench.environment import environment
 from hf_kvcache.commands.numbers import positive
+from hf_kvcache.models import resolve
 
 SUITES = {
     "attention": attention.decode_step,
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kvpress-python", help="interpreter of an environment with kvpress, for that suite")
     parser.add_argument("--retrofits", help="folder of models from trainers/train_dmc.py, for those suites")
     options = parser.parse_args(arguments)
+    options.model = options.model and resolve(options.model)
     unknown = set(options.suites) - set(SUITES)
     if unknown:
         parser.error(f"no suite is called {', '.join(sorted(unknown))}")

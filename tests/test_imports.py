@@ -37,7 +37,7 @@ print("HEAVY", json.dumps([name for name in sys.argv[1].split() if name in sys.m
 
 @pytest.mark.parametrize(
     "command",
-    [[], *([name] for name in COMMANDS), ["calibrate", "lowrank"]],
+    [[], *([name] for name in COMMANDS), ["calibrate", "lowrank"], ["models", "get"]],
     ids=lambda command: " ".join(command) or "none",
 )
 def test_help_imports_nothing_heavy(command):

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from hf_kvcache.models import embedded_model
+from hf_kvcache.models import embedded_model, resolve
 
 
 @dataclass
@@ -80,7 +80,7 @@ def training_arguments(out: Path, options, **more) -> TrainingArguments:
 
 def load_model(name: str, attn: str, options: Steps, arguments: TrainingArguments):
     """A model that stays as it is, on its device, in bfloat16 or float32, and its tokenizer."""
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    name, dtype = resolve(name), torch.bfloat16 if options.bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attn)
     return model.to(arguments.device), AutoTokenizer.from_pretrained(name)
 

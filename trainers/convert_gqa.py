@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 from hf_kvcache.adapters.modules import CHILDREN, attentions
-from hf_kvcache.models import embedded_model
+from hf_kvcache.models import embedded_model, resolve
 from hf_kvcache.trainers import train_dmc
 from hf_kvcache.trainers.common import parser_of
 
@@ -114,11 +114,12 @@ def main(args: list[str] | None = None) -> None:
     steps = ["--zero-steps", "0", "--ramp-steps", str(conversion.uptrain_steps - conversion.uptrain_steps // 5)]
     steps += ["--solid-steps", str(conversion.uptrain_steps // 5)]
 
-    model = AutoModelForCausalLM.from_pretrained(conversion.model, dtype="auto")
+    source = resolve(conversion.model)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     before = next(iter(attentions(model).values()), None)
     model = pool_heads(model, conversion.kv_heads)
     model.save_pretrained(conversion.out)
-    AutoTokenizer.from_pretrained(conversion.model).save_pretrained(conversion.out)
+    AutoTokenizer.from_pretrained(source).save_pretrained(conversion.out)
     print(json.dumps({"kv_heads": conversion.kv_heads, "before": before.n_kv_heads, "out": str(conversion.out)}))
 
     if conversion.uptrain_steps:

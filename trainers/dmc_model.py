@@ -15,6 +15,7 @@ from hf_kvcache.adapters.projections import has_norms
 from hf_kvcache.dmc.files import load
 from hf_kvcache.dmc.retrofitting import retrofit, retrofits
 from hf_kvcache.dmc.settings import Settings
+from hf_kvcache.models import resolve
 from hf_kvcache.trainers.dmc_options import Method, Optimisation, settings_of
 
 
@@ -29,7 +30,7 @@ def load_model(source: str, attn: str, keeps_dtype: bool = False):
     Raises:
         ValueError: an adapter that goes with LoRA.
     """
-    tensors = {}
+    source, tensors = resolve(source), {}
     if (Path(source) / CONFIG).exists():
         if (Path(source) / "lora").exists():
             raise ValueError(f"{source} goes with LoRA, whose training cannot go on here; train from the base model")

@@ -384,7 +384,7 @@ def main(args: list[str] | None = None) -> dict[str, dict[str, float]]:
     }
     bases = Bases(layers, rope, budget={"method": "matryoshka", "steps": optimisation.steps, **after})
     if trainer.is_world_process_zero():
-        bases.made_for(model, texts.model).save(texts.output, model)
+        bases.made_for(model, model.name_or_path).save(texts.output, model)
     return {"before": before, "after": after}
 
 

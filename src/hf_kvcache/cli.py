@@ -12,7 +12,19 @@ from importlib import import_module
 
 from hf_kvcache.commands import UserError
 
-COMMANDS = ("compare", "eval", "generate", "calibrate", "train", "export", "kernel", "push", "methods", "doctor")
+COMMANDS = (
+    "compare",
+    "eval",
+    "generate",
+    "calibrate",
+    "train",
+    "export",
+    "kernel",
+    "push",
+    "models",
+    "methods",
+    "doctor",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,11 @@ ATTENTION = ("hf_kvcache", "sdpa", "eager")
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="ID_OR_PATH", help="Hub id or local folder (default: the embedded model)")
+    group.add_argument(
+        "--model",
+        metavar="ID_OR_PATH",
+        help="Hub id, local folder or a name of `hf-kvcache models list` (default: the embedded model)",
+    )
     group.add_argument("--dtype", choices=DTYPES, help="weights and cache (default: what the model was saved in)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
     group.add_argument(
@@ -39,7 +43,7 @@ def load_model(args: argparse.Namespace):
     import torch
     from transformers import AutoTokenizer
 
-    from hf_kvcache.models import embedded_model
+    from hf_kvcache.models import embedded_model, resolve
 
     where = args.model
     if where is None:
@@ -53,6 +57,7 @@ def load_model(args: argparse.Namespace):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
     try:
+        where = resolve(where)
         # the model first: it makes the type of a retrofit known
         model = _from_pretrained(where, dtype=dtype, attn_implementation=args.attn)
         tokenizer = AutoTokenizer.from_pretrained(where)

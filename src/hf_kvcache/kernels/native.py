@@ -196,10 +196,15 @@ def why_no_compiler() -> str | None:
     return None
 
 
+def usual_folder() -> Path:
+    """Where libraries are kept, unless that cannot be written; it need not exist."""
+    named = os.environ.get("HF_KVCACHE_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_kvcache"
+
+
 def cache_folder() -> Path:
     """Where libraries are kept; a private temporary folder when the usual one cannot be written."""
-    named = os.environ.get("HF_KVCACHE_CACHE")
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_kvcache"
+    base = usual_folder()
     try:
         base.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=base):

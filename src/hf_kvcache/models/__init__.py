@@ -1,6 +1,10 @@
-"""The embedded small model and the prose it is tried on; see `small/README.md` for the model's card."""
+"""The embedded small model (its card: `small/README.md`), the prose it is tried on, and models known by name."""
 
 from pathlib import Path
+
+from hf_kvcache.models.known import path_of, resolve
+
+__all__ = ["embedded_heads", "embedded_model", "embedded_prose", "path_of", "resolve"]
 
 
 def embedded_model() -> Path:
