@@ -17,6 +17,7 @@ from hf_kvcache.adapters import attach
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval import passkey, retrieval
 from hf_kvcache.eval.fidelity import build_windows, dense_logits, fidelity
+from hf_kvcache.long_prompts import begin
 
 RATIOS = (0.25, 0.125, 0.0625)
 POLICIES = {
@@ -62,7 +63,7 @@ def eviction(options) -> list[dict]:
 
     def measure(name, ratio, make):
         cache = make()
-        model(windows[:1], **cache_argument(cache), logits_to_keep=1)
+        model(begin(model, windows[:1], cache), **cache_argument(cache), logits_to_keep=1)
         if isinstance(cache, kv.KVCache):
             # what waits for the next chunk counts as what it will be
             for layer in cache.layers:

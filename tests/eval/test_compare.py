@@ -21,6 +21,7 @@ from hf_kvcache.eval.specs import CacheSpec, SpecError, all_specs, default_specs
 
 SETTINGS = Settings(context=160, n_new=3, rounds=2, eval_context=512, n_windows=2, n_next=32, n_prompts=1)
 TEXTS = ["dense", "quant:bits=2,window=0", "streaming:ratio=0.25", "keydiff:ratio=0.5+quant:bits=8,window=4"]
+TEXTS += ["kvzip:ratio=0.25+dense:window=4"]
 
 
 class Letters:
