@@ -21,7 +21,6 @@ from hf_kvcache.eval.specs import CacheSpec, SpecError, all_specs, default_specs
 
 SETTINGS = Settings(context=160, n_new=3, rounds=2, eval_context=512, n_windows=2, n_next=32, n_prompts=1)
 TEXTS = ["dense", "quant:bits=2,window=0", "streaming:ratio=0.25", "keydiff:ratio=0.5+quant:bits=8,window=4"]
-TEXTS += ["kvzip:ratio=0.25+dense:window=4"]
 
 
 class Letters:
@@ -101,6 +100,13 @@ def test_failure_is_a_row(result):
     row = result[1]["broken"]
     assert row.error == "RuntimeError: out of luck\nsecond line"
     assert row.nbytes is row.kl is row.retrieval is None
+
+
+def test_a_prompt_that_is_read_twice_is_compared(result):
+    specs = with_baseline([parse("kvzip:ratio=0.25+dense:window=4")])
+    _, row = compare(result[0], Letters(), "".join(chr(97 + i * i % 26) for i in range(1500)), specs, SETTINGS)
+    assert row.error is None and row.bytes_ratio < 0.7 and row.kl > 1e-5
+    assert row.retrieval is not None and row.prefill_s > 0
 
 
 def test_peers_run_on_the_attention_they_have_without_us(result):

@@ -8,6 +8,7 @@ from cases import assert_close, assert_same_state, generate, padded, prompt, tin
 
 import hf_kvcache as kv
 from hf_kvcache.compat import cache_argument
+from hf_kvcache.hub.spec import spec_of
 
 LEVELS = ["model", "layer", "head"]
 KNOBS = dict(n_sink=2, window=4)
@@ -227,5 +228,8 @@ def test_what_cannot_work_is_said():
     for knobs in (dict(decode=True), dict(level="heads"), dict(chunk=0)):
         with pytest.raises(ValueError, match=f"KVzip: {next(iter(knobs))}="):
             kv.KVzip(ratio=0.4, **knobs)
-    with pytest.raises(ValueError, match="KVzip chooses by itself"):
-        kv.AdaKV(ratio=0.4, scorer="kvzip")
+    for scorer in ("kvzip", kv.KVzip(ratio=0.4)):
+        with pytest.raises(ValueError, match="KVzip chooses by itself"):
+            kv.AdaKV(ratio=0.4, scorer=scorer)
+    with pytest.raises(ValueError, match="KVzip reads a prompt twice.*exported"):
+        spec_of(kv.EvictionCache("kvzip", ratio=0.4))
