@@ -25,21 +25,26 @@ def scores(cache):
     return torch.stack([layer.store.state("score") for layer in cache.layers])
 
 
-def largest(ids, n_seen, parts, request=None, model=None):
-    """Largest weight of a dense model's own attention, pair by pair: `[L, B, Hkv, n_seen]`."""
+def largest(ids, n_seen, chunks, lead=0, request=None, model=None):
+    """Largest weight of a dense model's own attention, pair by pair: `[L, B, Hkv, n_seen]`.
+
+    Weights are shared out among a chunk and all that is fed to repeat it.
+    """
     model = model or tiny_model(implementation="eager")
     n_heads = model.config.num_key_value_heads
     best = torch.zeros(model.config.num_hidden_layers, len(ids), n_heads, n_seen)
     asked = ids[:, :0] if request is None else request.expand(len(ids), -1)
-    for part in parts:
-        text = torch.cat([ids[:, :n_seen], asked, ids[:, part]], 1)
+    for start, stop in chunks:
+        text = torch.cat([ids[:, :n_seen], asked, ids[:, max(start - lead, 0) : stop]], 1)
         attentions = model(text, output_attentions=True, use_cache=False).attentions
         for layer, weights in enumerate(attentions):
             n_group = weights.shape[1] // n_heads
             for head in range(weights.shape[1]):
                 for query in range(n_seen + asked.shape[1], text.shape[1]):
-                    own = best[layer, :, head // n_group]
-                    own.copy_(torch.maximum(own, weights[:, head, query, :n_seen]))
+                    row = weights[:, head, query]
+                    own = row[:, start:stop] / (row[:, start:stop].sum(-1) + row[:, n_seen:].sum(-1)).unsqueeze(-1)
+                    held = best[layer, :, head // n_group, start:stop]
+                    held.copy_(torch.maximum(held, own))
     return best
 
 
@@ -47,20 +52,20 @@ def largest(ids, n_seen, parts, request=None, model=None):
 def test_scores_are_the_formula(implementation):
     model, ids = tiny_model(implementation=implementation), prompt(2, 50)
     cache = prefilled(model, ids)
-    assert_close("scores", scores(cache), largest(ids, 49, [slice(0, 49)]), 1e-5)
+    assert_close("scores", scores(cache), largest(ids, 49, [(0, 49)]), 1e-5)
 
 
 def test_chunks_are_led_in_and_a_request_has_no_say():
     model, ids, request = tiny_model(), prompt(2, 50), prompt(1, 5, seed=3)[0]
     cache = prefilled(model, ids, kv.EvictionCache("kvzip", ratio=1.0, chunk=20, **KNOBS), request=request)
-    expected = largest(ids, 49, [slice(0, 20), slice(12, 40), slice(32, 49)], request)
+    expected = largest(ids, 49, [(0, 20), (20, 40), (40, 49)], 8, request)
     assert_close("scores", scores(cache), expected, 1e-5)
 
 
 def test_a_softcap_counts():
     ids = prompt(2, 50)
     cache = prefilled(tiny_model("gemma2"), ids)
-    expected = largest(ids, 49, [slice(0, 49)], model=tiny_model("gemma2", "eager"))
+    expected = largest(ids, 49, [(0, 49)], model=tiny_model("gemma2", "eager"))
     full = [layer for layer in cache.layers if isinstance(layer, kv.KVLayer)]
     assert [layer.layer_idx for layer in full] == [1, 3]
     assert_close("scores", torch.stack([layer.store.state("score") for layer in full]), expected[1::2], 1e-5)
@@ -69,11 +74,12 @@ def test_a_softcap_counts():
 def test_many_rows_and_queries_are_read_in_blocks(monkeypatch):
     model, ids = tiny_model(), prompt(2, 70)
     whole = scores(prefilled(model, ids, chunk=9))
-    monkeypatch.setattr("hf_kvcache.policies.weights.QUERIES", 7)
-    monkeypatch.setattr("hf_kvcache.policies.weights.ROWS", 16)
-    assert_close("scores", scores(prefilled(model, ids)), whole, 1e-5)
+    # whatever is longer than the prompt is one chunk
     wide = prefilled(model, ids, kv.EvictionCache("kvzip", ratio=1.0, chunk=69, **KNOBS))
     assert_close("scores", scores(wide), whole, 1e-5)
+    monkeypatch.setattr("hf_kvcache.second_pass.BLOCK", 16)
+    monkeypatch.setattr("hf_kvcache.policies.kvzip.SCORED", (7, 16))
+    assert_close("scores", scores(prefilled(model, ids)), whole, 1e-5)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -166,6 +172,20 @@ def test_save_load_and_beams(tmp_path):
     )
 
 
+@pytest.mark.parametrize("codec", [None, kv.Quantize(8, axis="token")], ids=["dense", "quant8"])
+def test_what_has_come_since_is_repeated(codec, monkeypatch):
+    monkeypatch.setattr("hf_kvcache.second_pass.BLOCK", 16)
+    model, ids = tiny_model(), prompt(2, 121)
+    cache = prefilled(model, ids[:, :60], kv.KVCache(kv.KVzip(ratio=1.0, n_sink=2), codec, window=4))
+    for token in ids[:, 59:99].split(1, 1):
+        model(token, **cache_argument(cache), use_cache=True)
+    assert cache.layers[0].store.n_packed > 59
+    kv.prefill(model, ids, cache)
+    first = torch.nn.functional.pad(largest(ids, 59, [(0, 59)]), (0, 61))
+    expected = torch.maximum(first, largest(ids, 120, [(59, 120)], 8))
+    assert_close("scores", scores(cache), expected, 1e-5 if codec is None else 0.1)
+
+
 def test_a_second_turn_is_scored_and_evicted_from():
     model, ids = tiny_model(), prompt(1, 60)
     cache = prefilled(model, ids, kv.EvictionCache("kvzip", ratio=0.5, **KNOBS))
@@ -201,12 +221,13 @@ def test_a_failed_pass_leaves_a_cache_that_goes_on(monkeypatch):
     model, ids = tiny_model(), prompt(2, 60)
     cache = kv.EvictionCache("kvzip", ratio=0.4, **KNOBS)
 
-    def fail(self, q, is_counted, view):
+    def fail(self, q, k, n_rows, view, is_real=None):
         if view.layer.layer_idx:
             raise RuntimeError("out of memory")
+        return k.new_zeros(*k.shape[:2], n_rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kv.KVzip, "on_repetition", fail)
+        patch.setattr(kv.KVzip, "largest_weights", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             kv.prefill(model, ids, cache)
     assert [layer.tokens_seen for layer in cache.layers] == [59, 59]

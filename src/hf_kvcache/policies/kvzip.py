@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import pad
 
 from hf_kvcache.policies.ragged import Ragged, best_of_all
-from hf_kvcache.policies.weights import largest_weights
 
 LEVELS = ("model", "layer", "head")
+SCORED = (128, 8192)  # queries and keys that are scored at a time
 
 
 @dataclass
@@ -21,9 +21,8 @@ class KVzip(Ragged):
     back. What rebuilds the text serves any question, so nothing has to be known of it. `hf_kvcache.prefill` does both;
     a prompt that comes another way raises. What follows the prompt stays, as in the paper, until another `prefill`.
 
-    A row's score is its largest weight over the queries of the repetition and the heads of its group. The softmax is
-    over all that a query sees; the paper's goes over the chunk that is repeated and its repetition, which is the same
-    for a prompt of one chunk.
+    A row's score is its largest weight over the queries that repeat it and the heads of its group. As in the paper, the
+    softmax is over the chunk that is repeated and its repetition.
 
     Attributes:
         level: who shares a budget: all heads of the "model" (the paper's choice), those of a "layer", or none ("head").
@@ -65,17 +64,23 @@ class KVzip(Ragged):
         # the second pass says when
         return False
 
-    def on_repetition(self, q: torch.Tensor, is_counted: torch.Tensor, view) -> None:
-        """Raise scores to the weights that some queries give.
+    def largest_weights(self, q: torch.Tensor, k: torch.Tensor, n_rows: int, view, is_real=None) -> torch.Tensor:
+        """What the queries of a repetition say of the rows that they repeat: the largest weight, in `[0, 1]`.
 
         Args:
-            q: the newest queries of the layer after RoPE, `[B, Hq, S, D]`.
-            is_counted: which of them repeat the prompt, boolean `[B, S]`.
-            view: the `KVView` of the layer, the rows of those tokens included.
+            q: those queries after RoPE, `[B, Hq, R, D]`.
+            k: keys of the rows, and behind them all of the call, the last of which are those of the queries.
+            n_rows: how many rows there are: `n`.
+            view: the `KVView` of the layer.
+            is_real: False for padding among `k`, boolean `[B, N]`; None where there is none.
+
+        Returns:
+            float32 `[B, Hkv, n]`.
         """
-        queries = q.unflatten(1, (view.new_k.shape[1], -1))
-        weights = largest_weights(queries, view.tokens_seen - q.shape[2], view, is_counted)
-        view.set_state("score", torch.maximum(view.state("score"), weights))
+        # what is calibrated knows policies
+        from hf_kvcache.calibration.importance import reconstruction
+
+        return reconstruction(q, k, view.scaling, n_rows, softcap=view.softcap, is_real=is_real, block=SCORED).exp()
 
     def score(self, view):  # -> [B, Hkv, N]
         return view.state("score")

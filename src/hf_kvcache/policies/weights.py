@@ -28,39 +28,14 @@ def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
     Returns:
         float32 `[B, Hkv, N]` in view order. Queries that are padding, and rows that are, count nothing.
     """
-    mass = torch.zeros(view.positions.shape, dtype=torch.float32, device=queries.device)
-    for rows, weights in _weights(queries, first, view):
-        mass[:, :, rows] += weights.sum(3).mean(2)
-    return mass
-
-
-def largest_weights(queries: torch.Tensor, first: int, view, is_counted: torch.Tensor) -> torch.Tensor:
-    """The largest weight that each kept row gets of the attention of some queries, over them and the heads of a group.
-
-    Args:
-        queries, first, view: see `attention_mass`.
-        is_counted: queries that have a say, boolean `[B, S]`.
-
-    Returns:
-        float32 `[B, Hkv, N]` in view order, in `[0, 1]`.
-    """
-    best = torch.zeros(view.positions.shape, dtype=torch.float32, device=queries.device)
-    for rows, weights in _weights(queries, first, view, is_counted):
-        best[:, :, rows] = torch.maximum(best[:, :, rows], weights.amax((2, 3)))
-    return best
-
-
-def _weights(queries, first, view, is_counted=None):
-    """Attention weights `[B, Hkv, G, S, n]` of a block of queries and one of rows after another, and which rows."""
     positions = view.positions  # [B, Hkv, N]
     # pads stand in front: a query before the first real token of its row is one
     start = torch.where(positions >= 0, positions, view.tokens_seen).amin(-1)  # [B, Hkv]
+    mass = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
     for at in range(0, queries.shape[3], QUERIES):
         part = queries[:, :, :, at : at + QUERIES].float() * view.scaling
         where = torch.arange(first + at, first + at + part.shape[3], device=positions.device)
         is_real = (where >= start.unsqueeze(-1)).unsqueeze(2).unsqueeze(-1)  # [B, Hkv, 1, S, 1]
-        if is_counted is not None:
-            is_real = is_real & is_counted[:, None, None, at : at + QUERIES, None]
         total, (first_pass, second_pass) = None, _twice(part, first + at, view)
         for _, scores in first_pass:
             block = scores.logsumexp(-1, keepdim=True)  # [B, Hkv, G, S, 1]
@@ -68,7 +43,9 @@ def _weights(queries, first, view, is_counted=None):
         # a query that sees nothing has no weights to give
         total = total.masked_fill(total == float("-inf"), float("inf"))
         for rows, scores in second_pass:
-            yield rows, (scores - total).exp() * is_real
+            weights = (scores - total).exp() * is_real
+            mass[:, :, rows] += weights.sum(3).mean(2)
+    return mass
 
 
 def _twice(queries, first, view):
