@@ -31,6 +31,7 @@ POLICIES = {
     "L2Norm": lambda ratio: kv.L2Norm(ratio=ratio),
     "ExpectedAttention": lambda ratio: kv.ExpectedAttention(ratio=ratio),
     "LagKV": lambda ratio: kv.LagKV(ratio=ratio),
+    "KVzip": lambda ratio: kv.KVzip(ratio=ratio),
     "RKV": lambda ratio: kv.RKV(ratio=ratio),
     "StreamingLLM": lambda ratio: kv.Streaming(ratio=ratio),
     "Random": lambda ratio: kv.Random(ratio=ratio),
@@ -82,7 +83,7 @@ def eviction(options) -> list[dict]:
     rows = [measure("everything", 1.0, DynamicCache)]
     for ratio in RATIOS:
         for name, make in POLICIES.items():
-            window = 16 if name.startswith("AdaKV") else 64
+            window = 16 if name.startswith(("AdaKV", "KVzip")) else 64
             cache = partial(_cache, make, ratio, window)
             rows.append(measure(name, ratio, cache))
     return rows
