@@ -17,6 +17,7 @@ from hf_kvcache.adapters import attach
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval import passkey, retrieval
 from hf_kvcache.eval.fidelity import build_windows, dense_logits, fidelity
+from hf_kvcache.long_prompts import begin
 
 RATIOS = (0.25, 0.125, 0.0625)
 POLICIES = {
@@ -30,6 +31,7 @@ POLICIES = {
     "L2Norm": lambda ratio: kv.L2Norm(ratio=ratio),
     "ExpectedAttention": lambda ratio: kv.ExpectedAttention(ratio=ratio),
     "LagKV": lambda ratio: kv.LagKV(ratio=ratio),
+    "KVzip": lambda ratio: kv.KVzip(ratio=ratio),
     "RKV": lambda ratio: kv.RKV(ratio=ratio),
     "StreamingLLM": lambda ratio: kv.Streaming(ratio=ratio),
     "Random": lambda ratio: kv.Random(ratio=ratio),
@@ -62,7 +64,7 @@ def eviction(options) -> list[dict]:
 
     def measure(name, ratio, make):
         cache = make()
-        model(windows[:1], **cache_argument(cache), logits_to_keep=1)
+        model(begin(model, windows[:1], cache), **cache_argument(cache), logits_to_keep=1)
         if isinstance(cache, kv.KVCache):
             # what waits for the next chunk counts as what it will be
             for layer in cache.layers:
@@ -81,7 +83,7 @@ def eviction(options) -> list[dict]:
     rows = [measure("everything", 1.0, DynamicCache)]
     for ratio in RATIOS:
         for name, make in POLICIES.items():
-            window = 16 if name.startswith("AdaKV") else 64
+            window = 16 if name.startswith(("AdaKV", "KVzip")) else 64
             cache = partial(_cache, make, ratio, window)
             rows.append(measure(name, ratio, cache))
     return rows

@@ -253,7 +253,9 @@ def test_generate_streams_text_and_counts(capsys):
     assert again[1] == out
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "streaming:budget=64", "keydiff:budget=128+quant:bits=8"])
+@pytest.mark.parametrize(
+    "cache", ["dynamic", "streaming:budget=64", "keydiff:budget=128+quant:bits=8", "kvzip:ratio=0.5"]
+)
 def test_generate_takes_any_cache(capsys, cache):
     code, out, _ = run(
         capsys, "generate", "--prompt", "The old bridge " * 30, "--max-new-tokens", "4", "--cache", cache
@@ -288,12 +290,13 @@ def test_train_hands_its_arguments_on(capsys, tmp_path):
     assert code == 2 and "holds no facts between prose" in err
 
 
-def test_saved_prompt_goes_on_as_it_would_have(capsys, tmp_path):
+@pytest.mark.parametrize("cache", [(), ("--cache", "kvzip:ratio=0.5")], ids=["default", "kvzip"])
+def test_saved_prompt_goes_on_as_it_would_have(capsys, tmp_path, cache):
     folder = str(tmp_path / "saved")
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("It rained all night upon the moor, and in the morning the river had risen. " * 12)
     common = "--max-new-tokens", "8", "--dtype", "fp32"
-    code, out, _ = run(capsys, "generate", "--prompt-file", str(prompt), "--save", folder, *common)
+    code, out, _ = run(capsys, "generate", "--prompt-file", str(prompt), "--save", folder, *cache, *common)
     assert code == 0
     code, again, err = run(capsys, "generate", "--load", folder, *common)
     assert (code, again) == (0, out)

@@ -73,7 +73,7 @@ ORDER = (
     "policies layer_contract cache_contract cache_options attention.known",
     "layer stateful cache",
     "attention",
-    "former_files described manifest hf_layer_entries restoring persist pickling long_prompts hub.spec "
+    "former_files described manifest hf_layer_entries restoring persist pickling long_prompts second_pass hub.spec "
     "hub.modeling_mixin hub.adapter_modules",
     "adapters dmc",
     "presets models",

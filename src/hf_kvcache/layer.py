@@ -296,15 +296,16 @@ class KVLayer(LayerContract):
 
     def _evict(self, is_final: bool) -> None:
         """Keep what the policy selects."""
-        store = self.store
-        if store.n_packed and not store.is_ragged:
+        if self.store.n_packed and not self.store.is_ragged:
             # dense rows are fixed once others are packed, so let go of those that have left the window first
-            store.pack()
-        view = self._view()
-        positions = view.positions
-        kept = self.policy.select(self.policy.score(view), positions, self.tokens_seen, store.n_fixed, is_final)
-        self.last_eviction_check = self.tokens_seen
-        if store.is_ragged and (kept | (positions < 0)).all():
+            self.store.pack()
+        view, n_fixed = self._view(), self.store.n_fixed
+        kept = self.policy.select(self.policy.score(view), view.positions, self.tokens_seen, n_fixed, is_final)
+        self._keep(view, kept)
+
+    def _keep(self, view: KVView, kept: torch.Tensor) -> None:
+        store, self.last_eviction_check = self.store, self.tokens_seen
+        if store.is_ragged and (kept | (view.positions < 0)).all():
             return
         self.policy.merge_evicted(view, kept)
         store.keep(kept)
@@ -316,5 +317,4 @@ class KVLayer(LayerContract):
 
     def _view(self) -> KVView:
         """What policies see."""
-        store = self.store
-        return KVView(self, store.dense["k"], store.dense["v"], is_prefill=False, positions=store.positions)
+        return KVView(self, *(self.store.dense[s] for s in "kv"), is_prefill=False, positions=self.store.positions)

@@ -19,6 +19,7 @@ def prefill(
     *,
     attention_mask: torch.Tensor | None = None,
     chunk: int | None = None,
+    request: torch.Tensor | None = None,
     advance: Callable[[int], None] = lambda n_tokens: None,
 ) -> None:
     """Fill a cache with a prompt, all but its last token; `model.generate(input_ids, cache=cache)` goes on.
@@ -33,6 +34,8 @@ def prefill(
         cache: any cache; a `LocretCache` evicts as the paper does: all but its `local` last tokens in chunks.
         attention_mask: `[B, T]`, zeros for left padding.
         chunk: tokens fed at a time; None means that of the cache, or 1,024.
+        request: ids `[n]` that ask for the repetition of the context, such as those of "Repeat the previous context
+            exactly.", for a policy that reads a prompt twice (KVzip); None lets it follow without a word.
         advance: called with the number of tokens after each chunk.
 
     Raises:
@@ -59,8 +62,27 @@ def prefill(
                 options = {"attention_mask": attention_mask[:, :last], "position_ids": positions[:, first:]}
             decoder(input_ids[:, first:last], **cache_argument(cache), use_cache=True, **options)
             advance(last - first)
+        if reads_twice(cache):
+            mask = None if attention_mask is None else attention_mask[:, :stop]
+            policy.second_pass(decoder, input_ids[:, :stop], cache, mask, request)
     finally:
         cache.prompt_incomplete = None
+
+
+def reads_twice(cache) -> bool:
+    """Whether a cache wants its prompts from `prefill`, because its policy reads them twice."""
+    policy = getattr(cache, "policy", None)
+    return policy is not None and policy.reads_twice
+
+
+def begin(model, input_ids: torch.Tensor, cache) -> torch.Tensor:
+    """The ids of a prompt `[B, T]` that a forward pass has to be given: the last ones, after `prefill`, where the cache
+    `reads_twice`, else all.
+    """
+    if not reads_twice(cache):
+        return input_ids
+    prefill(model, input_ids, cache)
+    return input_ids[:, -1:]
 
 
 def query_first(

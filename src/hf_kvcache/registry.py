@@ -259,6 +259,17 @@ METHODS = (
         compared=(),
     ),
     Method(
+        "kvzip",
+        "hf_kvcache.policies.kvzip:KVzip",
+        "tokens",
+        "Tokens that the model looks at when it repeats the prompt, of all heads and layers: read twice, ragged",
+        "KVzip, Kim et al. 2025",
+        "budget or ratio, level='model', chunk=2048",
+        page="eviction",
+        arxiv="2505.23416",
+        compared=(),
+    ),
+    Method(
         "random",
         "hf_kvcache.policies.random:Random",
         "tokens",

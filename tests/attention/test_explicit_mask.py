@@ -63,9 +63,9 @@ class Recorder:
         return is_held[:, :, None, :total] | fresh, angle[..., :total]
 
 
-def record(model, cache, ids, sizes, mask=None):
-    """Logits under the cache, and what every layer saw at every call."""
-    recorder, logits, start = Recorder(model.config.num_hidden_layers), [], 0
+def record(model, cache, ids, sizes, mask=None, start=0):
+    """Logits of the tokens from `start` on under the cache, and what every layer saw at every call."""
+    recorder, logits = Recorder(model.config.num_hidden_layers), []
     for size in sizes:
         # policies that wait for the next chunk act now
         for layer in cache.layers:
@@ -169,6 +169,24 @@ def test_equals_the_explicit_mask_left_padded(name, sizes):
     expected = explicit(model, recorder, ids, sizes, mask)
     real = mask.bool()
     assert_close("logits", ours[real], expected[real], 1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 30, [16, 14]], ids=["1", "16"])
+@pytest.mark.parametrize("level", ["model", "layer", "head"])
+def test_a_prompt_read_twice_equals_the_explicit_mask(level, sizes):
+    model, (ids, mask, _) = tiny_model(), padded([90, 81])
+    cache = kv.KVCache(kv.KVzip(budget=40, level=level, n_sink=2), window=4)
+    # all but the last token of what it is given
+    kv.prefill(model, ids[:, :61], cache, attention_mask=mask[:, :61])
+    ours, recorder = record(model, cache, ids, sizes, mask, start=60)
+    causal = torch.ones(60, 90, dtype=torch.bool).tril().expand(2, 2, -1, -1)
+    for visible, angles in zip(recorder.visible, recorder.angles):
+        # what stays is the same until the end
+        assert not visible[-1][:, :, -1, :60].all() and (visible[0][:, :, 0, :60] == visible[-1][:, :, -1, :60]).all()
+        visible.insert(0, causal)
+        angles.insert(0, None)
+    expected = explicit(model, recorder, ids, [60, *sizes], mask)[:, 60:]
+    assert_close("logits", ours, expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["streaming", "keydiff", "snapkv", "adakv", "duo"])

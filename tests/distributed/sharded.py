@@ -71,6 +71,17 @@ def with_heads(model, work, **options) -> dict:
     return run(partial(kv.LocretCache, budget=24, local=4, interval=4, **options), model)
 
 
+def read_twice(model, work) -> dict:
+    """Heads of all processes share a budget over all layers."""
+
+    def make():
+        cache = kv.EvictionCache("kvzip", budget=44, n_sink=2, window=4)
+        kv.prefill(model, IDS, cache, attention_mask=MASK)
+        return cache
+
+    return run(make, model)
+
+
 def with_its_own(model, work) -> dict:
     """A model that brings its cache: a retrofit, or an exported one, whose code is in its folder."""
     return run(model.new_cache, model)
@@ -141,6 +152,7 @@ JOBS |= {
     "bases": ("four-heads", with_bases),
     "bases 4 bits": ("four-heads", partial(with_bases, bits=4)),
     "heads": ("qwen3", with_heads),
+    "read twice": ("llama", read_twice),
     "heads, all tokens": ("llama", partial(with_heads, decode=True)),
     "saved": ("llama", saved),
     "spanning": ("four-heads", spanning),

@@ -19,7 +19,7 @@ ONE_BY_ONE = [name for name in JOBS if name not in OTHERS]
 # one of every kind of rows, of deciding which of them stay, and of model
 SHORT = ["dense", "quant4-window8", "sparse0.5-window8", "lowrank0.5-window8", "snapkv-budget24", "duo", "adakv-quant8"]
 SHORT += ["tova", "qwen3 adakv-budget42", "phi3 quant4-window8", "fitted online", "beams", "bases", "heads", "dms"]
-SHORT += ["dmc-linear"]
+SHORT += ["dmc-linear", "read twice"]
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,13 @@ def test_failure_is_a_row(result):
     assert row.nbytes is row.kl is row.retrieval is None
 
 
+def test_a_prompt_that_is_read_twice_is_compared(result):
+    specs = with_baseline([parse("kvzip:ratio=0.25+dense:window=4")])
+    _, row = compare(result[0], Letters(), "".join(chr(97 + i * i % 26) for i in range(1500)), specs, SETTINGS)
+    assert row.error is None and row.bytes_ratio < 0.7 and row.kl > 1e-5
+    assert row.retrieval is not None and row.prefill_s > 0
+
+
 def test_peers_run_on_the_attention_they_have_without_us(result):
     model = result[0]
     seen = {}

@@ -126,6 +126,7 @@ def filled(model, ids, text, **settings):
         ("keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8", "replayed"),
         ("lowrank:rank=0.5,exact_prefill=false", "direct: exact_prefill=False"),
         ("locret:ratio=0.25", "direct: Locret goes by what happens within the forward pass"),
+        ("kvzip:ratio=0.25", "direct: KVzip reads a text twice"),
         ("chunkkv:ratio=0.25,scorer=locret", "direct: Locret goes by what happens within the forward pass"),
     ],
 )

@@ -95,6 +95,7 @@ def reconstruction(
     scaling: float,
     n_prompt: int,
     *,
+    softcap: float | None = None,
     is_real: torch.Tensor | None = None,
     block: tuple[int, int] = BLOCK,
 ) -> torch.Tensor:
@@ -112,6 +113,8 @@ def reconstruction(
             keys of the whole sequence, `[B, Hkv, N, D]`.
         n_prompt (int):
             `T`: the first columns, which are judged.
+        softcap (float):
+            of the scores; None where the model has none.
         is_real (torch.Tensor):
             False for padding, `[B, N]`; None when nothing is padded.
 
@@ -119,7 +122,7 @@ def reconstruction(
         float32 `[B, Hkv, T]`, at most 0; -inf for padding.
     """
     best = k.new_full((*k.shape[:2], n_prompt), -torch.inf, dtype=torch.float32)
-    for keys, weights in _log_weights(q, k, scaling, n_prompt, is_real, block):
+    for keys, weights in _log_weights(q, k, scaling, n_prompt, is_real, block, softcap):
         best[..., keys] = torch.maximum(best[..., keys], weights.amax((2, 3)))
     return best
 
@@ -147,7 +150,7 @@ def attention_mass(
     return total
 
 
-def _log_weights(q, k, scaling, n_prompt, is_real, block) -> Iterator[tuple[slice, torch.Tensor]]:
+def _log_weights(q, k, scaling, n_prompt, is_real, block, softcap=None) -> Iterator[tuple[slice, torch.Tensor]]:
     """Log attention weights of the prompt's keys `[B, Hkv, G, <= r, <= c]`, block by block, and which keys."""
     first = k.shape[2] - q.shape[2]
     for queries, rows in _query_blocks(q, k.shape[1], scaling, block[0]):
@@ -155,17 +158,25 @@ def _log_weights(q, k, scaling, n_prompt, is_real, block) -> Iterator[tuple[slic
 
         def seen(keys, rows=rows, places=places):
             scores = _scores(rows, k[:, :, keys])
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
             if keys.stop > places.start:
                 scores.masked_fill_(~_looks(places, keys, 0, q.device), -torch.inf)
             if is_real is not None:
                 scores.masked_fill_(~is_real[:, None, None, None, keys], -torch.inf)
             return scores
 
-        parts = [seen(keys).logsumexp(-1, keepdim=True) for keys in _slices(places.stop, block[1])]
+        # what fits into one block is held
+        whole = seen(slice(0, places.stop)) if places.stop <= block[1] else None
+        parts = [whole] if whole is not None else map(seen, _slices(places.stop, block[1]))
+        parts = [part.logsumexp(-1, keepdim=True) for part in parts]
         total = torch.cat(parts, -1).logsumexp(-1, keepdim=True)  # [B, Hkv, G, r, 1]
         if is_real is not None:
             # what a padded query looks at counts nowhere
             total = total.masked_fill(~is_real[:, None, None, places, None], torch.inf)
+        if whole is not None:
+            yield slice(0, n_prompt), whole[..., :n_prompt] - total
+            continue
         for keys in _slices(n_prompt, block[1]):
             yield keys, seen(keys) - total
 

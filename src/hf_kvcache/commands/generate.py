@@ -89,13 +89,13 @@ def _generate(model, tokenizer, cache, ids: list[int], args: argparse.Namespace)
 
     from hf_kvcache.compat import cache_argument
     from hf_kvcache.eval.memory import cache_nbytes
-    from hf_kvcache.long_prompts import prefill
+    from hf_kvcache.long_prompts import prefill, reads_twice
 
     streamer = timed_streamer(tokenizer)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     n_loaded = cache.get_seq_length()
     prompt, started = torch.tensor([ids], device=model.device), perf_counter()
-    if args.chunk:
+    if args.chunk or reads_twice(cache):
         prefill(model, prompt, cache, chunk=args.chunk)
     model.generate(
         prompt,
@@ -141,15 +141,19 @@ def _save(folder: Path, model, cache, ids: list[int]) -> None:
     import torch
 
     from hf_kvcache.compat import cache_argument
+    from hf_kvcache.long_prompts import prefill, reads_twice
 
     if not hasattr(cache, "save"):
         raise UserError(f"--save: a {type(cache).__name__} cannot be saved; use one of this package's caches")
     n_cached = cache.get_seq_length()
     if len(ids) - 1 <= n_cached:
         raise UserError("--save needs a prompt of at least two new tokens")
+    prompt = torch.tensor([ids], device=model.device)
     with torch.no_grad():
-        new = torch.tensor([ids[n_cached:-1]], device=model.device)
-        model(new, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+        if reads_twice(cache):
+            prefill(model, prompt, cache)
+        else:
+            model(prompt[:, n_cached:-1], **cache_argument(cache), use_cache=True, logits_to_keep=1)
     cache.save(folder)
     (folder / PROMPT).write_text(json.dumps({"ids": ids}), encoding="utf-8")
 

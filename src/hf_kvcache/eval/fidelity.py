@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from hf_kvcache.compat import cache_argument
+from hf_kvcache.long_prompts import begin
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def fidelity(
         step: tokens fed at a time.
     """
     cache = make_cache()
-    model(windows[:, :n_context], **cache_argument(cache), use_cache=True, logits_to_keep=1)
+    model(begin(model, windows[:, :n_context], cache), **cache_argument(cache), use_cache=True, logits_to_keep=1)
     n_predicted = dense.shape[1]
     loss = divergence = 0.0
     for start in range(0, n_predicted, step):

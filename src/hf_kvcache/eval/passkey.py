@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.compat import cache_argument
+from hf_kvcache.long_prompts import begin
 
 NAMES = (
     "lantern", "harbour", "orchard", "engine", "cathedral", "violin", "glacier", "market",
@@ -69,7 +70,8 @@ def exact_match(model, prompts: list[PasskeyPrompt], make_cache: Callable) -> fl
     n_right = 0
     for prompt in prompts:
         context = make_cache()
-        model(prompt.context.to(model.device), **cache_argument(context), use_cache=True, logits_to_keep=1)
+        fed = begin(model, prompt.context.to(model.device), context)
+        model(fed, **cache_argument(context), use_cache=True, logits_to_keep=1)
         for turn, n_answer in prompt.turns:
             ids, cache = turn.to(model.device), copy.deepcopy(context)
             logits = model(ids[:, :-1], **cache_argument(cache), use_cache=True, logits_to_keep=n_answer).logits

@@ -9,6 +9,7 @@ from hf_kvcache.eval.compare import prepare
 from hf_kvcache.eval.replay import NotReplayed, Prefill, check_replay, record, replay
 from hf_kvcache.eval.specs import CacheSpec, parse
 from hf_kvcache.layer import KVLayer
+from hf_kvcache.long_prompts import begin
 
 
 class Reading:
@@ -36,7 +37,8 @@ class Reading:
             prefill = self._prefill_for(spec, cache)
         except NotReplayed as error:
             filled = f"direct: {error}" if str(error) else "direct"
-            logits = feed(self.model, cache, self.ids)
+            fed = begin(self.model, torch.tensor([self.ids], device=self.model.device), cache)
+            logits = feed(self.model, cache, fed[0].tolist())
         else:
             replay(prefill, cache)
             logits, filled = prefill.logits, "replayed"

@@ -16,6 +16,7 @@ from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.observe import Passing, Through
 from hf_kvcache.eval.asking import feed
+from hf_kvcache.long_prompts import reads_twice
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.wrapper import Wrapper
 from hf_kvcache.view import KVView
@@ -103,6 +104,8 @@ def check_replay(cache) -> None:
         raise NotReplayed("exact_prefill=False")
     if cache.offloading:
         raise NotReplayed("offloading=True")
+    if reads_twice(cache):
+        raise NotReplayed(f"{type(cache.policy).__name__} reads a text twice")
     policy = cache.policy
     while isinstance(policy, Wrapper):
         policy = policy.scorer

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.compat import cache_argument
+from hf_kvcache.long_prompts import begin
 
 N_KEYS = 64
 N_VALUES = 8
@@ -181,7 +182,7 @@ def exact_match(model, prompts: LedgerPrompts, make_cache: Callable | None = Non
         from transformers import DynamicCache as make_cache
     prompts = LedgerPrompts(*(part.to(model.device) for part in vars(prompts).values()))
     cache = make_cache()
-    model(prompts.context, **cache_argument(cache), use_cache=True, logits_to_keep=1)
+    model(begin(model, prompts.context, cache), **cache_argument(cache), use_cache=True, logits_to_keep=1)
     n_right = 0
     for i in range(prompts.answers.shape[1]):
         said = prompts.answers[:, i - 1 : i] if i else prompts.answers[:, :0]

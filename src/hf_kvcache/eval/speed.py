@@ -10,6 +10,7 @@ import torch
 
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval.memory import cache_nbytes
+from hf_kvcache.long_prompts import begin
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def generate_once(model, prompt: torch.Tensor, make_cache: Callable, n_new: int)
     for _ in range(n_new + 1):
         _wait(prompt.device)
         started = perf_counter()
+        fed = begin(model, prompt, cache) if not times else fed
         logits = model(fed, **cache_argument(cache), use_cache=True, logits_to_keep=1).logits
         fed = logits[:, -1:].argmax(-1)  # [B, 1]
         _wait(prompt.device)

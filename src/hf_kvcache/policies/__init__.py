@@ -10,6 +10,7 @@ from hf_kvcache.policies.expected_attention import ExpectedAttention
 from hf_kvcache.policies.fastgen import FastGen
 from hf_kvcache.policies.h2o import H2O
 from hf_kvcache.policies.keydiff import KeyDiff
+from hf_kvcache.policies.kvzip import KVzip
 from hf_kvcache.policies.l2norm import L2Norm
 from hf_kvcache.policies.lagkv import LagKV
 from hf_kvcache.policies.locret import Locret
@@ -33,6 +34,7 @@ __all__ = [
     "FastGen",
     "H2O",
     "Duo",
+    "KVzip",
     "KeyDiff",
     "L2Norm",
     "LagKV",

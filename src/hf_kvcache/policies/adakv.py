@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.nn.functional import pad
 
-from hf_kvcache.policies.ragged import Ragged
+from hf_kvcache.policies.ragged import Ragged, best_of_all
 from hf_kvcache.policies.wrapper import Wrapper
 
 
@@ -50,11 +49,10 @@ class AdaKV(Wrapper, Ragged):
         n_own = masked.shape[-1] - n_fixed
         # the heads of other processes may hold more rows
         n_free = self.shard.largest(n_own, masked.device)
-        free = self.shard.all_heads(pad(masked[..., :n_own], (0, n_free - n_own), value=float("-inf")), 1)
+        free = pad(masked[..., :n_own], (0, n_free - n_own), value=float("-inf"))
         n_keep = min(max(self.tokens_to_keep(tokens_seen) - n_fixed, 0), n_free)
         safe = free.topk(min(round(self.floor * self.tokens_to_keep(tokens_seen)), n_keep), -1).indices
         free = free.scatter(-1, safe, float("inf"))
-        best = free.flatten(1).topk(free.shape[1] * n_keep, -1, sorted=False).indices
-        is_wanted = torch.zeros_like(free.flatten(1), dtype=torch.bool).scatter_(1, best, True).view_as(free)
-        is_wanted = pad(self.shard.local_shard(is_wanted, 1)[..., :n_own], (0, n_fixed), value=True)
+        is_wanted = best_of_all([free], [n_keep], self.shard)[0]
+        is_wanted = pad(is_wanted[..., :n_own], (0, n_fixed), value=True)
         return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

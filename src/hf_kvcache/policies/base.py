@@ -37,6 +37,7 @@ class Policy:
         merges_evicted: whether `merge_evicted` changes rows, which have to be dense for that.
         defer_prefill_eviction: whether a prompt is evicted from only once its next chunk, or the first decoding step,
             has come.
+        reads_twice: whether a prompt is read a second time before it is evicted from, see `second_pass`.
         is_trained: whether a retrofitted model says what stays, see `TrainedEviction`.
         shard: which of the model's KV heads are seen, see `for_model`.
         rope: the rotary embedding by which a bound policy rotates queries, or None.
@@ -57,6 +58,7 @@ class Policy:
     takes_budget: ClassVar[str] = "yes"
     merges_evicted: ClassVar[bool] = False
     defer_prefill_eviction: ClassVar[bool] = False
+    reads_twice: ClassVar[bool] = False
     is_trained: ClassVar[bool] = False
     shard: ClassVar[Shard] = WHOLE
     rope: ClassVar[object] = None
@@ -134,6 +136,17 @@ class Policy:
 
     def check_states(self) -> None:
         """Raise ValueError where this policy does not go with layers that have linear attention beside rows."""
+
+    def second_pass(self, decoder, input_ids, cache, attention_mask=None, request=None) -> None:
+        """Read a prompt again that the cache holds, and evict: called by `prefill` where the policy `reads_twice`.
+
+        Args:
+            decoder: the model without its head.
+            input_ids: `[B, T]`, all that the cache has seen.
+            cache: the `KVCache` of this policy.
+            attention_mask: `[B, T]`, zeros for left padding.
+            request: ids `[n]` that ask the model for what it is to do.
+        """
 
     def check_recording(self) -> None:
         """Raise ValueError where rows cannot wait for speculative decoding to say which tokens stay."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from hf_kvcache.codecs.base import ROWS
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.shards import Shard
 from hf_kvcache.stores.ragged import RaggedStore
 from hf_kvcache.stores.uniform import PACK_STEP
 
@@ -41,6 +43,29 @@ class Ragged(Policy):
         is_kept = is_wanted | self.is_protected(positions, tokens_seen)
         is_kept[..., positions.shape[-1] - n_fixed :] = True
         return is_kept & (positions >= 0)
+
+
+def best_of_all(scores: list[torch.Tensor], n_each: list[int], shard: Shard) -> list[torch.Tensor]:
+    """The best rows of heads that share a budget, whosever they are.
+
+    Args:
+        scores: of the heads of some layers that this process has, `[B, Hkv, N]` each.
+        n_each: rows to keep per head of each layer, on average.
+        shard: which of the heads of all processes those are.
+
+    Returns:
+        Boolean `[B, Hkv, N]` for each.
+    """
+    # the heads of other processes may hold more rows
+    widths = [shard.largest(own.shape[-1], own.device) for own in scores]
+    whole = [shard.all_heads(pad(x, (0, n - x.shape[-1]), value=float("-inf")), 1) for x, n in zip(scores, widths)]
+    flat = torch.cat([x.flatten(1).to(scores[0].device) for x in whole], 1)
+    n_keep = sum(x.shape[1] * min(n, x.shape[2]) for x, n in zip(whole, n_each))
+    best = flat.topk(n_keep, -1, sorted=False).indices
+    is_best = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best, True)
+    parts = is_best.split([x[0].numel() for x in whole], 1)
+    parts = [part.view_as(x).to(x.device) for part, x in zip(parts, whole)]
+    return [shard.local_shard(part, 1)[..., : own.shape[-1]] for part, own in zip(parts, scores)]
 
 
 def check_pages(policy: Policy, cache) -> None:

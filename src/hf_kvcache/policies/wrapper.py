@@ -22,12 +22,15 @@ class Wrapper(Policy):
             self.scorer = self._named(self.scorer)
         if not isinstance(self.scorer, Policy):
             raise TypeError(f"{type(self).__name__}: scorer must be a Policy or the name of one, not {self.scorer!r}")
-        if self.scorer.is_ragged:
-            raise ValueError(f"{type(self).__name__}: {type(self.scorer).__name__} chooses by itself and has no scores")
+        self._check_scorer(type(self.scorer))
         # asked at every step
         for name in ("n_queries", "wants_queries", "defer_prefill_eviction"):
             setattr(self, name, getattr(self.scorer, name))
         super().__post_init__()
+
+    def _check_scorer(self, kind: type[Policy]) -> None:
+        if kind.is_ragged:
+            raise ValueError(f"{type(self).__name__}: {kind.__name__} chooses by itself and has no scores")
 
     def _named(self, name: str) -> Policy:
         # a repository that brings its code describes the scorer, and has no registry
@@ -36,6 +39,7 @@ class Wrapper(Policy):
         kind = registry.load(registry.method(name).factory)
         if not (isinstance(kind, type) and issubclass(kind, Policy)):
             raise ValueError(f"{type(self).__name__}: {name!r} is not an eviction method")
+        self._check_scorer(kind)
         shared = ("budget", "ratio", "n_sink", "n_recent", "decode", "interval")
         knobs = {knob: getattr(self, knob) for knob in shared}
         if self.budget is None and self.ratio is None and self.takes_budget == "maybe":
