@@ -24,8 +24,8 @@ def spec_of(cache: KVCache) -> dict:
     if cache.policy is not None:
         if cache.policy.reads_twice:
             raise ValueError(
-                f"{type(cache.policy).__name__} reads a prompt twice, by hf_kvcache.prefill, which the generate of an "
-                "exported repository does not call; export another policy"
+                f"{type(cache.policy).__name__} reads a prompt twice, by hf_kvcache.prefill, which what is exported "
+                "does not call"
             )
         spec["policy"] = cache.policy.spec()
     for name in ("codec", "edge_codec"):

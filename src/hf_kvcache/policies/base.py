@@ -138,14 +138,12 @@ class Policy:
         """Raise ValueError where this policy does not go with layers that have linear attention beside rows."""
 
     def second_pass(self, decoder, input_ids, cache, attention_mask=None, request=None) -> None:
-        """Read a prompt again that the cache holds, and evict: called by `prefill` where the policy `reads_twice`.
+        """Read a prompt again, evict: called by `prefill` where the policy `reads_twice`.
 
         Args:
             decoder: the model without its head.
-            input_ids: `[B, T]`, all that the cache has seen.
-            cache: the `KVCache` of this policy.
-            attention_mask: `[B, T]`, zeros for left padding.
-            request: ids `[n]` that ask the model for what it is to do.
+            input_ids, attention_mask: `[B, T]`, all that the cache has seen.
+            request: ids `[n]` that say what to do.
         """
 
     def check_recording(self) -> None:
