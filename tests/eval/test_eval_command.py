@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from toys import COLOURS
+from toy_tasks import COLOURS
 
 from hf_kvcache.cli import main
 from hf_kvcache.commands.eval import SETTINGS as TYPED

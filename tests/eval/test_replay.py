@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import BY_ID, CASES, new_model, prompt, tiny_model
-from toys import small_model
+from toy_tasks import small_model
 from transformers import DeepseekV3Config, DynamicCache
 
 import hf_kvcache as kv

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toys import COLOURS, small_model
+from toy_tasks import COLOURS, small_model
 from transformers import DynamicCache
 
 import hf_kvcache as kv
