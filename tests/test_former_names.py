@@ -78,6 +78,24 @@ def test_former_names_of_modules():
             module.nothing  # noqa: B018
 
 
+def test_both_names_at_once():
+    """A class for both releases is taken at today's word; a call says one thing."""
+
+    class Both(kv.Policy):
+        observes, wants_queries = True, False
+
+        def score(self, view):
+            return view.positions
+
+    assert not Both.wants_queries
+    with pytest.raises(TypeError, match="compact= and rerotate_keys= are one argument"):
+        kv.EvictionCache("streaming", **KNOBS, compact=True, rerotate_keys=False)
+    with pytest.warns(UserWarning, match="compact is called rerotate_keys now"):
+        cache = kv.EvictionCache("streaming", **KNOBS)
+        cache.compact = True
+    assert cache.rerotate_keys
+
+
 def test_the_glossary_lists_them():
     text = (Path(__file__).parents[1] / "docs" / "glossary.md").read_text(encoding="utf-8")
     table = text.partition("## Former names")[2]
@@ -142,3 +160,7 @@ def test_format_2_of_nonsense_stays_nonsense():
     now = former_files.manifest_of_today(raw)
     assert now == {**{k: v for k, v in raw.items() if k != "compact"}, "rerotate_keys": []}
     assert former_files.tensors_of_today({"odd": 1, "0.dense.rope": 2}) == {"odd": 1, "0.dense.position_ids": 2}
+    both = {"compact": 1, "rerotate_keys": 2, "policy": None}
+    assert former_files.manifest_of_today(both) == both
+    both = {"0.memory.x": 1, "0.layer_state.x": 2}
+    assert former_files.tensors_of_today(both) == both

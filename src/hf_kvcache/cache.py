@@ -160,9 +160,9 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
 
         `model` is the one that it belongs to, where that is not running.
         """
-        from hf_kvcache.layer_context import host_of
+        from hf_kvcache.layer_context import context_of
 
-        layer.bind(host_of(module, layer, self._ropes, model))
+        layer.bind(context_of(module, layer, self._ropes, model))
 
     def rebind(self) -> None:
         """Let another module with the same weights (a copy, a compiled model) go on with this cache."""

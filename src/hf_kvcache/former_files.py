@@ -30,11 +30,16 @@ def manifest_of_today(raw: dict) -> dict:
 
 def tensors_of_today(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a file of format 1 or 2 under the names of today."""
-    return {_tensor(name): t for name, t in tensors.items()}
+    return {_free(_tensor(name), name, tensors): t for name, t in tensors.items()}
 
 
 def _renamed(raw: dict) -> dict:
-    return {_FIELDS.get(name, name): value for name, value in raw.items()}
+    return {_free(_FIELDS.get(name, name), name, raw): value for name, value in raw.items()}
+
+
+def _free(now: str, was: str, known: dict) -> str:
+    """The name of today, unless something else has it: what has a former name then is refused as unknown."""
+    return was if now in known else now
 
 
 def _layer(entry):

@@ -26,14 +26,15 @@ def say_renamed(what: str, now: str) -> None:
 
 
 def take_over(kind: type, names: dict[str, str]) -> None:
-    """Let what a class defines under former names stand under those of today."""
+    """Let what a class defines under former names stand under those of today, unless it defines these, too."""
     for former in names.keys() & vars(kind).keys():
-        say_renamed(f"{kind.__name__}.{former}", names[former])
-        setattr(kind, names[former], vars(kind)[former])
+        if names[former] not in vars(kind):
+            say_renamed(f"{kind.__name__}.{former}", names[former])
+            setattr(kind, names[former], vars(kind)[former])
 
 
 class Former:
-    """A class attribute: what reads it gets the attribute that has its value today."""
+    """A class attribute: what reads or sets it gets at the attribute that has its value today."""
 
     def __init__(self, now: str):
         self.now = now
@@ -48,14 +49,20 @@ class Former:
         this = owner if instance is None else instance
         return getattr(super(heirs[-1], this) if heirs else this, self.now)
 
+    def __set__(self, instance, value):
+        say_renamed(f"{type(instance).__name__}.{self.name}", self.now)
+        setattr(instance, self.now, value)
+
 
 def argument(name: str, now: str) -> Callable:
-    """Decorate a function whose argument `now` may also be given as `name`."""
+    """Decorate a function whose argument `now` may also be given as `name`; both at once raise TypeError."""
 
     def decorate(function):
         @functools.wraps(function)
         def wrapped(*args, **kwargs):
             if name in kwargs:
+                if now in kwargs:
+                    raise TypeError(f"{name}= and {now}= are one argument: give {now}= alone")
                 say_renamed(f"{name}=", f"{now}=")
                 kwargs[now] = kwargs.pop(name)
             return function(*args, **kwargs)

@@ -90,11 +90,13 @@ class LayerContext:
         return found, made_for
 
 
-def host_of(module: torch.nn.Module, layer, ropes: MutableMapping, root: torch.nn.Module | None = None) -> LayerContext:
+def context_of(
+    module: torch.nn.Module, layer, ropes: MutableMapping, root: torch.nn.Module | None = None
+) -> LayerContext:
     """The attention layer whose rows a layer of a cache has seen."""
-    stock = compat.hf_layers(module.config)
+    hf_layers = compat.hf_layers(module.config)
     # a model that runs its layers several times has more in its cache than its config says
-    n_layers = max(len(stock), layer.layer_idx + 1)
-    ours = [i for i in range(n_layers) if i >= len(stock) or stock[i] is None]
+    n_layers = max(len(hf_layers), layer.layer_idx + 1)
+    ours = [i for i in range(n_layers) if i >= len(hf_layers) or hf_layers[i] is None]
     sizes = layer.n_kv_heads, layer.head_dim, layer.dtype, layer.device
     return LayerContext(module, layer.layer_idx, *sizes, ropes, (ours.index(layer.layer_idx), len(ours)), root)

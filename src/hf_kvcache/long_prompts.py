@@ -49,6 +49,8 @@ def prefill(
         raise ValueError(f"the cache holds {start} tokens already, the prompt has {input_ids.shape[1]}")
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least one token")
+    if request is not None and not reads_twice(cache):
+        raise ValueError("request= asks for the repetition of a prompt, and this cache does not read it twice")
     policy = getattr(cache, "policy", None)
     # the tail is fed once the rest is final: see `Locret`
     tail = max(stop - policy.n_recent, start) if policy is not None and policy.defer_prefill_eviction else stop

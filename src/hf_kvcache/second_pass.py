@@ -44,8 +44,10 @@ class TwiceReadLayer(KVLayer):
         self._waits = call.view.cache is not None and call.view.cache.prompt_incomplete is not None
         if call.view.is_prefill and call.n_new > 1 and not self._waits:
             name = type(self.policy).__name__
+            # as it was before: nothing else of this text is there
+            self.reset()
             raise ValueError(
-                f"{name} reads a prompt twice before anything is evicted: begin with a new cache and call "
+                f"{name} reads a prompt twice before anything is evicted: call "
                 "hf_kvcache.prefill(model, input_ids, cache), from which model.generate(input_ids, cache=cache) goes on"
             )
         super().prepare(call)

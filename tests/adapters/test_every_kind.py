@@ -15,18 +15,6 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def made(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    KINDS[request.param][0](folder)
-    return request.param, folder
-
-
-@pytest.fixture
-def kind(made):
-    return made[0]
-
-
 @pytest.fixture
 def folder(made, tmp_path):
     for file in made[1].iterdir():

@@ -34,19 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 DAMAGE = FILE_DAMAGE | TENSOR_DAMAGE | CONFIG_DAMAGE
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def made(request, tmp_path_factory):
-    """A kind, and an adapter of it."""
-    folder = tmp_path_factory.mktemp(request.param) / "good"
-    KINDS[request.param][0](folder)
-    return request.param, folder
-
-
-@pytest.fixture
-def kind(made):
-    return made[0]
-
-
 @pytest.fixture
 def folder(made, tmp_path):
     """To be damaged, beside one that is not."""

@@ -239,8 +239,15 @@ def test_a_failed_pass_leaves_a_cache_that_goes_on(monkeypatch):
 
 def test_what_cannot_work_is_said():
     model, ids = tiny_model(), prompt(2, 60)
+    cache = kv.EvictionCache("kvzip", ratio=0.4, **KNOBS)
     with pytest.raises(ValueError, match=r"KVzip reads a prompt twice.*hf_kvcache.prefill"):
-        generate(model, ids, kv.EvictionCache("kvzip", ratio=0.4))
+        generate(model, ids, cache)
+    # nothing of what was refused is there
+    assert cache.get_seq_length() == 0
+    kv.prefill(model, ids, cache)
+    assert_same_state(cache, prefilled(model, ids, kv.EvictionCache("kvzip", ratio=0.4, **KNOBS)))
+    with pytest.raises(ValueError, match="request= asks for the repetition"):
+        kv.prefill(model, ids, kv.KVCache(), request=ids[0, :3])
     # a text that comes token by token is never evicted from
     cache = kv.EvictionCache("kvzip", ratio=0.4)
     for token in ids.split(1, 1):

@@ -37,12 +37,12 @@ class Adapter:
         return fit.known_layers(self.fingerprint, self.layers)
 
     def to(self, *args, **kwargs):
-        """The same adapter in another dtype or on another device; arguments as `torch.Tensor.to`."""
+        """This adapter in another dtype or on another device; arguments as `torch.Tensor.to`."""
         moved = {place: t.to(*args, **kwargs) for place, t in self.tensors.items()}
         return self.from_config(self.config(), moved)
 
     def made_for(self, model: torch.nn.Module, name: str | None = None):
-        """The same adapter, tied to a model by its name and its fingerprint.
+        """This adapter, tied to a model by its name and its fingerprint.
 
         Raises:
             AdapterError: the model lacks its first layer.

@@ -33,7 +33,7 @@ def is_index(value) -> bool:
 
 
 def or_none(is_right: Callable[[object], bool]) -> Callable[[object], bool]:
-    """The same check, which None passes, too."""
+    """A check that None passes, too."""
     return lambda value: value is None or is_right(value)
 
 
