@@ -18,7 +18,7 @@ class SharedStore(UniformStore):
     """One latent row per token for a group of layers (xKV, arXiv 2503.18893), and a dense tail for each of them.
 
     The layers of a group read one buffer of packed rows, which the first of them, the leader, answers for; each has
-    its own directions in which it reads them. Rows are packed when the last layer of the group settles, as all of them
+    its own directions in which it reads them. Rows are packed when the last layer of the group compresses: all of them
     are there then. A store outside a group stays dense.
     """
 
