@@ -55,17 +55,10 @@ class KVCacheLM(HFLM):
             self._spec.check()
         except SpecError as error:
             raise ArgumentError(f"cache: {error}") from error
-        if isinstance(pretrained, str):
-            from hf_kvcache.models import resolve
-
-            pretrained = resolve(pretrained)
-        super().__init__(pretrained, **kwargs)
-        if self.backend != "causal":
-            raise ArgumentError(f"backend={self.backend}: caches of this package are for causal language models")
+        super().__init__(_found(pretrained), **kwargs)
+        _check_backend(self.backend)
         if adapter is not None:
-            from hf_kvcache.adapters import attach
-
-            attach(self.model, str(adapter))
+            _attach(self.model, adapter)
         prepare(self.model, self._spec, Settings(attention=attn))
         self._n_bytes = self._n_tokens = 0
 
@@ -122,19 +115,44 @@ class KVCacheLM(HFLM):
         self._n_tokens += n_tokens
 
 
+def _found(pretrained):
+    """A model, or what `from_pretrained` takes for its name."""
+    from hf_kvcache.models import resolve
+
+    try:
+        return resolve(pretrained) if isinstance(pretrained, str) else pretrained
+    except FileNotFoundError as error:
+        raise ArgumentError(f"pretrained: {error}") from error
+
+
+def _attach(model, adapter) -> None:
+    from hf_kvcache.adapters import attach
+
+    try:
+        attach(model, str(adapter))
+    except (ImportError, ValueError) as error:
+        raise ArgumentError(f"adapter: {error}") from error
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("default", "causal"):
+        raise ArgumentError(f"backend={backend}: caches of this package are for causal language models")
+
+
 def _check(pretrained, cache, attn, kwargs: dict) -> None:
     """Refuse what the harness would hand on to transformers without a word, or what has no meaning here."""
     for name in kwargs:
         if name not in THEIRS:
             known = [*OURS, *THEIRS]
             near = get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            hint = f"is {near[0]} meant?" if near else f"there are {', '.join(known)}."
             raise ArgumentError(
-                f"hf-kvcache has no argument {name!r}; {hint} A cache with several arguments of its own is written as "
+                f"hf-kvcache has no argument {name!r}: {hint} A cache with several arguments of its own is given as "
                 'JSON: --model_args \'{"pretrained": "...", "cache": "quant:bits=4,window=32"}\''
             )
     if pretrained is None or cache is None:
         raise ArgumentError("hf-kvcache needs a model and a cache: --model_args pretrained=...,cache=quant:bits=4")
+    _check_backend(kwargs.get("backend", "default"))
     if attn not in ATTENTION:
         raise ArgumentError(f"attn={attn} is none of {', '.join(ATTENTION)}")
     if str(kwargs.get("batch_size", 1)).startswith("auto"):

@@ -12,7 +12,7 @@ from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval.memory import cache_nbytes
 from hf_kvcache.eval.reading import finish
 from hf_kvcache.lm_eval.passages import Passage
-from hf_kvcache.long_prompts import begin, reads_twice
+from hf_kvcache.long_prompts import prefill, reads_twice
 
 
 class Scorer:
@@ -79,10 +79,12 @@ class Scorer:
             )
         if not read:
             return cache, None
-        ids = torch.tensor([read], device=self.model.device)
-        # a single token is no prompt to read twice
-        fed = begin(self.model, ids, cache) if len(read) > 1 else ids
-        logits = self._forward(fed, cache, max(n, 1))
+        if reads_twice(cache):
+            # `prefill` leaves the last token out, which is fed
+            prefill(self.model, torch.tensor([[*read, 0]], device=self.model.device), cache)
+        else:
+            ids = torch.tensor([read], device=self.model.device)
+            logits = self._forward(ids, cache, max(n, 1))
         finish(cache)
         self.measured(cache_nbytes(cache), len(read))
         return cache, self.log_softmax(logits[0]) if n else None
