@@ -31,10 +31,11 @@ def main() -> None:
     settings, tasks = Settings(seed=args.seed, replays=False), tasks_named(",".join(args.tasks))
     known = about(settings, model, args.model or "the embedded model")
     lines = {form: Lines(Path(args.out) / f"{form}.jsonl", known) for form in FORMS}
-    # one instance of all tasks in both forms after the other, so that a run that is stopped has as many of each
-    for n_instances in range(1, args.instances + 1):
+    # a batch of all tasks in both forms after the other, so that a run that is stopped has as many of each
+    for n_instances in range(args.batch_size, args.instances + args.batch_size, args.batch_size):
         for form, change in FORMS.items():
-            plan = Plan(tuple(map(change, tasks)), (args.length,), n_instances, ("known",), (parse("dynamic"),))
+            n, asked = min(n_instances, args.instances), tuple(map(change, tasks))
+            plan = Plan(asked, (args.length,), n, ("known",), (parse("dynamic"),), args.batch_size)
             evaluate(model, tokenizer, plan, settings, lines[form])
     print(table({form: {row.task: row for row in summarise(lines[form], settings.n_questions)} for form in FORMS}))
 
@@ -45,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=["all"], metavar="NAME", help="tasks or groups (default: all)")
     parser.add_argument("--length", type=int, default=1024, metavar="N", help="tokens (default: %(default)s)")
     parser.add_argument("--instances", type=int, default=20, metavar="N", help="of a task (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=5, metavar="N", help="texts at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the texts (default: %(default)s)")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the lines go")
     return parser.parse_args()
