@@ -34,6 +34,11 @@ def same(found, expected):
     assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
 
 
+def after(model, cache, token):
+    """Log-probabilities `[vocab]` once a token has been fed."""
+    return feed(model, cache, torch.tensor([[token]]))[0].log_softmax(-1)
+
+
 @pytest.mark.parametrize("cache", LOSSLESS)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_what_loses_nothing_scores_as_the_harness_does(cache, batch_size, expected):
@@ -61,7 +66,7 @@ def test_scores_are_those_that_generate_would_see(cache):
         finish(filled)
         total, chosen = 0.0, []
         for token, following in zip([ids[-1], *more], more, strict=False):
-            log_probs = feed(lm.model, filled, [token]).log_softmax(-1)
+            log_probs = after(lm.model, filled, token)
             total += float(log_probs[following])
             chosen.append(int(log_probs.argmax()))
         assert score == pytest.approx(total, abs=1e-4) and is_greedy == (chosen == more)
@@ -144,7 +149,7 @@ def test_the_second_half_of_a_window_is_scored_through_the_cache(cache):
     total = float(log_probs.gather(1, ids[0, 1 : n_read + 1, None]).sum())
     finish(filled)
     for token, following in zip(window[n_read:], window[n_read + 1 :], strict=False):
-        total += float(feed(lm.model, filled, [token]).log_softmax(-1)[following])
+        total += float(after(lm.model, filled, token)[following])
     assert found == pytest.approx(total, abs=1e-2)
 
 
