@@ -8,6 +8,7 @@ from harness_toys import LOADED, PROSE, behind, likelihoods
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvcache.cli import main
+from hf_kvcache.commands.common import default_device
 from hf_kvcache.dmc import Settings, retrofit, retrofits, save
 from hf_kvcache.lm_eval import ArgumentError, KVCacheLM
 from hf_kvcache.models import embedded_heads, embedded_model
@@ -49,6 +50,11 @@ def test_a_model_of_ones_own():
     lm = KVCacheLM(model, tokenizer=AutoTokenizer.from_pretrained(embedded_model()), cache="quant:bits=4")
     assert model.config._attn_implementation == "hf_kvcache"
     assert likelihoods(lm, PAIR) == likelihoods(behind("quant:bits=4"), PAIR)
+
+
+def test_a_device_need_not_be_given():
+    lm = KVCacheLM(LOADED["pretrained"], cache="dense", dtype="float32")
+    assert lm.model.device.type == default_device().type
 
 
 @pytest.mark.parametrize(

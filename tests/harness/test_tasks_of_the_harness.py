@@ -83,7 +83,7 @@ def test_the_dense_cache_has_the_scores_of_the_harness(folder):
         [sample["filtered_resps"] for sample in results["samples"]["toy_choice"]] for results in (found, other)
     )
     assert said != other_said
-    assert other["config"]["kv_cache_bytes_per_token"] < 0.5 * found["config"]["kv_cache_bytes_per_token"]
+    assert other["config"]["kv_cache_bytes_per_token"] < 0.75 * found["config"]["kv_cache_bytes_per_token"]
 
 
 # it reads all of the harness' own tasks to find ours

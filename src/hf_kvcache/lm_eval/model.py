@@ -10,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
+from hf_kvcache.commands.common import ATTENTION, default_device
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval.compare import prepare
 from hf_kvcache.eval.memory import cache_nbytes
@@ -20,7 +21,6 @@ from hf_kvcache.lm_eval.passages import answer, text
 from hf_kvcache.lm_eval.scoring import Scorer
 from hf_kvcache.long_prompts import prefill, reads_twice
 
-ATTENTION = ("hf_kvcache", "sdpa", "eager")
 OURS = ("cache", "adapter", "attn")
 THEIRS = tuple(name for name in signature(HFLM.__init__).parameters if name not in ("self", "kwargs"))
 
@@ -55,6 +55,8 @@ class KVCacheLM(HFLM):
             self._spec.check()
         except SpecError as error:
             raise ArgumentError(f"cache: {error}") from error
+        # the harness' default is "cuda", whether there is one or not
+        kwargs.setdefault("device", str(default_device()))
         super().__init__(_found(pretrained), **kwargs)
         _check_backend(self.backend)
         if adapter is not None:
