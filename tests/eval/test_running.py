@@ -173,7 +173,7 @@ TOGETHER = (
     "snapkv:ratio=0.5",
     "adakv:ratio=0.5",
     "kvzip:ratio=0.5",
-    "quanto:bits=8",
+    "hqq:bits=8",
 )
 
 
