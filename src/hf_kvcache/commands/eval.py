@@ -153,10 +153,12 @@ def _check_lengths(plan, settings, model, tokenizer) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     n = max(plan.lengths)
     if n <= most:
+        prompter = Prompter(tokenizer, settings.uses_template)
         try:
-            n = most_tokens(plan, Prompter(tokenizer, settings.uses_template), settings)
+            n = most_tokens(plan, prompter, settings)
         except ValueError as error:
-            raise UserError(str(error)) from error
+            beside = f" ({prompter.n_added()} more stand around the text)" if "needs at least" in str(error) else ""
+            raise UserError(f"{error}{beside}") from error
     if n > most:
         raise UserError(f"--lengths: this model reads at most {most:,} tokens, not {n:,} (answers included)")
 
@@ -207,3 +209,13 @@ def _show(args: argparse.Namespace, out: Path, known: dict, lines, settings) -> 
         console.print(*as_tables(rows), CAPTION)
     else:
         print(table, end="")
+    _say_failures(lines)
+
+
+def _say_failures(lines) -> None:
+    """Why caches have not answered, to standard error."""
+    from collections import Counter
+
+    failed = Counter((line.cache, line.error.splitlines()[0]) for line in lines if line.error)
+    for (cache, error), n in failed.items():
+        print(f"hf-kvcache eval: {cache}: {n} answer{'s' * (n > 1)} failed: {error}", file=sys.stderr)
