@@ -7,10 +7,12 @@ import pytest
 import yaml
 from harness_toys import LOADED, PROSE
 from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hf_kvcache.lm_eval
 from hf_kvcache.cli import main
+from hf_kvcache.lm_eval import NAME, KVCacheLM
 
 TASKS = {
     "toy_choice": {
@@ -72,11 +74,11 @@ def run(folder, model, **changed):
 def test_the_dense_cache_has_the_scores_of_the_harness(folder):
     where = LOADED["pretrained"]
     expected, _ = run(folder, "hf", pretrained=where)
-    dense, found = run(folder, hf_kvcache.lm_eval.NAME, pretrained=where, cache="dense")
+    dense, found = run(folder, NAME, pretrained=where, cache="dense")
     assert {task for task, _ in expected} == set(TASKS) and dense == pytest.approx(expected, rel=1e-4)
     assert found["config"]["kv_cache"] == "dense" and found["config"]["kv_cache_bytes_per_token"] > 0
     # two bits tell everywhere; whether an answer is right need not change with them
-    lossy, other = run(folder, hf_kvcache.lm_eval.NAME, pretrained=where, cache="quant:bits=2,window=0")
+    lossy, other = run(folder, NAME, pretrained=where, cache="quant:bits=2,window=0")
     for key in [("toy_next", "perplexity,none"), ("toy_perplexity", "word_perplexity,none")]:
         assert lossy[key] != pytest.approx(dense[key], rel=1e-3)
     said, other_said = (
@@ -102,3 +104,20 @@ def test_the_command_line_is_the_harness_own(folder, capsys, monkeypatch, tmp_pa
     # a mistake ends it before a model is loaded
     assert main([*arguments, "--model_args", "pretrained=nowhere,cache=quant:bits=4,windows=16"]) == 2
     assert "no argument 'windows'" in capsys.readouterr().err
+
+
+def test_chat_templates_are_the_harness_own(folder):
+    """What the template says is read before the cache compresses."""
+    model = AutoModelForCausalLM.from_pretrained(LOADED["pretrained"], dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(LOADED["pretrained"])
+    tokenizer.chat_template = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    options = dict(tasks=["toy_choice", "toy_answer"], task_manager=manager, bootstrap_iters=0, log_samples=True)
+    said = []
+    for lm in (HFLM(model, tokenizer=tokenizer), KVCacheLM(model, tokenizer=tokenizer, cache="dense")):
+        found = simple_evaluate(model=lm, apply_chat_template=True, **options)["samples"]
+        assert "[user] " in str(found["toy_choice"][0]["arguments"])
+        scores = [score for sample in found["toy_choice"] for ((score, _),) in sample["resps"]]
+        said.append((scores, [sample["resps"] for sample in found["toy_answer"]]))
+    (expected, answers), (found, answered) = said
+    assert found == pytest.approx(expected, abs=1e-4) and answered == answers
