@@ -14,7 +14,6 @@ from hf_kvcache.commands.common import ATTENTION, default_device
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval.compare import prepare
 from hf_kvcache.eval.memory import cache_nbytes
-from hf_kvcache.eval.peers import dynamic
 from hf_kvcache.eval.running import Settings
 from hf_kvcache.eval.specs import SpecError, parse
 from hf_kvcache.lm_eval.passages import answer, text
@@ -84,8 +83,8 @@ class KVCacheLM(HFLM):
             # windows of a text come without strings
             passage = (text if strings is None else answer)(context, continuation, self.max_length)
             passages.append(passage)
-        # rows of transformers' quantised caches cannot be repeated
-        n_rows = 1 if self._spec.is_peer and self._spec.factory is not dynamic else self.batch_size
+        # neither packed rows nor states of linear attention can be repeated in transformers' own caches
+        n_rows = 1 if self._spec.is_peer else self.batch_size
         scorer = Scorer(self.model, self._new_cache, n_rows, self._log_softmax, self._measured)
         found: list = [None] * len(requests)
         quiet = disable_tqdm or self.rank != 0
