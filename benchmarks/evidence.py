@@ -54,9 +54,11 @@ def arguments() -> argparse.Namespace:
 
 def table(found: dict[str, dict]) -> str:
     """Scores in percent, a line per task."""
-    lines = ["| task | with the answers | without |", "|---|---|---|"]
+    lines = ["| task | with the answers | n | without | n |", "|---|---|---|---|---|"]
     for task in (name for name in TASKS if name in found["with"]):
-        lines.append(f"| `{task}` | {_cell(found['with'][task].score)} | {_cell(found['without'][task].score)} |")
+        rows = [found[form].get(task) for form in FORMS]
+        cells = [cell for row in rows for cell in (_cell(row and row.score), str(row.n_instances if row else 0))]
+        lines.append(f"| `{task}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
