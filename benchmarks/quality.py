@@ -52,7 +52,7 @@ CACHES = (
     "quanto:bits=4",
     "h2o:ratio=0.25",
 )
-LENGTH, INSTANCES, ROUND, BATCH = 2048, 100, 8, 8
+LENGTH, INSTANCES, ROUND, BATCH = 2048, 100, 25, 8
 # the longest answer that is right takes about fifty tokens: four numbers of seven digits, or a UUID digit by digit
 SETTINGS = Settings(max_new_tokens=64)
 IN = ("unknown", "known")
@@ -73,15 +73,15 @@ def main() -> None:
     lines = Lines(options.out / "eval.jsonl", known)
     result = options.result or RESULTS / f"quality-{options.model}-{'quick-' * options.quick}cpu.json"
     pieces = cells.unpack_into(lines, result) if result.exists() else []
-    deadline, most = monotonic() + 60 * options.minutes, options.instances
+    most, n_before, begun = options.instances, len(lines), monotonic()
+    deadline = begun + 60 * options.minutes
 
     def advance(stage: str, n_lines: int) -> None:
         if monotonic() > deadline:
             raise OutOfTime
         if stage:
-            print(stage, flush=True)
+            print(f"{(monotonic() - begun) / 60:6.1f} min  {stage}", flush=True)
 
-    n_before, begun = len(lines), monotonic()
     try:
         for n in range(min(ROUND, most), most + ROUND, ROUND):
             plan = Plan(tasks, (options.length,), min(n, most), IN, specs, options.batch_size)
