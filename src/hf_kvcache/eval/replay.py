@@ -7,7 +7,7 @@ they keep of them afterwards. So a text is read once, and each further cache cos
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,8 @@ from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.observe import Passing, Through
 from hf_kvcache.eval.asking import feed
+from hf_kvcache.eval.texts import Texts
+from hf_kvcache.layer import KVLayer
 from hf_kvcache.long_prompts import reads_twice
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.wrapper import Wrapper
@@ -48,11 +50,11 @@ class Handed:
 
 @dataclass(frozen=True)
 class Prefill:
-    """A text that a model has read, kept in memory.
+    """Texts that a model has read together, kept in memory.
 
     Attributes:
         layers: of all layers, in their order.
-        logits: `[vocab]` after the last token.
+        logits: `[B, vocab]` after the last token.
     """
 
     layers: list[Handed]
@@ -79,8 +81,18 @@ class _Recording(Passing):
         super().compress(call)
 
 
-def record(model, ids: list[int]) -> Prefill:
-    """Read a text once.
+class _Continuing(KVLayer):
+    """A layer that has all rows, and notes what attention over them was called with last."""
+
+    call: AttentionCall | None = None
+
+    def compress(self, call):
+        self.call = call
+        super().compress(call)
+
+
+def record(model, texts: Texts) -> Prefill:
+    """Read texts once.
 
     Raises:
         NotReplayed: the model has layers that are not of full attention, or hands attention something else than rows.
@@ -89,11 +101,42 @@ def record(model, ids: list[int]) -> Prefill:
     if any(layer is not None for layer in compat.hf_layers(config)) or compat.n_states(config):
         raise NotReplayed("not all layers of this model have full attention")
     recorder = Through(_Recording)
-    logits = feed(model, recorder, ids)
+    logits = feed(model, recorder, texts.ids, texts.n_padding)
     handed = [getattr(layer, "handed", None) for layer in recorder.layers]
     if None in handed:
         raise NotReplayed("this model computes with rows before attention gets them")
     return Prefill(handed, logits)
+
+
+def record_on(model, before: Prefill, ids: torch.Tensor, n_padding: torch.Tensor | None = None) -> Prefill:
+    """Read on from texts that have been recorded: what a prefill of all would have handed on, up to rounding.
+
+    Args:
+        model: as in `record`.
+        before: the texts so far, which stays as it is.
+        ids: what comes next, `[B, S]`.
+        n_padding: of the texts, as in `Texts`.
+
+    Raises:
+        NotReplayed: attention got arguments about the tokens of a call that this function does not know.
+    """
+    cache = Through(_Continuing)
+    replay(before, cache)
+    logits = feed(model, cache, ids, n_padding)
+    return Prefill([_joined(old, layer.call) for old, layer in zip(before.layers, cache.layers, strict=True)], logits)
+
+
+def _joined(before: Handed, call: AttentionCall) -> Handed:
+    """What attention was handed before and in a call after it, as if in one call."""
+    ours, theirs = before.options.get("position_ids"), call.position_ids
+    unknown = [n for n, x in call.options.items() if isinstance(x, torch.Tensor) and n not in ("position_ids", "s_aux")]
+    if unknown or isinstance(call.mask, torch.Tensor) or (ours is None) != (theirs is None):
+        raise NotReplayed(f"attention gets {', '.join(unknown or ['a mask as a tensor'])}")
+    options = before.options if ours is None else before.options | {"position_ids": torch.cat([ours, theirs], -1)}
+    mask = None if call.mask is None else call.mask.of_all_tokens()
+    rows = (before.k, call.view.new_k), (before.v, call.view.new_v), (before.query, call.query)
+    k, v, query = (torch.cat(pair, 2) for pair in rows)
+    return replace(before, k=k, v=v, query=query, mask=mask, options=options)
 
 
 def check_replay(cache) -> None:
