@@ -129,6 +129,7 @@ def _ask_ours(args, out: Path) -> None:
     caches = [text.format(r=args.ratio) for name in args.presses for text in PAIRS[name]]
     command = ["eval", "--model", args.model, "--dtype", "fp32", "--device", "cpu", "--out", str(out)]
     command += ["--tasks", *args.tasks, "--lengths", str(args.length), "--instances", str(args.instances)]
+    command += ["--batch-size", "4"]
     cli([*command, "--settings", "known", "unknown", "--caches", *dict.fromkeys(caches)])
 
 

@@ -173,6 +173,7 @@ NONSENSE = {
     **{("compare", option): WHOLE for option in ("--context", "--eval-context", "--new-tokens", "--rounds")},
     **{("eval", option): WHOLE for option in ("--lengths", "--instances", "--questions")},
     ("eval", "--seed"): ("-1", "0.5", "nan", "first", ""),
+    ("report", "--least"): ("-1", "0", "1.5", "nan", "inf", "some", ""),
     ("generate", "--max-new-tokens"): WHOLE,
     ("generate", "--chunk"): WHOLE,
     ("generate", "--temperature"): ("-1", "-0.01", "nan", "inf", "-inf", "hot", ""),

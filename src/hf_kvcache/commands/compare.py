@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", help=f"also write there: {LINES} as it goes, {RESULT} and {PICTURE} at the end"
     )
     group.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    group.add_argument(
+        "--pareto", action="store_true", help="also print the front of KL over bytes, and what beats the other caches"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args, model.config)
     known = about(settings, model, args.model or "the embedded model")
     journal = None if out is None else Journal(out / LINES, known)
-    rows = Rows([spec.text for spec in specs], settings, known, args.json, journal)
+    rows = Rows([spec.text for spec in specs], settings, known, args.json, journal, args.pareto)
     try:
         _measure(model, tokenizer, text, specs, settings, rows.take)
     except KeyboardInterrupt:

@@ -11,7 +11,11 @@ from hf_kvcache.eval.summary import BASELINE
 
 LINES = "eval.jsonl"
 # what all folders have to agree on: other models, numbers or texts are other measurements
-SHARED = ("model", "dtype", "settings.seed", "settings.n_questions", "settings.uses_template")
+SHARED = (
+    "model",
+    "dtype",
+    *(f"settings.{name}" for name in ("seed", "n_questions", "uses_template", "max_new_tokens")),
+)
 
 
 class CannotGather(ValueError):
