@@ -200,7 +200,7 @@ def _row(name: str, setting: str, sides: list[list[Line]]) -> dict:
         "ours, its conventions": sum(scores[1]) / len(press),
         "difference": [gain.mean, gain.low, gain.high],
         "same answers": sum(a.answer == b.answer for a, b in zip(press, alike, strict=True)) / len(press),
-        "ours, our defaults": sum(scores[2]) / len(press),
+        "ours": sum(scores[2]) / len(press),
         "bytes": [sum(line.nbytes for line in side) / sum(line.n_read for line in side) for side in sides],
     }
 
