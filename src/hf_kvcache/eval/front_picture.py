@@ -18,7 +18,7 @@ SHARES = (0.03, 0.05, 0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
 def save_picture(report: Report, path: Path, title: str | None = None) -> None:
-    """Write a PNG. Names stand beside the points of the front; a bar is the 95 % interval."""
+    """Write a PNG. Names stand beside the front and the best of every level; a bar is the 95 % interval."""
     height = 4.2 * len(report.fronts) + 0.4
     figure = Figure(figsize=(9, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -32,7 +32,7 @@ def save_picture(report: Report, path: Path, title: str | None = None) -> None:
         figure.canvas.draw()
         figure.set_layout_engine("none")
         for axes, front in zip(panels, report.fronts, strict=True):
-            place_labels(axes, [_label(point) for point in front.points if point.dominated is None])
+            place_labels(axes, [_label(point) for point in front.points])
     figure.savefig(path)
 
 
@@ -71,4 +71,6 @@ def _family(point: Point) -> str:
 
 
 def _label(point: Point) -> Label:
-    return Label(point.cache, point.bytes_ratio, 100 * point.score.mean, COLOURS[_family(point)])
+    # points without a name take room, too
+    name = point.cache if point.dominated is None or point.behind is None else ""
+    return Label(name, point.bytes_ratio, 100 * point.score.mean, COLOURS[_family(point)])
