@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -70,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--presses", nargs="+", default=list(PAIRS), choices=PAIRS, metavar="NAME", help="default: all")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--skip-ours", action="store_true", help="ask presses only")
+    parser.add_argument("--conventions-only", action="store_true", help="leave out our own defaults")
     args = parser.parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -125,12 +128,14 @@ def _ask_presses(args, out: Path) -> None:
 
 
 def _ask_ours(args, out: Path) -> None:
-    """Our methods, by both conventions; what is there is not asked again."""
-    caches = [text.format(r=args.ratio) for name in args.presses for text in PAIRS[name]]
+    """Our methods, by kvpress's conventions first, then by our own; what is there is not asked again."""
     command = ["eval", "--model", args.model, "--dtype", "fp32", "--device", "cpu", "--out", str(out)]
     command += ["--tasks", *args.tasks, "--lengths", str(args.length), "--instances", str(args.instances)]
-    command += ["--batch-size", "4"]
-    cli([*command, "--settings", "known", "unknown", "--caches", *dict.fromkeys(caches)])
+    command += ["--batch-size", "4", "--settings", "known", "unknown", "--caches"]
+    for side in range(1 if args.conventions_only else 2):
+        caches = dict.fromkeys(PAIRS[name][side].format(r=args.ratio) for name in args.presses)
+        with redirect_stdout(sys.stderr):
+            cli([*command, *caches])
 
 
 def _about(folder: Path) -> dict:
@@ -182,14 +187,16 @@ def compare(presses: list[Line], ours: Lines, ratio: float) -> list[dict]:
         press = known.get("kvpress:none" if name == "none" else f"kvpress:{name}:ratio={ratio}", {})
         alike, default = (known.get(text.format(r=ratio), {}) for text in texts)
         for setting in ("known", "unknown"):
-            keys = [key for key in press if key[0] == setting and key in alike and key in default]
+            keys = [key for key in press if key[0] == setting and key in alike]
+            # our defaults may not have been asked yet
+            sides = (press, alike, default) if all(key in default for key in keys) else (press, alike)
             if keys:
-                rows.append(_row(name, setting, [[found[key] for key in keys] for found in (press, alike, default)]))
+                rows.append(_row(name, setting, [[found[key] for key in keys] for found in sides]))
     return rows
 
 
 def _row(name: str, setting: str, sides: list[list[Line]]) -> dict:
-    press, alike, default = sides
+    press, alike = sides[:2]
     scores = [[line.score for line in side] for side in sides]
     gain = difference_of(scores[1], scores[0])
     return {
@@ -200,7 +207,7 @@ def _row(name: str, setting: str, sides: list[list[Line]]) -> dict:
         "ours, its conventions": sum(scores[1]) / len(press),
         "difference": [gain.mean, gain.low, gain.high],
         "same answers": sum(a.answer == b.answer for a, b in zip(press, alike, strict=True)) / len(press),
-        "ours": sum(scores[2]) / len(press),
+        "ours": sum(scores[2]) / len(press) if len(scores) > 2 else None,
         "bytes": [sum(line.nbytes for line in side) / sum(line.n_read for line in side) for side in sides],
     }
 

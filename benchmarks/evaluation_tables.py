@@ -31,7 +31,8 @@ def presses() -> str:
     lines = [["press", "question", "kvpress", "ours, its conventions", "difference, 95 %", "same answers", "ours, n"]]
     lines.append(["---", "---", *["---:"] * 5])
     for row in found["rows"]:
-        theirs, alike, own = (f"{100 * row[name]:.0f}" for name in ("kvpress", "ours, its conventions", "ours"))
+        scores = (row[name] for name in ("kvpress", "ours, its conventions", "ours"))
+        theirs, alike, own = ("–" if score is None else f"{100 * score:.0f}" for score in scores)
         same = f"{100 * row['same answers']:.0f} %"
         difference = _difference(*row["difference"])
         lines.append([row["press"], row["setting"], theirs, alike, difference, same, f"{own}, {row['n']}"])
