@@ -5,7 +5,7 @@ of the same model, dtype, seed and questions; where they differ in adapters, cac
 
 Settings and lengths are never mixed. A score is the mean of the tasks that the dense cache can do; those at which it
 scores below --least stand apart. A cache is beaten by one that has the same or fewer bytes and no lower score on the
-same instances. --speed names the folder of a `hf-kvcache compare --out DIR` of the same model.
+same instances. --speed names the folder of a `hf-kvcache compare --speed-only --out DIR` of the same model.
 """
 
 from __future__ import annotations

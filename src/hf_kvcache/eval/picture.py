@@ -36,9 +36,9 @@ LEAST_KL = 1e-6
 
 
 def save_picture(rows: list[Row], path: Path, title: str) -> None:
-    """Write a PNG of all rows that have numbers; nothing where none has."""
+    """Write a PNG of all rows that have numbers; nothing where fidelity was not measured."""
     rows = [row for row in rows if row.bytes_ratio is not None]
-    if not rows:
+    if all(row.kl is None for row in rows):
         return
     figure = Figure(figsize=(10, 9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
