@@ -153,7 +153,7 @@ def readme() -> str:
                 scores = f"{100 * point.score.mean:.0f} of {100 * dense.score.mean:.0f}"
                 found = [spelled(point.cache), f"{point.bytes_ratio:.2f}", scores, _with_interval(point.difference)]
                 lines.append([f"{words}, {level}× smaller", *found])
-    return table(lines)
+    return f"{table(lines)}\n\n{where()}"
 
 
 def spelled(cache: str) -> str:

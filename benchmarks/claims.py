@@ -159,12 +159,12 @@ def verdicts(scores: dict[tuple[str, int], Scores]) -> list[Verdict]:
 
 def _difference(scores: dict, setting: str, length: int, better: str, worse: str) -> Estimate | None:
     one, _, other = setting.partition(" > ")
-    if not other:
-        own = scores.get((one, length))
-        return None if own is None else own.difference(better, worse)
-    first, second = scores.get((one, length)), scores.get((other, length))
+    first, second = scores.get((one, length)), scores.get((other or one, length))
     if first is None or second is None:
         return None
+    better, worse = _named(first, better), _named(second, worse)
+    if not other:
+        return first.difference(better, worse)
     differences = []
     for task in first.tasks:
         a, b = first.of(better, task), second.of(worse, task)
@@ -173,6 +173,11 @@ def _difference(scores: dict, setting: str, length: int, better: str, worse: str
             return None
         differences.append(difference_of([a[i] for i in both], [b[i] for i in both]))
     return mean_of_means(differences)
+
+
+def _named(scores: Scores, spec: str) -> str:
+    """The cache of a specification, with whatever adapter."""
+    return next((cache for cache in scores.caches if cache.partition(" @ ")[0] == spec), spec)
 
 
 def main() -> None:

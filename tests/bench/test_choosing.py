@@ -87,8 +87,9 @@ def test_key_biases(choosing):
 
 
 def test_the_readme_shows_both_settings(choosing):
-    lines = choosing.readme().splitlines()[2:]
+    *lines, _, where = choosing.readme().splitlines()[2:]
     assert [line.count("known when") for line in lines] == [1, 1, 1, 0, 0, 0]
+    assert where == "`hf-kvcache report DIR …`, toy, bfloat16, none, torch 2, transformers 5, commit abc"
     assert "| 0.12 | 0 of 100 | -100.0 (" in lines[-1]
 
 
@@ -97,7 +98,7 @@ def test_claims_are_agreed_with_contradicted_or_open():
 
     lines = [*answers("dynamic", 40, 1000, "unknown"), *answers("adakv:ratio=0.25", 40, 250, "unknown")]
     lines += answers("snapkv:ratio=0.25", 5, 250, "unknown") + answers("keydiff:ratio=0.25", 0, 250, "unknown")
-    lines += answers("quant:bits=4", 40, 250, "unknown")
+    lines += answers("quant:bits=4", 40, 250, "unknown") + answers("locret:ratio=0.25 @ heads", 30, 250, "unknown")
     known = [*answers("dynamic", 40, 1000), *answers("snapkv:ratio=0.25", 30, 250)]
     scores = {("unknown", 128): Scores(lines, 1, LEAST_DENSE), ("known", 128): Scores(known, 1, LEAST_DENSE)}
     found = {(row.better, row.worse, row.setting): row for row in verdicts(scores)}
@@ -106,7 +107,8 @@ def test_claims_are_agreed_with_contradicted_or_open():
     # 40 of 40 in both says no more than that up to some 5 points may be lost
     assert found["quant:bits=4", "dynamic", "unknown"].verdict == "not decided"
     assert found["snapkv:ratio=0.25", "snapkv:ratio=0.25", "known > unknown"].verdict == "agrees"
-    assert found["locret:ratio={r}", "snapkv:ratio={r}", "unknown"].verdict == "not measured"
+    assert found["locret:ratio=0.25", "snapkv:ratio=0.25", "unknown"].verdict == "agrees"
+    assert found["kvzip:ratio={r}", "snapkv:ratio={r}", "unknown"].verdict == "not measured"
     assert {(claim.setting) for claim in CLAIMS} == {"known", "unknown", "known > unknown"}
 
 
