@@ -129,7 +129,6 @@ def filled(model, ids, text, **settings):
         ("keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8", "replayed"),
         ("lowrank:rank=0.5,exact_prefill=false", "direct: exact_prefill=False"),
         ("locret:ratio=0.25", "direct: Locret goes by what happens within the forward pass"),
-        ("kvzip:ratio=0.25", "direct: KVzip reads a text twice"),
         ("chunkkv:ratio=0.25,scorer=locret", "direct: Locret goes by what happens within the forward pass"),
     ],
 )
@@ -263,3 +262,41 @@ def test_what_follows_a_recording_need_not_be_read_with_it(texts, name, implemen
     assert torch.allclose(logits, expected, atol=1e-5) and cache_nbytes(ours) == cache_nbytes(theirs)
     following = [feed(model, cache, asked, texts.n_padding) for cache in (ours, theirs)]
     assert torch.allclose(*following, atol=1e-3)
+
+
+# -- texts that are read twice ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("texts", [Texts(TEXT), SEVERAL], ids=["one", "several"])
+def test_a_second_pass_is_replayed_too(texts):
+    """Its rows and queries are the same for all caches: of two passes each, the model makes two in all."""
+    model, read = tiny_model(), []
+
+    def count(module, args, kwargs):
+        read.append((args[0] if args else kwargs["input_ids"]).shape[1])
+
+    hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
+    reading = Reading(model, texts, Settings())
+    names = (
+        "kvzip:ratio=0.5",
+        "kvzip:ratio=0.25,level=head",
+        "kvzip:ratio=0.5+quant:bits=8,window=16",
+        "kvzip:ratio=0.75",
+    )
+    filled = [reading.fill(parse(name)) for name in names]
+    hook.remove()
+    assert [n for n in read if n > 1] == [80, 79] and {how for *_, how in filled} == {"replayed"}
+    for name, (ours, logits, _) in zip(names, filled, strict=True):
+        theirs, expected, _ = Reading(model, texts, Settings(replays=False)).fill(parse(name))
+        assert torch.allclose(logits, expected, atol=1e-4) and cache_nbytes(ours) == cache_nbytes(theirs)
+        for ids in NEXT.expand(len(texts.ids), -1).split(4, 1):
+            assert torch.allclose(*(feed(model, cache, ids, texts.n_padding) for cache in (ours, theirs)), atol=1e-3)
+
+
+def test_chunks_of_a_second_pass_are_told_apart():
+    model, texts = tiny_model(), Texts(TEXT)
+    reading = Reading(model, texts, Settings())
+    for name in ("kvzip:ratio=0.5,chunk=24", "kvzip:ratio=0.5,chunk=100"):
+        ours, logits, how = reading.fill(parse(name))
+        _, expected, _ = Reading(model, texts, Settings(replays=False)).fill(parse(name))
+        assert how == "replayed" and torch.allclose(logits, expected, atol=1e-4)

@@ -173,7 +173,7 @@ TOGETHER = (
     "snapkv:ratio=0.5",
     "adakv:ratio=0.5",
     "kvzip:ratio=0.5",
-    "quanto:bits=8",
+    "hqq:bits=8",
 )
 
 
@@ -190,7 +190,7 @@ def test_texts_asked_together_are_answered_as_alone(small):
         other = by_key(alone)[key]
         assert line.error is None and replace(line, nbytes=0) == replace(other, nbytes=0)
         # rows of padding take a little, and spare pages are shared
-        assert 0.85 * other.nbytes <= line.nbytes <= 1.15 * other.nbytes
+        assert 0.75 * other.nbytes <= line.nbytes <= 1.25 * other.nbytes
 
 
 def test_a_batch_goes_on_where_answers_are_missing(small, monkeypatch):

@@ -7,10 +7,11 @@ import torch
 from hf_kvcache.eval.asking import feed
 from hf_kvcache.eval.compare import prepare
 from hf_kvcache.eval.replay import NotReplayed, Prefill, check_replay, record, record_on, replay
+from hf_kvcache.eval.replay_twice import Recorded
 from hf_kvcache.eval.specs import CacheSpec, parse
 from hf_kvcache.eval.texts import Texts
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.long_prompts import begin
+from hf_kvcache.long_prompts import begin, reads_twice
 
 
 class Reading:
@@ -26,6 +27,7 @@ class Reading:
     def __init__(self, model, texts: Texts, settings, before: Reading | None = None):
         self.model, self.texts, self.settings, self._before = model, texts, settings, before
         self._prefill: Prefill | None = None
+        self._recorded: Recorded | None = None
         # why there is none, where there is none
         self._reason = None if settings.replays else ""
 
@@ -42,10 +44,17 @@ class Reading:
             rest = begin(self.model, texts.ids, cache, texts.mask)
             logits = feed(self.model, cache, rest, texts.n_padding)
         else:
-            replay(prefill, cache)
-            logits, filled = prefill.logits, "replayed"
+            logits, filled = self._replay(prefill, cache), "replayed"
         finish(cache)
         return cache, logits, filled
+
+    def _replay(self, prefill: Prefill, cache) -> torch.Tensor:
+        if not reads_twice(cache):
+            replay(prefill, cache)
+            return prefill.logits
+        if self._recorded is None:
+            self._recorded = Recorded(self.model, prefill, self.texts)
+        return feed(self.model, cache, self._recorded.fill(cache), self.texts.n_padding)
 
     def _prefill_for(self, spec: CacheSpec, cache) -> Prefill:
         if self._reason is not None:
