@@ -158,7 +158,7 @@ def test_every_kind_has_a_colour_of_its_own():
     assert kinds["sparse:sparsity=0.7,bits=4"] == "saves channels and bits"
     assert kinds["sparse:sparsity=0.7"] == "saves channels" and kinds["dms+quant:bits=4"] == "saves tokens and bits"
     assert kinds["keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8"] == "saves tokens, channels and bits"
-    assert set(kinds.values()) <= set(COLOURS) and len(set(COLOURS.values())) == len(COLOURS) == 9
+    assert set(kinds.values()) <= set(COLOURS) and len(set(COLOURS.values())) == len(COLOURS) == 10
 
 
 def test_nothing_is_drawn_without_numbers(tmp_path):
@@ -192,7 +192,7 @@ def test_policy_alone_is_dense():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("quantum", "no cache is called 'quantum'; there are dynamic, quanto, hqq, dense, quant"),
+        ("quantum", "no cache is called 'quantum'; there are dynamic, quanto, hqq, fp8, dense, quant"),
         ("quant:bit=4", "quant has no argument 'bit'; it takes bits, window, rotate"),
         ("quant:4", "'4' is not of the form argument=value"),
         ("quant:bits=5", "bits=5 is not one of"),
