@@ -5,8 +5,9 @@ python benchmarks/evaluate_presses.py --kvpress-python PYTHON --model smollm2 --
 kvpress 0.5.5 needs transformers below 5.3, so it runs in an environment of its own (`pip install kvpress==0.5.5`), in
 a process that imports nothing of ours: it gets token ids and says token ids. DIR/answers.jsonl takes every answer as
 soon as there is one; DIR/presses has them as lines of an evaluation, scored by our tasks, for `hf-kvcache report`.
-DIR/ours is `hf-kvcache eval` of our methods with kvpress's conventions, and with our own defaults. The same command
-goes on where it was stopped. DIR/presses.json compares the two: scores, and answers that are the same token for token.
+DIR/conventions has our methods with kvpress's conventions, among them that nothing is evicted from a question which
+follows a compressed text; DIR/ours has them with our own defaults. The same command goes on where it was stopped.
+DIR/presses.json compares the two: scores, and answers that are the same token for token.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ import json
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from hf_kvcache.cli import main as cli
+from hf_kvcache.commands.common import load_model
 from hf_kvcache.eval.intervals import difference_of
 from hf_kvcache.eval.lines import Line, Lines
 from hf_kvcache.eval.prompts import Prompter
-from hf_kvcache.eval.running import Settings, build_instance
+from hf_kvcache.eval.report import about
+from hf_kvcache.eval.running import Plan, Settings, build_instance, evaluate
+from hf_kvcache.eval.specs import parse
 from hf_kvcache.eval.tasks import tasks_named
 from hf_kvcache.models import resolve
+from hf_kvcache.policies.base import Policy
 
 TASKS = ["niah_single_2", "niah_multikey_1"]
 
@@ -79,10 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.kvpress_python:
         _ask_presses(args, out)
     if not args.skip_ours:
-        _ask_ours(args, out / "ours")
-    lines, about = _lines(args, out)
-    table = compare(lines, Lines(out / "ours" / "eval.jsonl", _about(out / "ours")), args.ratio)
-    (out / "presses.json").write_text(json.dumps(about | {"rows": table}, indent=1) + "\n", encoding="utf-8")
+        _ask_by_conventions(args, out / "conventions")
+        if not args.conventions_only:
+            _ask_by_defaults(args, out / "ours")
+    presses, known = _lines(args, out)
+    ours = [_read(out / name) for name in ("conventions", "ours")]
+    table = compare(presses, *ours, args.ratio)
+    (out / "presses.json").write_text(json.dumps(known | {"rows": table}, indent=1) + "\n", encoding="utf-8")
     for row in table:
         print(json.dumps(row))
     return 0
@@ -127,15 +136,40 @@ def _ask_presses(args, out: Path) -> None:
     subprocess.run([args.kvpress_python, str(child), str(out / "task.json"), str(out / "answers.jsonl")], check=True)
 
 
-def _ask_ours(args, out: Path) -> None:
-    """Our methods, by kvpress's conventions first, then by our own; what is there is not asked again."""
+def once(kind: type[Policy]) -> type[Policy]:
+    """A policy that evicts from what a cache reads first, and from nothing that follows, such as a question."""
+
+    def should_evict(self, n_kept, tokens_seen, decoding, n_since):
+        is_first = n_since == tokens_seen
+        return is_first and kind.should_evict(self, n_kept, tokens_seen, decoding, n_since)
+
+    return type(f"Once{kind.__name__}", (kind,), {"should_evict": should_evict})
+
+
+def _ask_by_conventions(args, out: Path) -> None:
+    """Our methods, as presses do it; what is there is not asked again."""
+    specs = [parse(PAIRS[name][0].format(r=args.ratio)) for name in args.presses]
+    specs = [replace(spec, policy=once(spec.policy)) if spec.policy else spec for spec in specs]
+    options = argparse.Namespace(model=args.model, dtype="fp32", device="cpu", adapter=None, attn="hf_kvcache")
+    model, tokenizer = load_model(options)
+    settings, tasks = Settings(), tuple(tasks_named(",".join(args.tasks)))
+    lines = Lines(out / "eval.jsonl", about(settings, model, args.model) | {"adapter": None})
+    plan = Plan(tasks, (args.length,), args.instances, ("known", "unknown"), tuple(specs), batch_size=2)
+    evaluate(model, tokenizer, plan, settings, lines)
+
+
+def _ask_by_defaults(args, out: Path) -> None:
+    """The same with our own defaults, by the command."""
     command = ["eval", "--model", args.model, "--dtype", "fp32", "--device", "cpu", "--out", str(out)]
     command += ["--tasks", *args.tasks, "--lengths", str(args.length), "--instances", str(args.instances)]
-    command += ["--batch-size", "4", "--settings", "known", "unknown", "--caches"]
-    for side in range(1 if args.conventions_only else 2):
-        caches = dict.fromkeys(PAIRS[name][side].format(r=args.ratio) for name in args.presses)
-        with redirect_stdout(sys.stderr):
-            cli([*command, *caches])
+    caches = dict.fromkeys(PAIRS[name][1].format(r=args.ratio) for name in args.presses)
+    with redirect_stdout(sys.stderr):
+        cli([*command, "--batch-size", "2", "--settings", "known", "unknown", "--caches", *caches])
+
+
+def _read(folder: Path) -> Lines:
+    """What is there."""
+    return Lines(folder / "eval.jsonl", _about(folder)) if (folder / "eval.jsonl").exists() else Lines(None, {})
 
 
 def _about(folder: Path) -> dict:
@@ -149,8 +183,8 @@ def _lines(args, out: Path) -> tuple[list[Line], dict]:
     tokenizer = AutoTokenizer.from_pretrained(str(resolve(args.model)))
     asked = {(task.name, i): (task, instance) for task, i, instance, _ in _instances(args, tokenizer)}
     # what ours was measured with, but for the library
-    about = _about(out / "ours")
-    about["versions"] = {"torch": about["versions"]["torch"], "transformers": "5.2.0", "kvpress": "0.5.5"}
+    known = _about(out / "conventions")
+    known["versions"] = {"torch": known["versions"]["torch"], "transformers": "5.2.0", "kvpress": "0.5.5"}
     found = []
     for text in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines():
         raw = json.loads(text)
@@ -170,29 +204,35 @@ def _lines(args, out: Path) -> tuple[list[Line], dict]:
     (out / "presses").mkdir(exist_ok=True)
     path = out / "presses" / "eval.jsonl"
     path.unlink(missing_ok=True)
-    lines = Lines(path, about)
+    lines = Lines(path, known)
     for line in found:
         lines.add(line)
-    return found, about
+    return found, known
 
 
-def compare(presses: list[Line], ours: Lines, ratio: float) -> list[dict]:
-    """A row per press and setting: both scores, their paired difference, the share of answers that are the same."""
-    known: dict[str, dict[tuple, Line]] = {}
-    for line in (*presses, *ours):
-        if line.error is None:
-            known.setdefault(line.cache, {})[line.setting, line.task, line.instance, line.question] = line
+def compare(presses: list[Line], conventions: Lines, defaults: Lines, ratio: float) -> list[dict]:
+    """A row per press and setting: scores, their paired difference, the share of answers that are the same."""
+    sides = [_by_cache(lines) for lines in (presses, conventions, defaults)]
     rows = []
     for name, texts in PAIRS.items():
-        press = known.get("kvpress:none" if name == "none" else f"kvpress:{name}:ratio={ratio}", {})
-        alike, default = (known.get(text.format(r=ratio), {}) for text in texts)
+        names = ["kvpress:none" if name == "none" else f"kvpress:{name}:ratio={ratio}"]
+        names += [text.format(r=ratio) for text in texts]
+        press, alike, default = (side.get(text, {}) for side, text in zip(sides, names, strict=True))
         for setting in ("known", "unknown"):
             keys = [key for key in press if key[0] == setting and key in alike]
             # our defaults may not have been asked yet
-            sides = (press, alike, default) if all(key in default for key in keys) else (press, alike)
+            found = (press, alike, default) if all(key in default for key in keys) else (press, alike)
             if keys:
-                rows.append(_row(name, setting, [[found[key] for key in keys] for found in sides]))
+                rows.append(_row(name, setting, [[side[key] for key in keys] for side in found]))
     return rows
+
+
+def _by_cache(lines) -> dict[str, dict[tuple, Line]]:
+    found: dict[str, dict[tuple, Line]] = {}
+    for line in lines:
+        if line.error is None:
+            found.setdefault(line.cache, {})[line.setting, line.task, line.instance, line.question] = line
+    return found
 
 
 def _row(name: str, setting: str, sides: list[list[Line]]) -> dict:

@@ -117,8 +117,9 @@ def test_presses_are_compared_answer_by_answer():
 
     alike, default = (text.format(r=0.25) for text in PAIRS["keydiff"])
     press = answers("kvpress:keydiff:ratio=0.25", 20, 250)
-    ours = answers(alike, 20, 250) + answers(default, 30, 260, said="y")
-    (row,) = compare(press, ours, 0.25)
+    ours, defaults = answers(alike, 20, 250), answers(default, 30, 260, said="y")
+    (row,) = compare(press, ours, defaults, 0.25)
+    assert compare(press, ours, [], 0.25)[0]["ours"] is None
     assert (row["press"], row["setting"], row["n"], row["same answers"]) == ("keydiff", "known", 40, 1.0)
     assert (row["kvpress"], row["ours, its conventions"], row["ours"]) == (0.5, 0.5, 0.75)
     assert row["difference"][0] == 0 and row["bytes"] == [25.0, 25.0, 26.0]
