@@ -36,8 +36,8 @@ from hf_kvcache.policies.base import Policy
 
 TASKS = ["niah_single_2", "niah_multikey_1"]
 
-# a press, and our method with its conventions, then with our defaults. What it does not have: sinks and recent tokens
-# that always stay, eviction while decoding
+# a press, and our method with its conventions, then with our defaults. What it does not have: sinks, recent tokens and,
+# where heads differ, a dense window that always stay; eviction while decoding
 PLAIN = "n_sink=0,n_recent=0,decode=false"
 PAIRS = {
     "none": ("dense", "dense"),
@@ -59,10 +59,10 @@ PAIRS = {
     ),
     "lagkv": ("lagkv:ratio={r},n_recent=0,decode=false", "lagkv:ratio={r}"),
     "adakv-expected_attention": (
-        "adakv:ratio={r},scorer=expected_attention,n_recent=0,decode=false",
+        "adakv:ratio={r},scorer=expected_attention,n_recent=0,decode=false+dense:window=0",
         "adakv:ratio={r},scorer=expected_attention",
     ),
-    "kvzip": ("kvzip:ratio={r}", "kvzip:ratio={r}"),
+    "kvzip": ("kvzip:ratio={r}+dense:window=0", "kvzip:ratio={r}"),
     "observed_attention": ("h2o:ratio={r},n_sink=0,n_recent=0,recent_share=0.0,decode=false", "h2o:ratio={r}"),
 }
 
@@ -241,14 +241,15 @@ def _row(name: str, setting: str, sides: list[list[Line]]) -> dict:
     gain = difference_of(scores[1], scores[0])
     return {
         "press": name,
+        "ours": alike[0].cache,
         "setting": setting,
         "n": len(press),
-        "kvpress": sum(scores[0]) / len(press),
-        "ours, its conventions": sum(scores[1]) / len(press),
+        "kvpress score": sum(scores[0]) / len(press),
+        "score": sum(scores[1]) / len(press),
         "difference": [gain.mean, gain.low, gain.high],
         "same answers": sum(a.answer == b.answer for a, b in zip(press, alike, strict=True)) / len(press),
-        "ours": sum(scores[2]) / len(press) if len(scores) > 2 else None,
-        "bytes": [sum(line.nbytes for line in side) / sum(line.n_read for line in side) for side in sides],
+        "default score": sum(scores[2]) / len(press) if len(scores) > 2 else None,
+        "bytes per token": [sum(line.nbytes for line in side) / sum(line.n_read for line in side) for side in sides],
     }
 
 

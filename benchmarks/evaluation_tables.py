@@ -31,7 +31,7 @@ def presses() -> str:
     lines = [["press", "question", "kvpress", "ours, its conventions", "difference, 95 %", "same answers", "ours, n"]]
     lines.append(["---", "---", *["---:"] * 5])
     for row in found["rows"]:
-        scores = (row[name] for name in ("kvpress", "ours, its conventions", "ours"))
+        scores = (row[name] for name in ("kvpress score", "score", "default score"))
         theirs, alike, own = ("–" if score is None else f"{100 * score:.0f}" for score in scores)
         same = f"{100 * row['same answers']:.0f} %"
         difference = _difference(*row["difference"])
@@ -41,8 +41,27 @@ def presses() -> str:
     )
 
 
+def same_answers() -> str:
+    """Answers of the embedded model, which knows nothing and is cheap: how many are the same token for token."""
+    found = _load("presses-embedded")
+    lines = [["press", "ours, its conventions", "question known", "question unknown"], ["---", "---", "---:", "---:"]]
+    rows: dict[str, dict[str, dict]] = {}
+    for row in found["rows"]:
+        rows.setdefault(row["press"], {})[row["setting"]] = row
+    for name, own in rows.items():
+        shown = (
+            f"{round(row['same answers'] * row['n'])} of {row['n']}" if row else "–" for row in map(own.get, _BOTH)
+        )
+        lines.append([name, f"`{own[next(iter(own))]['ours']}`", *shown])
+    command = (
+        "python benchmarks/evaluate_presses.py --kvpress-python PYTHON --model EMBEDDED --conventions-only --out DIR"
+    )
+    return f"{table(lines)}\n\n{_where(found, command)}"
+
+
+_BOTH = "known", "unknown"
 _ENDS = "mean", "low", "high"
-BLOCKS = {"claims": claims, "presses": presses}
+BLOCKS = {"claims": claims, "presses": presses, "same-answers": same_answers}
 
 
 def _load(name: str) -> dict:

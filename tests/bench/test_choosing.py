@@ -119,10 +119,20 @@ def test_presses_are_compared_answer_by_answer():
     press = answers("kvpress:keydiff:ratio=0.25", 20, 250)
     ours, defaults = answers(alike, 20, 250), answers(default, 30, 260, said="y")
     (row,) = compare(press, ours, defaults, 0.25)
-    assert compare(press, ours, [], 0.25)[0]["ours"] is None
+    assert compare(press, ours, [], 0.25)[0]["default score"] is None
     assert (row["press"], row["setting"], row["n"], row["same answers"]) == ("keydiff", "known", 40, 1.0)
-    assert (row["kvpress"], row["ours, its conventions"], row["ours"]) == (0.5, 0.5, 0.75)
-    assert row["difference"][0] == 0 and row["bytes"] == [25.0, 25.0, 26.0]
+    assert (row["kvpress score"], row["score"], row["default score"], row["ours"]) == (0.5, 0.5, 0.75, alike)
+    assert row["difference"][0] == 0 and row["bytes per token"] == [25.0, 25.0, 26.0]
+
+
+def test_once_evicts_from_what_comes_first_alone():
+    from evaluate_presses import once
+
+    from hf_kvcache.policies.keydiff import KeyDiff
+
+    policy = once(KeyDiff)(ratio=0.25)
+    assert policy.should_evict(400, 400, False, 400) and not policy.should_evict(130, 430, False, 30)
+    assert KeyDiff(ratio=0.25).should_evict(130, 430, False, 30)
 
 
 @pytest.mark.parametrize("ratio", (0.25, 0.5))
