@@ -31,7 +31,7 @@ from hf_kvcache.eval.report import about
 from hf_kvcache.eval.running import Plan, Settings, build_instance, evaluate
 from hf_kvcache.eval.specs import parse
 from hf_kvcache.eval.tasks import tasks_named
-from hf_kvcache.models import resolve
+from hf_kvcache.models import embedded_model, resolve
 from hf_kvcache.policies.base import Policy
 
 TASKS = ["niah_single_2", "niah_multikey_1"]
@@ -91,6 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     presses, known = _lines(args, out)
     ours = [_read(out / name) for name in ("conventions", "ours")]
     table = compare(presses, *ours, args.ratio)
+    if Path(args.model).resolve() == embedded_model().resolve():
+        known["model"] = "the embedded model"
     (out / "presses.json").write_text(json.dumps(known | {"rows": table}, indent=1) + "\n", encoding="utf-8")
     for row in table:
         print(json.dumps(row))
