@@ -153,7 +153,15 @@ def readme() -> str:
                 scores = f"{100 * point.score.mean:.0f} of {100 * dense.score.mean:.0f}"
                 found = [spelled(point.cache), f"{point.bytes_ratio:.2f}", scores, _with_interval(point.difference)]
                 lines.append([f"{words}, {level}× smaller", *found])
-    return f"{table(lines)}\n\n{where()}"
+    return f"{table(lines)}\n\n{_asked()}; {where()}"
+
+
+def _asked() -> str:
+    """How much was asked."""
+    front = _fronts()[0]
+    n = min(point.n_instances for point in front.points)
+    tasks = f"{len(front.tasks)} task{'s' * (len(front.tasks) > 1)}"
+    return f"{front.length:,} tokens, {n} instances of each of {tasks}"
 
 
 def spelled(cache: str) -> str:

@@ -9,6 +9,7 @@ from hf_kvcache.eval.gathering import Gathered, baseline_of
 from hf_kvcache.eval.intervals import Estimate
 from hf_kvcache.eval.lines import Line
 from hf_kvcache.eval.pareto import dominators, level_of
+from hf_kvcache.eval.running import SETTINGS
 from hf_kvcache.eval.scores import Scores
 
 # tasks that the dense model scores below have no score to lose: they say nothing of a cache
@@ -84,7 +85,7 @@ class Front:
 
 
 def fronts(gathered: Gathered, least: float = LEAST_DENSE, speeds: dict[str, float] | None = None) -> list[Front]:
-    """The front of every setting and length, in the order in which they come first.
+    """The front of every setting and length, in the order of `SETTINGS`, short texts first.
 
     Args:
         gathered: answers.
@@ -97,7 +98,8 @@ def fronts(gathered: Gathered, least: float = LEAST_DENSE, speeds: dict[str, flo
     groups: dict[tuple[str, int], list[Line]] = defaultdict(list)
     for line in gathered.lines:
         groups[line.setting, line.length].append(line)
-    scores = {key: Scores(lines, gathered.n_questions, least) for key, lines in groups.items()}
+    order = sorted(groups, key=lambda key: (list(SETTINGS).index(key[0]), key[1]))
+    scores = {key: Scores(groups[key], gathered.n_questions, least) for key in order}
     found = [front for key, own in scores.items() if (front := _front(own, *key, speeds or {})) is not None]
     if not found:
         raise ValueError(
