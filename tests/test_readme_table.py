@@ -60,7 +60,7 @@ def test_benchmarks_are_those_of_the_results(tables):
     # one stands in the table of decoding, one is the picture in the README
     shown = {file for _, file, _ in tables.BLOCKS.values()} | {"prefill", "demo-embedded"}
     # what other pages show
-    shown |= {"evidence-smollm2", "claims-smollm2", "presses-smollm2"}
+    shown |= {"evidence-smollm2", "claims-smollm2", "presses-smollm2", "presses-embedded"}
     assert {path.name.removesuffix("-cpu.json") for path in tables.RESULTS.glob("*.json")} == shown
 
 

@@ -89,9 +89,8 @@ def test_key_biases(choosing):
 def test_the_readme_shows_both_settings(choosing):
     *lines, _, where = choosing.readme().splitlines()[2:]
     assert [line.count("known when") for line in lines] == [1, 1, 1, 0, 0, 0]
-    assert (
-        where
-        == "128 tokens, 40 instances of each of 1 task; `hf-kvcache report DIR …`, toy, bfloat16, none, torch 2, transformers 5, commit abc"
+    assert where.startswith(
+        "128 tokens, 40 instances of each of 1 task; `hf-kvcache report DIR …`, toy, bfloat16, none"
     )
     assert "| 0.12 | 0 of 100 | -100.0 (" in lines[-1]
 
