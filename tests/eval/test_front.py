@@ -74,6 +74,18 @@ def test_tasks_that_the_dense_model_cannot_do_stand_apart():
         fronts(gathered(lines), least=1.5)
 
 
+def test_a_task_that_has_only_begun_is_in_no_mean():
+    lines = [line for cache in ("dynamic", "a", "b", "c") for line in answers(cache, [1.0, 1.0], 100)]
+    lines += answers("dynamic", [1.0], 100, task="next")
+    (front,) = fronts(gathered(lines))
+    assert front.tasks == ["a"] and front.begun == ["next"] and not front.left_out
+    report = make_report(gathered(lines), [front], 0.1, [])
+    assert "fewer than half of the caches have been asked: `next`" in as_markdown(report)
+    # once half have been asked, it is the others that are left out
+    (front,) = fronts(gathered(lines, answers("a", [1.0], 100, task="next")))
+    assert front.tasks == ["a", "next"] and set(front.left_out) == {"b", "c"}
+
+
 def test_settings_are_never_mixed_and_caches_without_all_tasks_are_named():
     lines = []
     for setting, score in (("known", 1.0), ("unknown", 0.0)):

@@ -74,6 +74,7 @@ class Front:
         apart: tasks that it cannot do, with its score.
         points: by bytes, largest first.
         left_out: caches without a score of every task, and why.
+        begun: tasks that fewer than half of the caches have been asked so far, of which nothing is in a mean.
     """
 
     setting: str
@@ -82,6 +83,7 @@ class Front:
     apart: dict[str, float]
     points: list[Point]
     left_out: dict[str, str]
+    begun: list[str] = field(default_factory=list)
 
 
 def fronts(gathered: Gathered, least: float = LEAST_DENSE, speeds: dict[str, float] | None = None) -> list[Front]:
@@ -137,7 +139,7 @@ def _front(scores: Scores, setting: str, length: int, speeds: dict[str, float]) 
             tasks=scores.scores_of_tasks(cache),
         )
         points.append(point)
-    return Front(setting, length, scores.tasks, scores.apart, points, scores.left_out)
+    return Front(setting, length, scores.tasks, scores.apart, points, scores.left_out, scores.begun)
 
 
 def _dominated(by: str, difference: Estimate) -> Dominated:

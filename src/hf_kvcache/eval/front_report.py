@@ -80,6 +80,9 @@ def tasks_of(front: Front, least: float) -> str:
     if front.apart:
         apart = ", ".join(f"`{task}` ({100 * score:.1f})" for task, score in front.apart.items())
         said += f" Not in it, as DynamicCache itself scores below {100 * least:g}: {apart}."
+    if front.begun:
+        begun = ", ".join(f"`{task}`" for task in front.begun)
+        said += f" Not in it, as fewer than half of the caches have been asked: {begun}."
     return said
 
 

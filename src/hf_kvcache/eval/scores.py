@@ -24,6 +24,7 @@ class Scores:
         dense: the dense cache, None where there are no answers of it.
         tasks: that it can do.
         apart: those that it cannot do, with its score.
+        begun: tasks that fewer than half of the caches have been asked: a run that goes on has come no further.
     """
 
     def __init__(self, lines: list[Line], n_questions: int, least: float):
@@ -35,8 +36,10 @@ class Scores:
         self._of = {key: by_instance(found, n_questions) for key, found in self.lines.items()}
         self.dense = next((cache for cache in self.caches if cache == baseline_of(cache)), None)
         dense = {task: fmean(found.values()) for task in every if (found := self.of(self.dense, task))}
-        self.tasks = [task for task, score in dense.items() if score >= least]
-        self.apart = {task: score for task, score in dense.items() if score < least}
+        asked = {task: sum((cache, task) in self.lines for cache in self.caches) for task in dense}
+        self.begun = [task for task, n in asked.items() if 2 * n < len(self.caches)]
+        self.tasks = [task for task, score in dense.items() if score >= least and task not in self.begun]
+        self.apart = {task: score for task, score in dense.items() if score < least and task not in self.begun}
 
     def of(self, cache: str | None, task: str) -> dict[int, float]:
         """Score of every instance."""
