@@ -58,7 +58,6 @@ CLAIMS = (
         KVPRESS,
     ),
     Claim("expected_attention:ratio={r}", "snapkv:ratio={r}", "unknown", "88.5 > 81.8 with 3/4 kept", KVPRESS),
-    Claim("expected_attention:ratio={r}", "l2norm:ratio={r}", "unknown", "88.5 > 87.2 with 3/4 kept", KVPRESS),
     Claim("kvzip:ratio={r}", "expected_attention:ratio={r}", "unknown", "95.5 > 88.5 with 3/4 kept", KVPRESS),
     Claim("kvzip:ratio={r}", "snapkv:ratio={r}", "unknown", "95.5 > 81.8 with 3/4 kept", KVPRESS),
     Claim(
