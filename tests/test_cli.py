@@ -195,7 +195,10 @@ def test_mistakes_end_with_two_and_a_sentence(capsys, args, message):
 WHOLE = "-1", "0", "1.5", "nan", "inf", "many", ""
 NONSENSE = {
     **{("compare", option): WHOLE for option in ("--context", "--eval-context", "--new-tokens", "--rounds")},
-    **{("eval", option): WHOLE for option in ("--lengths", "--instances", "--questions")},
+    **{
+        ("eval", option): WHOLE
+        for option in ("--lengths", "--instances", "--questions", "--batch-size", "--max-new-tokens")
+    },
     ("eval", "--seed"): ("-1", "0.5", "nan", "first", ""),
     ("report", "--least"): ("-1", "0", "1.5", "nan", "inf", "some", ""),
     ("generate", "--max-new-tokens"): WHOLE,
