@@ -1,4 +1,4 @@
-"""ROUGE-L in the three forms that benchmarks of long texts score with (Lin 2004, "ROUGE: A Package for ...", section 3).
+"""ROUGE-L in the three forms that benchmarks of long texts score with (Lin 2004, ROUGE, section 3).
 
 They differ in what a word is, in whether a word counts once or as often as it stands there, and in how sentences are
 told apart. All return the F-measure, 0 to 1, and 0 where either text is empty.
