@@ -16,8 +16,8 @@ from hf_kvcache.eval.tasks.instances import Instance, Question
 PAPER = "Bai et al. 2024, arXiv 2412.15204"
 PROMPT = (
     "Read the text below, and answer the question behind it.\n\n<text>\n{context}\n</text>\n\nWhich is the right "
-    "answer to this question: {question}\n(A) {choice_A}\n(B) {choice_B}\n(C) {choice_C}\n(D) {choice_D}\n\nAnswer in this "
-    'form: "The correct answer is (letter)".'
+    "answer to this question: {question}\n(A) {choice_A}\n(B) {choice_B}\n(C) {choice_C}\n(D) {choice_D}\n\nAnswer in "
+    'this form: "The correct answer is (letter)".'
 )
 LENGTHS = {"": "all", ":short": "up to 32,000 words", ":medium": "32,000 to 128,000 words", ":long": "more"}
 
