@@ -135,7 +135,9 @@ def _beside(instance: Instance, count: Callable[[str], int]) -> int:
     return count(instance.instruction) + asked
 
 
-def from_template(template: str, context: str, question: Question, is_plain: bool = False, **fields: str) -> Instance:
+def from_template(
+    template: str, context: str, question: Question, is_plain: bool = False, /, **fields: str
+) -> Instance:
     """An instance of a prompt with `{context}` and other fields, which stand behind it.
 
     Args:
