@@ -1,4 +1,4 @@
-"""Rows of published data sets from the Hub: the real client against a server of this machine, in a process of its own."""
+"""Rows of published data sets from the Hub: the real client, in a process of its own, against a server of the test."""
 
 import os
 import subprocess
