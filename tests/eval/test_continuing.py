@@ -18,7 +18,7 @@ from hf_kvcache.eval.position_tables import as_markdown, as_tables
 from hf_kvcache.eval.positions import bins, by_position
 from hf_kvcache.eval.running import Settings
 from hf_kvcache.eval.specs import parse
-from hf_kvcache.eval.texts import Texts, in_steps
+from hf_kvcache.eval.windows import Windows, in_steps
 from hf_kvcache.models import embedded_prose
 
 SPECS = tuple(map(parse, ("dynamic", "dense", "quant:bits=2,window=0", "streaming:budget=24,n_recent=8")))
@@ -34,7 +34,7 @@ def small():
 @pytest.fixture(scope="module")
 def texts(small):
     prose = embedded_prose().read_text(encoding="utf-8")
-    return Texts(small[1], (prose[:4000], prose[4000:6000]))
+    return Windows(small[1], (prose[:4000], prose[4000:6000]))
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ class Letters:
 
 @pytest.mark.parametrize("bos", [None, 7])
 def test_windows_do_not_overlap_and_come_from_all_texts(bos):
-    texts = Texts(Letters(bos), ("".join(map(chr, range(200, 261))), "".join(map(chr, range(500, 525)))))
-    windows = [texts.window(i, 10) for i in range(len(texts.windows(10)))]
+    texts = Windows(Letters(bos), ("".join(map(chr, range(200, 261))), "".join(map(chr, range(500, 525)))))
+    windows = [texts.window(i, 10) for i in range(len(texts.places(10)))]
     size = 10 if bos is None else 9
     assert len(windows) == 61 // size + 25 // size and all(len(window) == 10 for window in windows)
     assert all(window[0] == bos for window in windows if bos)
@@ -72,15 +72,15 @@ def test_windows_do_not_overlap_and_come_from_all_texts(bos):
     assert len(read) == len(set(read))
     # the first of both, the second of both, then what the longer one has left
     assert [window[-1] >= 500 for window in windows[:4]] == [False, True, False, True]
-    again = Texts(texts.tokenizer, texts.texts, 1)
+    again = Windows(texts.tokenizer, texts.texts, 1)
     assert windows != [again.window(i, 10) for i in range(len(windows))]
-    assert texts.about() == again.about() != Texts(texts.tokenizer, texts.texts[:1]).about()
+    assert texts.about() == again.about() != Windows(texts.tokenizer, texts.texts[:1]).about()
 
 
 def test_every_token_that_follows_is_predicted_once():
-    steps = list(in_steps([*range(30)], 10, 8))
-    assert [fed for fed, _ in steps] == [[*range(10, 18)], [*range(18, 26)], [*range(26, 29)]]
-    assert [token for _, targets in steps for token in targets] == [*range(11, 30)]
+    steps = list(in_steps(torch.arange(30)[None], 10, 8))
+    assert [fed.tolist() for fed, _ in steps] == [[[*range(10, 18)]], [[*range(18, 26)]], [[*range(26, 29)]]]
+    assert torch.equal(torch.cat([targets for _, targets in steps], 1)[0], torch.arange(11, 30))
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -123,6 +123,22 @@ def test_replayed_and_read_caches_are_scored_alike(small, texts, scored):
         assert line.nbytes == by_key(scored)[key].nbytes
 
 
+def test_texts_that_are_read_together_are_scored_as_each_alone(small, texts, scored):
+    lines = ContinuedLines(None, ABOUT)
+    go_on(small[0], texts, replace(PLAN, batch_size=2), Settings(), lines)
+    assert by_key(lines).keys() == by_key(scored).keys()
+    for key, line in by_key(lines).items():
+        alone = by_key(scored)[key]
+        assert line.loss == pytest.approx(alone.loss, abs=2e-3) and line.nbytes == alone.nbytes, key
+    # of two texts one is missing
+    left = ContinuedLines(None, ABOUT)
+    for line in lines:
+        if line.text == 0:
+            left.add(line)
+    go_on(small[0], texts, replace(PLAN, batch_size=2), Settings(), left)
+    assert by_key(left) == by_key(lines)
+
+
 def test_a_killed_run_goes_on_with_texts(small, texts, scored, tmp_path, monkeypatch):
     path, kept = tmp_path / "texts.jsonl", []
     lines = ContinuedLines(path, ABOUT)
@@ -154,11 +170,11 @@ def test_one_cache_that_fails_is_one_line(small, texts, monkeypatch):
     assert {line.cache for line in lines if line.error} == {SPECS[2].text} and len(lines) == 8
     assert [row.n_failed for row in by_position(lines, 20) if row.cache == SPECS[2].text] == [1, 1, 1] * 2
     # without the dense cache there is nothing to compare with
-    monkeypatch.setattr(continuing, "_predictions", lambda *args: 1 / 0)
+    monkeypatch.setattr(continuing._Together, "_predictions", lambda *args: 1 / 0)
     lines = ContinuedLines(None, ABOUT)
     go_on(small[0], texts, replace(PLAN, n_texts=1, lengths=(64,)), Settings(), lines)
     assert {line.error for line in lines if line.cache == "dense"} == {
-        "the baseline failed: ZeroDivisionError: division by zero"
+        "RuntimeError: the baseline failed: ZeroDivisionError: division by zero"
     }
 
 

@@ -6,7 +6,7 @@ import pytest
 from rows_of_benchmarks import LEVAL, longbench, text, write
 
 from hf_kvcache.cli import main
-from hf_kvcache.eval import continuing, running
+from hf_kvcache.eval import continuing, questioning
 from hf_kvcache.eval.benchmarks import leval
 from hf_kvcache.models import embedded_prose
 
@@ -66,7 +66,7 @@ def test_rows_of_a_data_set_are_asked(capsys, tmp_path, data):
     ],
 )
 def test_what_data_sets_lack_is_found_before_anything_is_read(capsys, tmp_path, data, monkeypatch, args, message):
-    monkeypatch.setattr(running, "feed", lambda *args: pytest.fail("something was read"))
+    monkeypatch.setattr(questioning, "feed", lambda *args: pytest.fail("something was read"))
     code, _, err = run(capsys, *SHORT, "--data", data, "--out", tmp_path / "new", *args)
     assert code == 2 and message in err and not (tmp_path / "new").exists()
 
@@ -106,7 +106,7 @@ def test_texts_are_gone_on_with(capsys, tmp_path):
 def test_tasks_and_texts_in_one_command(capsys, tmp_path, data, monkeypatch):
     chosen = ["--tasks", "longbench:passage_count", "perplexity", "--settings", "known", "--instances", 1]
     command = [*chosen, "--lengths", 200, "--continuation", 8, "--data", data, "--out", tmp_path, *FAST]
-    monkeypatch.setattr(continuing, "_predictions", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(continuing._Together, "_predictions", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     code, _, err = run(capsys, *command)
     assert code == 130 and "the same command goes on from" in err and "texts.jsonl" in err
     monkeypatch.undo()

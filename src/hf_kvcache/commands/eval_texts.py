@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
@@ -49,17 +49,18 @@ def prepare(args: argparse.Namespace, plan, model, tokenizer):
         UserError: a file cannot be read, windows are longer than the model reads, or there are too few.
     """
     from hf_kvcache.eval.continuing import TextPlan
-    from hf_kvcache.eval.texts import Texts
+    from hf_kvcache.eval.windows import Windows
     from hf_kvcache.models import embedded_prose
 
     paths = dict.fromkeys(args.texts or [embedded_prose()])
-    texts = Texts(tokenizer, tuple(read_text(path, "--texts") for path in paths), args.seed)
-    made = TextPlan(plan.lengths, args.continuation or N_NEXT, plan.n_instances, plan.specs)
+    texts = Windows(tokenizer, tuple(read_text(path, "--texts") for path in paths), args.seed)
+    n_next = args.continuation or N_NEXT
+    made = TextPlan(plan.lengths, n_next, plan.n_instances, plan.specs, plan.batch_size)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     n_tokens = made.n_tokens(max(plan.lengths))
     if n_tokens - 1 > most:
         raise UserError(f"--lengths: this model reads at most {most:,} tokens, not {n_tokens - 1:,} (--continuation)")
-    n_there = len(texts.windows(n_tokens))
+    n_there = len(texts.places(n_tokens))
     if not n_there:
         raise UserError(f"--texts: none has {n_tokens:,} tokens; give longer ones, or shorter --lengths")
     if n_there < made.n_texts:
@@ -69,7 +70,7 @@ def prepare(args: argparse.Namespace, plan, model, tokenizer):
                 f"shorter --lengths or --instances {n_there}"
             )
         print(f"hf-kvcache eval: {TASK}: all {n_there} windows of {n_tokens:,} tokens that there are", file=sys.stderr)
-        made = TextPlan(made.lengths, made.n_next, n_there, made.specs)
+        made = replace(made, n_texts=n_there)
     return texts, made
 
 

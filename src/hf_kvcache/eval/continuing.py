@@ -20,7 +20,8 @@ from hf_kvcache.eval.lines import Lines
 from hf_kvcache.eval.memory import cache_nbytes
 from hf_kvcache.eval.reading import Reading
 from hf_kvcache.eval.specs import CacheSpec
-from hf_kvcache.eval.texts import Texts, in_steps
+from hf_kvcache.eval.texts import Texts
+from hf_kvcache.eval.windows import Windows, in_steps
 
 # tokens fed at a time
 STEP = 8
@@ -36,7 +37,7 @@ class Continued:
         cache: as typed.
         loss: negative log-likelihood of every token that follows the first one, in nats.
         kl: KL(dense cache || this cache) of the predictions of the same tokens, in nats.
-        nbytes: bytes of the cache once it had compressed.
+        nbytes: bytes of the cache once it had compressed; of several texts read together their share.
         filled: how it got its rows; see `Line`.
         error: what went wrong; None for nothing.
     """
@@ -70,12 +71,14 @@ class TextPlan:
         n_next: tokens that are fed behind them, each of which predicts one.
         n_texts: windows of every length.
         specs: caches, the baseline first.
+        batch_size: texts that are read together, at most.
     """
 
     lengths: tuple[int, ...]
     n_next: int
     n_texts: int
     specs: tuple[CacheSpec, ...]
+    batch_size: int = 1
 
     def n_tokens(self, length: int) -> int:
         """Tokens of a window: the last one is predicted only."""
@@ -89,7 +92,7 @@ class TextPlan:
 
 def go_on(
     model,
-    texts: Texts,
+    windows: Windows,
     plan: TextPlan,
     settings,
     lines: ContinuedLines,
@@ -99,70 +102,87 @@ def go_on(
 
     Args:
         model: causal language model in evaluation mode.
-        texts: where windows are taken from; enough of them.
+        windows: of the texts; enough of them.
         plan: what is scored.
         settings: of the evaluation (`running.Settings`).
         lines: takes a line as soon as there is one.
         advance: called with a description and a number of lines, before they are scored or where they are there.
     """
     try:
-        # the first text of all lengths, then the second
-        for i, length in product(range(plan.n_texts), plan.lengths):
-            missing = [spec for spec in plan.specs if not lines.has((length, i, spec.text))]
-            advance("", len(plan.specs) - len(missing))
-            if not missing:
-                continue
-            window = texts.window(i, plan.n_tokens(length))
-            reading = Reading(model, window[:length], settings)
-            base, *others = plan.specs
-            advance(f"{length:,} · {i + 1} · {base.text}", int(base in missing))
-            # the others are compared with it, so that it is scored again where a run goes on
-            line, dense = _scored(model, reading, window, i, base, settings, None)
-            if base in missing:
-                lines.add(line)
-            for spec in others:
-                if spec in missing:
-                    advance(f"{length:,} · {i + 1} · {spec.text}", 1)
-                    lines.add(_compared(model, reading, window, i, spec, settings, dense, line.error))
+        # the first texts of all lengths, then those after them
+        for start, length in product(range(0, plan.n_texts, plan.batch_size), plan.lengths):
+            numbers = range(start, min(start + plan.batch_size, plan.n_texts))
+            missing = {spec.text: [i for i in numbers if not lines.has((length, i, spec.text))] for spec in plan.specs}
+            n_missing = sum(map(len, missing.values()))
+            advance("", len(plan.specs) * len(numbers) - n_missing)
+            if n_missing:
+                found = [windows.window(i, plan.n_tokens(length)) for i in numbers]
+                together = _Together(model, torch.tensor(found, device=model.device), length, settings)
+                for line in together.run(plan.specs, numbers, missing, advance):
+                    lines.add(line)
     finally:
         for child in retrofits(model).values():
             child.compresses = True
 
 
-def _compared(model, reading, window, i, spec, settings, dense, error: str | None) -> Continued:
-    """One cache against the dense one, or why there is none to compare it with."""
-    if error is not None:
-        return Continued(len(reading.ids), i, spec.text, error=f"the baseline failed: {error}")
-    return _scored(model, reading, window, i, spec, settings, dense)[0]
+class _Together:
+    """Texts that are read together behind one cache after the other, and compared with the dense one.
 
+    Args:
+        windows: token ids, `[B, length + n_next + 1]`.
+        length: tokens that are read and compressed.
+    """
 
-def _scored(model, reading, window, i, spec, settings, dense) -> tuple[Continued, list[torch.Tensor]]:
-    """The line of one cache, and its log-probabilities `[step, vocab]` of every step; a failure is a line, too."""
-    n = len(reading.ids)
-    prepare(model, spec, settings)
-    try:
-        cache, _, filled = reading.fill(spec)
-        nbytes = cache_nbytes(cache)
-        loss, kl, kept = [], [], []
-        for k, (log_probs, targets) in enumerate(_predictions(model, cache, window, n)):
-            loss += (-log_probs.gather(1, targets[:, None])[:, 0]).tolist()
-            if dense is None:
-                kept.append(log_probs)
-                kl += [0.0] * len(targets)
-            else:
-                p = dense[k]
-                # rounding can take a sum of zeros below zero
-                kl += (p.exp() * (p - log_probs)).sum(-1).clamp(min=0).tolist()
-    except Exception as error:
-        return Continued(n, i, spec.text, error=f"{type(error).__name__}: {error}"), []
-    loss, kl = ([round(value, 6) for value in values] for values in (loss, kl))
-    return Continued(n, i, spec.text, loss, kl, nbytes, filled), kept
+    def __init__(self, model, windows: torch.Tensor, length: int, settings):
+        self.model, self.windows, self.length, self.settings = model, windows, length, settings
+        self.reading = Reading(model, Texts(windows[:, :length]), settings)
+        # log-probabilities of the dense cache, [B, step, vocab] of every step
+        self.dense: list[torch.Tensor] = []
 
+    def run(
+        self, specs: tuple[CacheSpec, ...], numbers: range, missing: dict, advance: Callable
+    ) -> Iterator[Continued]:
+        """Lines of all that is missing; the baseline is scored in any case, since the others are compared with it."""
+        failed = None
+        for spec in specs:
+            is_base = spec is specs[0]
+            if not missing[spec.text] and not is_base:
+                continue
+            shown = f"{self.length:,} · {numbers[0] + 1} · {spec.text}"
+            advance(shown, len(missing[spec.text]))
+            try:
+                if failed is not None:
+                    raise RuntimeError(failed)
+                found = self._score(spec, is_base)
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+                found = {"error": said}
+                if is_base:
+                    failed = f"the baseline failed: {said}"
+            for row, i in enumerate(numbers):
+                if i in missing[spec.text]:
+                    of_row = {name: value[row] if isinstance(value, list) else value for name, value in found.items()}
+                    yield Continued(self.length, i, spec.text, **of_row)
 
-@torch.no_grad()
-def _predictions(model, cache, window: list[int], n_context: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Log-probabilities `[step, vocab]` and right tokens `[step]` of what follows, fed through a cache."""
-    for fed, targets in in_steps(window, n_context, STEP):
-        ids = torch.tensor([fed], device=model.device)
-        logits = model(ids, **cache_argument(cache), use_cache=True).logits[0]
-        yield log_softmax(logits.float(), -1), torch.tensor(targets, device=model.device)
+    def _score(self, spec: CacheSpec, is_base: bool) -> dict:
+        """What lines say of one cache; lists are of the texts."""
+        prepare(self.model, spec, self.settings)
+        cache, _, filled = self.reading.fill(spec)
+        nbytes = cache_nbytes(cache) // len(self.windows)
+        loss, kl = [], []
+        for k, (log_probs, targets) in enumerate(self._predictions(cache)):
+            if is_base:
+                self.dense.append(log_probs)
+            p = self.dense[k]
+            loss.append(-log_probs.gather(2, targets[..., None])[..., 0])
+            # rounding can take a sum of zeros below zero
+            kl.append((p.exp() * (p - log_probs)).sum(-1).clamp(min=0))
+        loss, kl = ([[round(x, 6) for x in row] for row in torch.cat(part, 1).tolist()] for part in (loss, kl))
+        return {"loss": loss, "kl": kl, "nbytes": nbytes, "filled": filled}
+
+    @torch.no_grad()
+    def _predictions(self, cache) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Log-probabilities `[B, step, vocab]` and right tokens `[B, step]` of what follows, fed through a cache."""
+        for fed, targets in in_steps(self.windows, self.length, STEP):
+            logits = self.model(fed, **cache_argument(cache), use_cache=True).logits
+            yield log_softmax(logits.float(), -1), targets

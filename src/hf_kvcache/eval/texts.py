@@ -1,63 +1,50 @@
-"""Windows of texts: what is read and compressed, and what follows it."""
+"""Texts that a model reads together: token ids, padded on the left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import sha256
 
-import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts that windows are taken from, none of which overlap.
-
-    The first window of every text comes before the second of any, in an order within each text that is drawn from the
-    seed, so that beginnings of books are nothing special.
+    """Token ids of one text or several.
 
     Attributes:
-        tokenizer: of the model.
-        texts: the texts.
-        seed: of the order.
+        ids: `[B, T]`, int64.
+        n_padding: tokens of padding that each row begins with, int64 `[B]`; None where no row has any.
     """
 
-    tokenizer: object
-    texts: tuple[str, ...]
-    seed: int = 0
+    ids: torch.Tensor
+    n_padding: torch.Tensor | None = None
 
-    def windows(self, n_tokens: int) -> list[tuple[int, int]]:
-        """All windows of `n_tokens` tokens: number of the text, and where they begin in it."""
-        head = len(self._head)
-        found: list[tuple[int, int, int]] = []
-        for i, ids in enumerate(self._ids):
-            n = len(ids) // (n_tokens - head)
-            order = np.random.default_rng([self.seed, n_tokens, i]).permutation(n)
-            found += [(rank, i, int(k) * (n_tokens - head)) for rank, k in enumerate(order)]
-        return [(i, start) for _, i, start in sorted(found)]
+    @classmethod
+    def of(cls, rows: list[list[int]], device=None) -> Texts:
+        """Texts of any lengths, the shorter ones padded."""
+        n = max(map(len, rows))
+        ids = torch.tensor([[0] * (n - len(row)) + row for row in rows], device=device)
+        n_padding = torch.tensor([n - len(row) for row in rows], device=device)
+        return cls(ids, n_padding if n_padding.any() else None)
 
-    def window(self, number: int, n_tokens: int) -> list[int]:
-        """Token ids of window `number`, the tokenizer's beginning of a text included where it has one."""
-        i, start = self.windows(n_tokens)[number]
-        return self._head + self._ids[i][start : start + n_tokens - len(self._head)]
-
-    def about(self) -> dict:
-        """What the windows depend on, beside their sizes."""
-        return {"n": len(self.texts), "sha256": sha256("\0".join(self.texts).encode("utf-8")).hexdigest()}
+    def followed_by(self, ids: torch.Tensor) -> Texts:
+        """These texts and what comes next, `[B, S]`."""
+        return Texts(torch.cat([self.ids, ids], 1), self.n_padding)
 
     @property
-    def _head(self) -> list[int]:
-        bos = self.tokenizer.bos_token_id
-        return [] if bos is None else [bos]
+    def lengths(self) -> list[int]:
+        """Tokens of every text, padding not counted."""
+        batch_size, n = self.ids.shape
+        return [n] * batch_size if self.n_padding is None else (n - self.n_padding).tolist()
 
-    @cached_property
-    def _ids(self) -> list[list[int]]:
-        return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.texts]
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """`[B, T]`, zeros for padding; None where there is none."""
+        return mask_of(self.n_padding, self.ids.shape[1])
 
 
-def in_steps(ids: list[int], n_context: int, step: int) -> Iterator[tuple[list[int], list[int]]]:
-    """What is fed behind the context, and what is to be predicted from it, `step` tokens at a time."""
-    for start in range(n_context, len(ids) - 1, step):
-        stop = min(start + step, len(ids) - 1)
-        yield ids[start:stop], ids[start + 1 : stop + 1]
+def mask_of(n_padding: torch.Tensor | None, n_tokens: int) -> torch.Tensor | None:
+    """The attention mask `[B, n_tokens]` of texts that begin with padding, int64; None where none does."""
+    if n_padding is None:
+        return None
+    return (torch.arange(n_tokens, device=n_padding.device) >= n_padding[:, None]).long()
