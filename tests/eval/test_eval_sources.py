@@ -71,6 +71,24 @@ def test_what_data_sets_lack_is_found_before_anything_is_read(capsys, tmp_path, 
     assert code == 2 and message in err and not (tmp_path / "new").exists()
 
 
+def test_a_run_goes_on_with_the_commit_that_it_began_with(capsys, tmp_path, data, monkeypatch):
+    asked, snapshot = [], tmp_path / "hub" / "snapshots" / "c0ffee"
+    write(snapshot / "passkey.jsonl", [{"context": text(i), "input": "Which?", "answer": "7"} for i in range(2)])
+
+    def download(repository, file, repo_type, revision):
+        asked.append((repository, file, repo_type, revision))
+        return str(snapshot / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    command = ["--tasks", "infinitebench:passkey", *SHORT[2:], "--instances", 1, "--out", tmp_path / "out"]
+    assert run(capsys, *command, "--revision", "v1")[0] == 0 and run(capsys, *command)[0] == 0
+    repository = "xinrongzhang2022/InfiniteBench"
+    assert asked == [(repository, "passkey.jsonl", "dataset", revision) for revision in ("v1", "c0ffee")]
+    assert json.loads((tmp_path / "out" / "rows.json").read_text())["infinitebench:passkey"]["from"] == (
+        f"{repository}@c0ffee"
+    )
+
+
 def test_several_questions_about_a_text_in_a_row(capsys, tmp_path, data, monkeypatch):
     monkeypatch.setattr(leval, "N_NEW", 4)
     settings = ["--settings", "turns", "--questions", 3, "--instances", 2, "--lengths", 200]
