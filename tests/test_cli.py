@@ -169,6 +169,7 @@ def test_compare_reports_a_failed_cache_and_goes_on(capsys, monkeypatch):
         (["compare", "--caches", "quant:bits=5"], "bits=5 is not one of"),
         (["compare", "--text", "no/such/file.txt"], "--text: cannot read 'no/such/file.txt'"),
         (["compare", "--model", "./no/such/model"], "cannot load the model './no/such/model'"),
+        (["compare", "--model", "./smolm2"], "(is 'smollm2' meant?)"),
         (["compare", "--context", "99999"], "this model reads at most"),
         (["compare", "--eval-context", "10"], "use at least 64"),
         (["compare", "--caches", "dense", "--all"], "not allowed with"),

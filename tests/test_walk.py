@@ -78,7 +78,7 @@ ORDER = (
     "adapters dmc",
     "presets models",
     "hub bench calibration eval",
-    "trainers commands cli",
+    "trainers commands cli lm_eval",
 )
 
 

@@ -1,7 +1,8 @@
 """The console script `hf-kvcache`: one subcommand per module of `hf_kvcache.commands`.
 
 A command module's docstring opens with its one-line help; it offers `add_arguments(parser)` and `run(args)`, which
-returns the exit code or None. torch and transformers are imported inside `run`, so that `--help` does not wait.
+returns the exit code or None, and maybe `PARSER`, options of its parser. torch and transformers are imported inside
+`run`, so that `--help` does not wait.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ COMMANDS = (
     "models",
     "methods",
     "doctor",
+    "lm-eval",
 )
 
 
@@ -32,13 +34,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-kvcache", description="KV-cache compression for transformers models.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = import_module(f"hf_kvcache.commands.{name}")
+        module = import_module(f"hf_kvcache.commands.{name.replace('-', '_')}")
         summary = module.__doc__.splitlines()[0].rstrip(".")
         command = commands.add_parser(
             name,
             help=summary,
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            **getattr(module, "PARSER", {}),
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -71,8 +71,8 @@ def test_a_failed_cache_is_a_failed_job(capsys, tmp_path, monkeypatch):
     from hf_kvcache import presets
 
     monkeypatch.setattr(presets.DenseCache, "update", lambda *args, **kwargs: 1 / 0)
-    code, out, _ = run(capsys, *FAST, "--caches", "dense", "--settings", "known", "--out", str(tmp_path), "--json")
-    assert code == 1
+    code, out, err = run(capsys, *FAST, "--caches", "dense", "--settings", "known", "--out", str(tmp_path), "--json")
+    assert code == 1 and "dense: 2 answers failed: ZeroDivisionError: division by zero" in err
     assert [(row["cache"], row["n_failed"]) for row in json.loads(out)["rows"]] == [("dynamic", 0), ("dense", 2)]
 
 

@@ -62,10 +62,21 @@ def load_model(args: argparse.Namespace):
         model = _from_pretrained(where, dtype=dtype, attn_implementation=args.attn)
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {str(where)!r}: {str(error).splitlines()[0]}") from error
+        said = f"cannot load the model {str(where)!r}: {str(error).splitlines()[0]}"
+        raise UserError(said + _meant(str(args.model))) from error
     model = model.to(device).eval()
     _attach(model, args)
     return model, tokenizer
+
+
+def _meant(name: str) -> str:
+    """The known model whose name was mistyped, as the end of an error."""
+    from difflib import get_close_matches
+
+    from hf_kvcache.models.known import MODELS
+
+    near = get_close_matches(name.lower(), MODELS, 1)
+    return f" (is {near[0]!r} meant?)" if near and name not in MODELS else ""
 
 
 def _from_pretrained(where, **kwargs):

@@ -171,10 +171,12 @@ def _check_lengths(plan, settings, model, tokenizer) -> None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     n = max(plan.lengths)
     if n <= most:
+        prompter = Prompter(tokenizer, settings.uses_template)
         try:
-            n = most_tokens(plan, Prompter(tokenizer, settings.uses_template), settings)
+            n = most_tokens(plan, prompter, settings)
         except ValueError as error:
-            raise UserError(str(error)) from error
+            beside = f" ({prompter.n_added()} more stand around the text)" if "needs at least" in str(error) else ""
+            raise UserError(f"{error}{beside}") from error
     if n > most:
         raise UserError(f"--lengths: this model reads at most {most:,} tokens, not {n:,} (answers included)")
 
@@ -189,7 +191,7 @@ def _evaluate(model, tokenizer, plan, settings, lines) -> None:
 
 def _show(args: argparse.Namespace, out: Path, known: dict, lines, settings) -> None:
     """Summaries to the folder and to standard output."""
-    from hf_kvcache.commands.progress import show
+    from hf_kvcache.commands.progress import say_failures, show
     from hf_kvcache.eval.summary import summarise
     from hf_kvcache.eval.tables import CAPTION, as_markdown, as_tables
 
@@ -199,3 +201,4 @@ def _show(args: argparse.Namespace, out: Path, known: dict, lines, settings) -> 
     (out / RESULT).write_text(text + "\n", encoding="utf-8")
     (out / TABLE).write_text(table, encoding="utf-8")
     show(text, table, lambda: (*as_tables(rows), CAPTION), args.json)
+    say_failures(lines)

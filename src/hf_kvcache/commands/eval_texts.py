@@ -102,7 +102,7 @@ def go_on(args: argparse.Namespace, out: Path, model, texts, plan, settings, kno
 
 def _show(args: argparse.Namespace, out: Path, known: dict, lines, n_next: int) -> None:
     """Summaries to the folder and to standard output."""
-    from hf_kvcache.commands.progress import show
+    from hf_kvcache.commands.progress import say_failures, show
     from hf_kvcache.eval.position_tables import CAPTION, as_markdown, as_tables
     from hf_kvcache.eval.positions import by_position
 
@@ -112,3 +112,4 @@ def _show(args: argparse.Namespace, out: Path, known: dict, lines, n_next: int) 
     (out / RESULT).write_text(text + "\n", encoding="utf-8")
     (out / TABLE).write_text(table, encoding="utf-8")
     show(text, table, lambda: (*as_tables(rows), CAPTION), args.json)
+    say_failures(lines)

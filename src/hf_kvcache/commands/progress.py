@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -45,3 +47,10 @@ def show(json: str, markdown: str, tables: Callable[[], Iterable], is_json: bool
         console.print(*tables())
     else:
         print(markdown, end="")
+
+
+def say_failures(lines: Iterable) -> None:
+    """Why caches have not answered, to standard error."""
+    failed = Counter((line.cache, line.error.splitlines()[0]) for line in lines if line.error)
+    for (cache, error), n in failed.items():
+        print(f"hf-kvcache eval: {cache}: {n} answer{'s' * (n > 1)} failed: {error}", file=sys.stderr)

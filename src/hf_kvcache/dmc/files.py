@@ -70,13 +70,27 @@ def load(source: str | os.PathLike, **kwargs) -> torch.nn.Module:
     Raises:
         AdapterError: it is no retrofitted model, or its settings are damaged.
     """
-    config, _ = PreTrainedConfig.get_config_dict(source, **{k: v for k, v in kwargs.items() if k in _HUB})
+    if not make_known(source, **{k: v for k, v in kwargs.items() if k in _HUB}):
+        raise AdapterError(f"{source} holds no retrofitted model: its config has no kv_dmc")
+    return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+
+
+def make_known(source: str | os.PathLike, **hub) -> bool:
+    """Let the Auto classes of transformers load a retrofitted model; whether it is one.
+
+    Args:
+        source: folder, or Hub repository.
+        hub: `revision`, `token`, `subfolder` and the like.
+
+    Raises:
+        AdapterError: its settings are damaged.
+    """
+    config, _ = PreTrainedConfig.get_config_dict(source, **hub)
     model_type = config.get("model_type")
     if "kv_dmc" not in config or not isinstance(model_type, str):
-        raise AdapterError(f"{source} holds no retrofitted model: its config has no kv_dmc")
-    settings = read_settings(config)
-    register(settings.method, model_type.partition("_")[2])
-    return AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        return False
+    register(read_settings(config).method, model_type.partition("_")[2])
+    return True
 
 
 def _config(model: torch.nn.Module, cls: type, settings: Settings, facts: dict):
