@@ -1,4 +1,4 @@
-"""Retaining heads on a real model (Locret), by two targets, beside policies that are not trained: needles, query unknown.
+"""Retaining heads on a real model (Locret) by several targets, and policies without training: needles, query unknown.
 
 Heads learn from facts in prose, whose sentences, words and names are none of those that the needles are made of.
 """

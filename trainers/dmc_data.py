@@ -16,6 +16,7 @@ from hf_kvcache.trainers.pretrain_small import LedgerMix
 
 LEDGER_PROSE = 0.25  # share of sequences without a ledger, unless told
 CHARACTERS = 8  # of text per token to be read, twice what a token has
+PIECE = 40_000  # characters of a text at least, where not all are read: whole pages, not the ends of sentences
 
 
 def load_batches(texts: Texts, optimisation: Optimisation, tokenizer, n_steps: int, world_size: int):
@@ -46,18 +47,30 @@ def load_stream(data: Path, tokenizer, n_tokens: int) -> np.ndarray:
     """A file, or all .txt files of a folder, as one stream of token ids `[n]`, the end marked after each.
 
     Args:
-        n_tokens: that will be read; of longer texts, the middle of every file is enough.
+        n_tokens: that will be read; of longer texts the middle of every file is enough, or of some files.
 
     Raises:
         FileNotFoundError: there is none.
     """
     texts = read_texts(data)
-    share = min(1.0, CHARACTERS * n_tokens / max(1, sum(map(len, texts))))
+    n_characters = CHARACTERS * n_tokens
+    texts = _some(texts, n_characters)
+    share = min(1.0, n_characters / max(1, sum(map(len, texts))))
     cuts = [(len(text) - int(len(text) * share)) // 2 for text in texts]
     texts = [text[cut : len(text) - cut] for text, cut in zip(texts, cuts, strict=True)]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return np.concatenate([np.array([*text, *end], dtype=np.int32) for text in ids])
+
+
+def _some(texts: list[str], n_characters: int) -> list[str]:
+    """Texts that have so many characters together, `PIECE` of each or more; all texts if they have not."""
+    n = max(min(n_characters // PIECE, len(texts)), 1)
+    while True:
+        chosen = [texts[i] for i in np.linspace(0, len(texts) - 1, n).round().astype(int)]
+        if n == len(texts) or sum(map(len, chosen)) >= n_characters:
+            return chosen
+        n = min(2 * n, len(texts))
 
 
 class Windows(torch.utils.data.Dataset):
