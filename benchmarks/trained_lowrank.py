@@ -21,8 +21,8 @@ from hf_kvcache.eval.fidelity import build_windows, dense_logits, fidelity
 from hf_kvcache.models import resolve
 from hf_kvcache.trainers.dmc_data import load_stream
 
-SAMPLES, LENGTH = 24, 512
-CONTEXT, NEXT, SHOWN = 512, 256, 4
+SAMPLES, LENGTH = 12, 512
+CONTEXT, NEXT, SHOWN, STEP = 384, 128, 4, 16
 WINDOW = 64
 GREEDY = {"directions": "gradient", "allocator": "greedy"}
 # name -> share of the bytes and arguments of `fit_bases`
@@ -55,7 +55,7 @@ def lowrank(options, rows) -> None:
     held_out = torch.from_numpy(load_stream(options.data / "valid", tokenizer, SHOWN * (CONTEXT + NEXT))).long()
     windows = build_windows(held_out, CONTEXT, NEXT, SHOWN, model.config.bos_token_id)
     dense = dense_logits(model, windows, CONTEXT)
-    score = functools.partial(fidelity, model, windows, CONTEXT, dense)
+    score = functools.partial(fidelity, model, windows, CONTEXT, dense, step=STEP)
     exact = None
 
     def measure(name: str, make, **more) -> None:
