@@ -34,7 +34,9 @@ def read_options(per_layer: dict | None) -> dict[int, dict]:
         if unknown := [name for name in options if name not in OPTIONS]:
             raise ValueError(f"{where}: layers have no option {unknown[0]!r} of their own; {', '.join(OPTIONS)}")
         if options.get("policy") is not None:
-            raise ValueError(f"{where}: policy can be None there, which keeps all tokens; for another budget say ratio=")
+            raise ValueError(
+                f"{where}: policy can be None there, which keeps all tokens; for another budget say ratio="
+            )
         if sum(name in options for name in ("policy", *BUDGETS)) > 1:
             raise ValueError(f"{where}: give one of policy=None, ratio= and budget=")
         for name in SIZES:

@@ -6,14 +6,14 @@ all predictions count, of needles those of the answers, which were not asked for
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.functional import log_softmax, nll_loss
 
+from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.text import token_batches
 from hf_kvcache.compat import cache_argument
@@ -21,7 +21,9 @@ from hf_kvcache.eval.prompts import Prompter
 from hf_kvcache.eval.reading import finish
 from hf_kvcache.eval.replay import NotReplayed, Prefill, check_replay, record, replay
 from hf_kvcache.eval.tasks import TASKS
+from hf_kvcache.layer import KVLayer
 from hf_kvcache.long_prompts import begin
+from hf_kvcache.view import KVView
 
 NEEDLES = ("niah_single_2", "niah_multikey_1")
 N_QUESTIONS = 2
@@ -96,29 +98,41 @@ class Probe:
     Args:
         model: causal language model in evaluation mode.
         text: what is read and asked.
+
+    Attributes:
+        counts_bytes: whether the bytes of caches are those of this text.
+        prefill: what attention was called with, or None where a model cannot be listened to (`why_not` says why).
+        expected: log-probabilities of the dense model at the places that count, `[n, vocab]`.
     """
+
+    why_not = ""
 
     def __init__(self, model, text: Text):
         self.model, self.text = model, text
+        self.counts_bytes = text.kind == "text"
         self.prefill: Prefill | None = None
         try:
             self.prefill = record(model, text.context)
-        except NotReplayed:
-            # some models cannot be listened to; every cache then reads for itself
-            pass
-        self.dense = self.filled(KVCache())
-        self._expected = log_softmax(self._logits(self.dense), -1)
-        self._rewind()
+        except NotReplayed as error:
+            # every cache then reads for itself
+            self.why_not = str(error)
+        self.expected = log_softmax(self._logits(self.filled(KVCache(config=model.config))), -1)
 
     @property
-    def expected_nll(self) -> float:
-        """That of the dense model."""
-        return nll_loss(self._expected, self._targets).item()
+    def rows(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the context, dense, of every layer."""
+        return [(handed.k, handed.v) for handed in self.prefill.layers]
+
+    @property
+    def dense(self) -> Score:
+        """That of the dense cache."""
+        hits = (self.expected.argmax(-1) == self._targets).float().mean().item()
+        return Score(0.0, nll_loss(self.expected, self._targets).item(), hits)
 
     @property
     def _targets(self) -> torch.Tensor:
         follow = self.text.follow
-        return torch.tensor([follow[i + 1] for i in self.text.scored], device=self._expected.device)
+        return torch.tensor([follow[i + 1] for i in self.text.scored], device=self.expected.device)
 
     def filled(self, cache):
         """A cache that has read the context and compressed it."""
@@ -135,25 +149,25 @@ class Probe:
     def score(self, cache) -> Score:
         """Feed what follows through a filled cache, which has seen it afterwards."""
         found = log_softmax(self._logits(cache), -1)
-        kl = (self._expected.exp() * (self._expected - found)).sum(-1).mean().item()
+        kl = (self.expected.exp() * (self.expected - found)).sum(-1).mean().item()
         hits = (found.argmax(-1) == self._targets).float().mean().item()
         # rounding can take a sum of zeros below zero
         return Score(max(kl, 0.0), nll_loss(found, self._targets).item(), hits)
 
-    def score_layers(self, cache: KVCache, layers: dict[int, object]) -> Score:
-        """That of an empty cache with these filled layers, and dense ones elsewhere."""
-        cache.layers = [layers.get(i, layer) for i, layer in enumerate(self.dense.layers)]
-        try:
-            return self.score(cache)
-        finally:
-            self._rewind()
-
-    def _rewind(self) -> None:
-        """Let the dense cache forget what was fed after the context."""
-        surplus = self.dense.get_seq_length() - len(self.text.context)
-        for layer in self.dense.layers:
-            if (n := layer.get_seq_length() - len(self.text.context)) > 0:
-                layer.crop(-n) if surplus >= 0 else None
+    @torch.no_grad()
+    def filled_layer(self, cache: KVCache, layer_idx: int) -> KVLayer:
+        """One layer of an empty cache that has read the context and compressed it; the others stay empty."""
+        handed = self.prefill.layers[layer_idx]
+        view, _ = cache.update(handed.k.clone(), handed.v.clone(), layer_idx)
+        assert isinstance(view, KVView)
+        rest = handed.query, handed.mask, handed.module, handed.base, handed.fuses
+        call = AttentionCall(view, *rest, **handed.options)
+        view.is_read, view.module = True, call.module
+        cache.meet(call)
+        view.layer.prepare(call)
+        view.layer.compress(call)
+        view.layer.finish()
+        return view.layer
 
     @torch.no_grad()
     def _logits(self, cache) -> torch.Tensor:
@@ -169,13 +183,10 @@ def read(model, cache, ids: list[int]) -> None:
     model(fed, **cache_argument(cache), use_cache=True, logits_to_keep=1)
 
 
-def copied(layers: dict[int, object]) -> dict[int, object]:
-    """Layers that can be fed while the others stay as they are."""
-    return {i: copy.deepcopy(layer) for i, layer in layers.items()}
-
-
-def probes_of(model, texts: list[Text], advance: Callable[[str], None] = lambda stage: None) -> Iterator[Probe]:
+def read_all(model, texts: Sequence[Text], advance: Callable[[str], None] = lambda stage: None) -> list[Probe]:
     """Read one text after the other."""
+    found = []
     for i, text in enumerate(texts):
-        advance(f"reading {text.kind} {i + 1} of {len(texts)}")
-        yield Probe(model, text)
+        advance(f"reading, text {i + 1} of {len(texts)}")
+        found.append(Probe(model, text))
+    return found
