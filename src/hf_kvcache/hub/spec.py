@@ -11,8 +11,8 @@ def spec_of(cache: KVCache) -> dict:
     """The arguments that make an empty cache like this one, as JSON has them.
 
     Returns:
-        `policy`, `codec` and `edge_codec` as their `spec()`, those of `per_layer`, too, the other arguments of `KVCache`
-        as they are, and only what is not their default.
+        `policy`, `codec` and `edge_codec` as their `spec()`, those of `per_layer`, too, the other arguments of
+        `KVCache` as they are, and only what is not their default.
 
     Raises:
         ValueError: it is offloaded, which goes with a machine and not with a model, or wants prompts from `prefill`.
@@ -67,10 +67,11 @@ def make_parts(arguments: dict) -> None:
         if name in arguments:
             arguments[name] = _pair(arguments[name])
     if "per_layer" in arguments:
-        layers = arguments["per_layer"].items()
-        arguments["per_layer"] = {
-            int(i): options | ({"codec": _pair(options["codec"])} if "codec" in options else {}) for i, options in layers
-        }
+        layers = {int(i): dict(options) for i, options in arguments["per_layer"].items()}
+        for options in layers.values():
+            if "codec" in options:
+                options["codec"] = _pair(options["codec"])
+        arguments["per_layer"] = layers
 
 
 def _pair(specs: list | None) -> tuple | None:

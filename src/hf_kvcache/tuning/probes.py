@@ -15,7 +15,6 @@ from torch.nn.functional import log_softmax, nll_loss
 
 from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.cache import KVCache
-from hf_kvcache.calibration.text import token_batches
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval.prompts import Prompter
 from hf_kvcache.eval.reading import finish
@@ -27,6 +26,7 @@ from hf_kvcache.view import KVView
 
 NEEDLES = ("niah_single_2", "niah_multikey_1")
 N_QUESTIONS = 2
+MOST_CHARACTERS = 12  # of a token of prose
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,32 @@ class Score:
     hits: float
 
 
-def prose_texts(ids: torch.Tensor, n_context: int, n_next: int, n: int) -> list[Text]:
-    """Pieces of a text `[n_tokens]`, evenly spread, as many as fit side by side; raises ValueError if none does."""
-    rows = [row[0].tolist() for row in token_batches(ids, n_context + n_next, n)]
-    return [Text("text", row[:n_context], row[n_context:], list(range(n_next - 1))) for row in rows]
+def prose_texts(tokenizer, documents: Sequence[str], n_context: int, n_next: int, n: int) -> list[Text]:
+    """Pieces of documents, as many of each as of another, and spread over them.
+
+    Raises:
+        ValueError: some piece is shorter than that.
+    """
+    found = []
+    for i in range(n):
+        # of few documents several pieces each, of many some that are evenly spread
+        which, piece = i % len(documents), i // len(documents)
+        if n < len(documents):
+            which = i * len(documents) // n
+        per_document = -(-n // len(documents))
+        document, n_tokens = documents[which], n_context + n_next
+        start = len(document) * piece // per_document
+        # characters of more tokens than are taken, without the word that the cut goes through
+        cut = document[start : start + MOST_CHARACTERS * n_tokens]
+        cut = cut if start == 0 else cut.partition(" ")[2]
+        ids = tokenizer(cut, add_special_tokens=False)["input_ids"]
+        if len(ids) < n_tokens:
+            raise ValueError(
+                f"a piece of text has {len(ids)} tokens, and {n_tokens} are read; give longer texts, fewer pieces or a "
+                "shorter context"
+            )
+        found.append(Text("text", ids[:n_context], ids[n_context:n_tokens], list(range(n_next - 1))))
+    return found
 
 
 def needle_texts(tokenizer, n_context: int, n: int, seed: int = 0) -> list[Text]:
