@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--tune-texts", type=int, default=4)
     parser.add_argument("--texts", type=int, default=12)
     parser.add_argument("--needles", type=int, default=8)
+    parser.add_argument("--goals", type=float, nargs="+", default=list(GOALS), help="bytes, as shares of dense")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="of uniform caches")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -74,7 +76,7 @@ def config_of(work: Path, goal: float) -> Path:
 
 def tune(options, model, tokenizer, work: Path) -> None:
     """Configurations for every goal that has none yet."""
-    missing = [goal for goal in GOALS if not config_of(work, goal).exists()]
+    missing = [goal for goal in options.goals if not config_of(work, goal).exists()]
     if not missing:
         return
     texts = prose_texts(tokenizer, documents(options.train), options.context, 64, options.tune_texts)
@@ -86,7 +88,7 @@ def tune(options, model, tokenizer, work: Path) -> None:
         KVCacheConfig.from_cache(found.cache, **described(found)).save(config_of(work, goal))
 
 
-def uniform_caches(model, probe: Probe) -> dict[str, dict]:
+def uniform_caches(options, model, probe: Probe) -> dict[str, dict]:
     """Uniform caches by name: how to make them, their bytes, and the goal that they were made for."""
     dense, n = sum(k.nbytes + v.nbytes for k, v in probe.rows), len(probe.text.context)
     codecs = {f"{b} bits": (kv.Quantize(int(b)), kv.Quantize(int(b))) for b in BITS}
@@ -96,15 +98,15 @@ def uniform_caches(model, probe: Probe) -> dict[str, dict]:
     def ratio(make) -> float:
         return probe.filled(make()).nbytes / dense
 
-    for goal in GOALS:
+    for goal in options.goals:
         window = next((w for w in WINDOWS if w <= goal * n / 6), WINDOWS[-1])
         for name, pair in codecs.items():
             make = lambda pair=pair, w=window: kv.KVCache(codec=pair, window=w, config=model.config)  # noqa: E731
             found[f"{name}, window {window}"] = {"make": make, "bytes_ratio": ratio(make)}
-        for policy, kind in POLICIES.items():
+        for policy in options.policies:
             for bits in (None, "8", "4", "2"):
                 pair = None if bits is None else (codec_of(bits),) * 2
-                make = lambda r, k=kind, p=pair, w=window: kv.KVCache(  # noqa: E731
+                make = lambda r, k=POLICIES[policy], p=pair, w=window: kv.KVCache(  # noqa: E731
                     k(ratio=r), p, window=w, config=model.config
                 )
                 share = largest(lambda r, make=make, goal=goal: ratio(lambda: make(r)) <= goal)
@@ -117,11 +119,11 @@ def uniform_caches(model, probe: Probe) -> dict[str, dict]:
 
 
 def largest(fits) -> float | None:
-    """The largest ratio that fits, to 1 in 200; None where none does."""
+    """The largest ratio that fits, to 1 in 100; None where none does."""
     low, high = 0.035, 1.0
     if not fits(low):
         return None
-    while high - low > 0.005:
+    while high - low > 0.01:
         middle = (low + high) / 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return round(low, 3)
@@ -139,8 +141,8 @@ def score(options, model, tokenizer, work: Path) -> None:
     for i, text in enumerate(order):
         probe = Probe(model, text)
         if caches is None:
-            caches = uniform_caches(model, probe)
-            for goal in GOALS:
+            caches = uniform_caches(options, model, probe)
+            for goal in options.goals:
                 config = KVCacheConfig.load(config_of(work, goal))
                 caches[f"tuned {goal}"] = {"make": lambda config=config: config.build(model.config)}
                 size = probe.filled(config.build(model.config)).nbytes
@@ -168,7 +170,7 @@ def summary(options, model, work: Path) -> dict:
         by_cache.setdefault(row["cache"], {})[row["text"]] = row
     rows = [row | {"cache": name} for name, row in ((name, means(found)) for name, found in by_cache.items())]
     goals = {}
-    for goal in GOALS:
+    for goal in options.goals:
         tuned = by_cache[f"tuned {goal}"]
         rivals = {}
         for name, found in by_cache.items():

@@ -74,5 +74,7 @@ def uniform(layers: Sequence[Sequence[Offer]], most_bytes: float, n: int) -> lis
             total = totals.setdefault(offer.choice, [0.0, 0.0])
             total[0] += offer.nbytes
             total[1] += offer.loss
+    offered = [{offer.choice for offer in offers} for offers in layers]
+    totals = {choice: total for choice, total in totals.items() if all(choice in own for own in offered)}
     fits = [(loss, i, choice) for i, (choice, (size, loss)) in enumerate(totals.items()) if size <= most_bytes]
     return [choice for *_, choice in sorted(fits)[:n]]
