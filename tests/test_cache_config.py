@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from cases import prompt, tiny_model
 
 import hf_kvcache as kv
 from hf_kvcache.cache_config import FILE, ConfigError, KVCacheConfig
-from hf_kvcache.eval.asking import feed
+from hf_kvcache.eval import asking
 from hf_kvcache.eval.specs import SpecError, parse
 
 TEXT = prompt(length=160)[0].tolist()
@@ -26,6 +27,10 @@ CACHES = {
         per_layer={0: {"policy": None, "codec": kv.Quantize(8)}, 1: {"ratio": 0.25}},
     ),
 }
+
+
+def feed(model, cache, ids):
+    return asking.feed(model, cache, torch.tensor([ids]))
 
 
 def filled(cache):

@@ -9,10 +9,14 @@ from cases import prompt, tiny_model
 
 import hf_kvcache as kv
 from hf_kvcache.compat import cache_argument
-from hf_kvcache.eval.asking import feed
+from hf_kvcache.eval import asking
 from hf_kvcache.hub.spec import cache_of, spec_of
 
 TEXT, NEXT = prompt(length=160)[0].tolist(), prompt(length=9, seed=2)[0].tolist()
+
+
+def feed(model, cache, ids):
+    return asking.feed(model, cache, torch.tensor([ids]))
 
 
 def pair(bits, axis=None):

@@ -15,6 +15,7 @@ from hf_kvcache.commands import UserError
 COMMANDS = (
     "compare",
     "eval",
+    "report",
     "tune",
     "generate",
     "calibrate",

@@ -77,13 +77,13 @@ def reads_twice(cache) -> bool:
     return policy is not None and policy.reads_twice
 
 
-def begin(model, input_ids: torch.Tensor, cache) -> torch.Tensor:
+def begin(model, input_ids: torch.Tensor, cache, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """The ids of a prompt `[B, T]` that a forward pass has to be given: the last ones, after `prefill`, where the cache
     `reads_twice`, else all.
     """
     if not reads_twice(cache):
         return input_ids
-    prefill(model, input_ids, cache)
+    prefill(model, input_ids, cache, attention_mask=attention_mask)
     return input_ids[:, -1:]
 
 

@@ -8,7 +8,7 @@ from toy_tasks import COLOURS
 
 from hf_kvcache.cli import main
 from hf_kvcache.commands.eval import SETTINGS as TYPED
-from hf_kvcache.eval import running, tasks
+from hf_kvcache.eval import questioning, tasks
 from hf_kvcache.eval.running import SETTINGS
 
 FAST = ["--lengths", "128", "--instances", "2", "--dtype", "fp32", "--device", "cpu", "--tasks", "colours"]
@@ -47,7 +47,7 @@ def test_an_evaluation_writes_lines_summary_and_table(capsys, tmp_path):
 
 
 def test_a_run_goes_on_and_can_be_extended(capsys, tmp_path, monkeypatch):
-    ask, asked = running._Asking._ask, []
+    ask, asked = questioning.Questioning._ask, []
 
     def interrupted(self, reading, spec, questions):
         asked.append(spec.text)
@@ -55,7 +55,7 @@ def test_a_run_goes_on_and_can_be_extended(capsys, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         ask(self, reading, spec, questions)
 
-    monkeypatch.setattr(running._Asking, "_ask", interrupted)
+    monkeypatch.setattr(questioning.Questioning, "_ask", interrupted)
     command = [*FAST, *CACHES, "--settings", "known", "--out", str(tmp_path)]
     code, out, err = run(capsys, *command)
     assert code == 130 and "the same command goes on" in err and "| colours | dynamic |" in out
@@ -88,7 +88,7 @@ def test_a_failed_cache_is_a_failed_job(capsys, tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_are_found_before_anything_is_read(capsys, tmp_path, monkeypatch, args, message):
-    monkeypatch.setattr(running, "feed", lambda *args: pytest.fail("something was read"))
+    monkeypatch.setattr(questioning, "feed", lambda *args: pytest.fail("something was read"))
     code, _, err = run(capsys, *FAST, "--out", str(tmp_path / "new"), *args)
     assert code == 2 and message in err and not (tmp_path / "new").exists()
 

@@ -1,5 +1,7 @@
 """A text that was read once and handed on, against one that every cache reads for itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import BY_ID, CASES, new_model, prompt, tiny_model
@@ -13,8 +15,9 @@ from hf_kvcache.eval.reading import Reading, finish
 from hf_kvcache.eval.replay import NotReplayed, check_replay, record, replay
 from hf_kvcache.eval.running import Settings
 from hf_kvcache.eval.specs import parse
+from hf_kvcache.eval.texts import Texts
 
-TEXT, NEXT = prompt(length=80)[0].tolist(), prompt(length=9, seed=2)[0].tolist()
+TEXT, NEXT = prompt(length=80), prompt(length=9, seed=2)
 LLAMA = ["llama", "qwen2", "qwen3", "phi3", "gemma"]
 
 
@@ -38,7 +41,7 @@ def assert_same(model, ours, theirs):
     assert ours_kept.keys() == theirs_kept.keys() and len(ours_kept) > 3
     for name, rows in ours_kept.items():
         assert torch.equal(rows, theirs_kept[name]), name
-    for ids in (NEXT, *([token] for token in NEXT)):
+    for ids in (NEXT, *NEXT.split(1, 1)):
         assert torch.equal(feed(model, ours, ids), feed(model, theirs, ids))
     assert ours.get_seq_length() == theirs.get_seq_length()
 
@@ -46,7 +49,7 @@ def assert_same(model, ours, theirs):
 @pytest.fixture(scope="module")
 def heard():
     """One prefill for all caches of the table, whatever they do with its rows."""
-    return record(tiny_model(), TEXT)
+    return record(tiny_model(), Texts(TEXT))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -65,8 +68,8 @@ def test_a_recording_is_never_changed(heard):
     for name in ("snapkv-budget24", "h2o-budget24", "quant4-window8", "adakv-budget42", "keydiff-merge"):
         cache = BY_ID[name].make()
         replay(heard, cache)
-        for token in TEXT:
-            feed(tiny_model(), cache, [token])
+        for token in TEXT.split(1, 1):
+            feed(tiny_model(), cache, token)
     for h, rows in zip(heard.layers, before, strict=True):
         assert all(map(torch.equal, (h.k, h.v, h.query), rows))
 
@@ -75,7 +78,7 @@ def test_a_recording_is_never_changed(heard):
 @pytest.mark.parametrize("name", ["snapkv-budget24", "lowrank0.5-window8"])
 def test_models_replay(arch, name):
     model, ours, theirs = tiny_model(arch), BY_ID[name].make(), BY_ID[name].make()
-    replay(record(model, TEXT), ours)
+    replay(record(model, Texts(TEXT)), ours)
     feed(model, theirs, TEXT)
     assert_same(model, ours, theirs)
 
@@ -84,7 +87,7 @@ def test_models_replay(arch, name):
 def test_attention_implementations_replay(implementation):
     model, make = tiny_model("llama", implementation), BY_ID["h2o-budget24"].make
     ours, theirs = make(), make()
-    replay(record(model, TEXT), ours)
+    replay(record(model, Texts(TEXT)), ours)
     feed(model, theirs, TEXT)
     assert kept(ours).keys() == kept(theirs).keys()
     assert all(torch.equal(rows, kept(theirs)[name]) for name, rows in kept(ours).items())
@@ -101,12 +104,12 @@ def small():
 
     attach(model, str(embedded_heads()))
     text = "The rain fell on the harbour and the boats lay still, and nobody came to the door. " * 20
-    return model, tokenizer(text)["input_ids"]
+    return model, torch.tensor([tokenizer(text)["input_ids"]])
 
 
 def filled(model, ids, text, **settings):
     """What `Reading` makes of a specification, with its own decision how."""
-    reading = Reading(model, ids, Settings(**settings))
+    reading = Reading(model, Texts(ids), Settings(**settings))
     return reading.fill(parse(text))
 
 
@@ -126,7 +129,6 @@ def filled(model, ids, text, **settings):
         ("keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8", "replayed"),
         ("lowrank:rank=0.5,exact_prefill=false", "direct: exact_prefill=False"),
         ("locret:ratio=0.25", "direct: Locret goes by what happens within the forward pass"),
-        ("kvzip:ratio=0.25", "direct: KVzip reads a text twice"),
         ("chunkkv:ratio=0.25,scorer=locret", "direct: Locret goes by what happens within the forward pass"),
     ],
 )
@@ -144,10 +146,10 @@ def test_the_context_is_read_once_for_all_caches(small, monkeypatch):
     read = []
     monkeypatch.setattr("hf_kvcache.eval.replay.feed", lambda *args: read.append("once") or feed(*args))
     monkeypatch.setattr("hf_kvcache.eval.reading.feed", lambda *args: read.append("again") or feed(*args))
-    reading = Reading(model, ids, Settings())
+    reading = Reading(model, Texts(ids), Settings())
     for text in ("dynamic", "quant:bits=4", "locret:ratio=0.5", "snapkv:ratio=0.5"):
         cache = reading.fill(parse(text))[0]
-        assert cache.get_seq_length() == len(ids)
+        assert cache.get_seq_length() == ids.shape[1]
     assert read == ["once", "again"]
 
 
@@ -166,7 +168,7 @@ def test_what_waits_is_compressed_before_its_bytes_are_counted(small):
 @pytest.mark.parametrize("arch", ["gemma3", "mistral-window8"])
 def test_models_with_a_window_read_for_every_cache(arch):
     model = tiny_model(arch)
-    reading = Reading(model, TEXT, Settings())
+    reading = Reading(model, Texts(TEXT), Settings())
     for text in ("dynamic", "quant:bits=4,window=8"):
         ours, _, how = reading.fill(parse(text))
         assert how == "direct: not all layers of this model have full attention"
@@ -197,7 +199,104 @@ def test_too_little_memory_for_a_recording_is_no_failure(small, monkeypatch):
         raise torch.OutOfMemoryError("out of memory\nmore")
 
     monkeypatch.setattr("hf_kvcache.eval.reading.record", record)
-    reading = Reading(*small, Settings())
+    reading = Reading(small[0], Texts(small[1]), Settings())
     assert [reading.fill(parse(text))[2] for text in ("dynamic", "dense")] == [
         "direct: this model cannot be recorded: OutOfMemoryError: out of memory"
     ] * 2
+
+
+# -- several texts ---------------------------------------------------------------------------------------------------
+
+SEVERAL = Texts.of([TEXT[0, :71].tolist(), TEXT[0].tolist(), TEXT[0, 5:70].tolist()])
+
+
+def test_padding_is_on_the_left():
+    assert SEVERAL.n_padding.tolist() == [9, 0, 15] and SEVERAL.lengths == [71, 80, 65]
+    assert SEVERAL.mask.sum(1).tolist() == SEVERAL.lengths and SEVERAL.mask[:, -65:].all()
+    assert torch.equal(SEVERAL.ids[2, 15:], TEXT[0, 5:70])
+    assert Texts.of([[1, 2], [3, 4]]).mask is None and Texts(TEXT).lengths == [80]
+
+
+def test_texts_of_other_lengths_are_what_they_are_alone():
+    together = record(tiny_model(), SEVERAL)
+    for i, n in enumerate(SEVERAL.lengths):
+        alone = record(tiny_model(), Texts(SEVERAL.ids[i : i + 1, -n:]))
+        assert torch.allclose(together.logits[i], alone.logits[0], atol=1e-5)
+        for ours, theirs in zip(together.layers, alone.layers, strict=True):
+            assert torch.allclose(ours.k[i, :, -n:], theirs.k[0], atol=1e-5)
+            assert torch.allclose(ours.query[i, :, -n:], theirs.query[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_replay_of_several_is_their_prefill(case):
+    model, ours, theirs = tiny_model(), case.make(), case.make()
+    replay(record(model, SEVERAL), ours)
+    feed(model, theirs, SEVERAL.ids, SEVERAL.n_padding)
+    ours_kept, theirs_kept = kept(ours), kept(theirs)
+    assert ours_kept.keys() == theirs_kept.keys()
+    assert all(torch.equal(rows, theirs_kept[name]) for name, rows in ours_kept.items())
+    for ids in NEXT.expand(3, -1).split(4, 1):
+        pair = [feed(model, cache, ids, SEVERAL.n_padding) for cache in (ours, theirs)]
+        assert torch.equal(*pair)
+
+
+@pytest.mark.parametrize("implementation", ["hf_kvcache", "sdpa"])
+@pytest.mark.parametrize(
+    "name", ["dynamic", "quant:bits=4,window=16", "snapkv:ratio=0.5", "adakv:ratio=0.5", "h2o:ratio=0.5"]
+)
+@pytest.mark.parametrize("texts", [Texts(TEXT), SEVERAL], ids=["one", "several"])
+def test_what_follows_a_recording_need_not_be_read_with_it(texts, name, implementation, monkeypatch):
+    """A context that is asked about twice is read once, for known questions, too."""
+    read = []
+    monkeypatch.setattr("hf_kvcache.eval.replay.feed", lambda *args: read.append(args[2].shape[1]) or feed(*args))
+    model, asked = tiny_model("llama", implementation), NEXT.expand(len(texts.ids), -1)
+    settings = Settings(attention=implementation)
+    context = Reading(model, texts, settings)
+    context.fill(parse("dense"))
+    known = Reading(model, texts.followed_by(asked), settings, context)
+    ours, logits, how = known.fill(parse(name))
+    # a mask that is a tensor says nothing of the tokens before this call
+    is_read_on = implementation == "hf_kvcache"
+    assert how == "replayed" and read == ([80, 9] if is_read_on else [80, 9, 89])
+    theirs, expected, _ = Reading(model, known.texts, replace(settings, replays=False)).fill(parse(name))
+    assert torch.allclose(logits, expected, atol=1e-5) and cache_nbytes(ours) == cache_nbytes(theirs)
+    following = [feed(model, cache, asked, texts.n_padding) for cache in (ours, theirs)]
+    assert torch.allclose(*following, atol=1e-3)
+
+
+# -- texts that are read twice ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("texts", [Texts(TEXT), SEVERAL], ids=["one", "several"])
+def test_a_second_pass_is_replayed_too(texts):
+    """Its rows and queries are the same for all caches: of two passes each, the model makes two in all."""
+    model, read = tiny_model(), []
+
+    def count(module, args, kwargs):
+        read.append((args[0] if args else kwargs["input_ids"]).shape[1])
+
+    hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
+    reading = Reading(model, texts, Settings())
+    names = (
+        "kvzip:ratio=0.5",
+        "kvzip:ratio=0.25,level=head",
+        "kvzip:ratio=0.5+quant:bits=8,window=16",
+        "kvzip:ratio=0.75",
+    )
+    filled = [reading.fill(parse(name)) for name in names]
+    hook.remove()
+    assert [n for n in read if n > 1] == [80, 79] and {how for *_, how in filled} == {"replayed"}
+    for name, (ours, logits, _) in zip(names, filled, strict=True):
+        theirs, expected, _ = Reading(model, texts, Settings(replays=False)).fill(parse(name))
+        assert torch.allclose(logits, expected, atol=1e-4) and cache_nbytes(ours) == cache_nbytes(theirs)
+        for ids in NEXT.expand(len(texts.ids), -1).split(4, 1):
+            assert torch.allclose(*(feed(model, cache, ids, texts.n_padding) for cache in (ours, theirs)), atol=1e-3)
+
+
+def test_chunks_of_a_second_pass_are_told_apart():
+    model, texts = tiny_model(), Texts(TEXT)
+    reading = Reading(model, texts, Settings())
+    for name in ("kvzip:ratio=0.5,chunk=24", "kvzip:ratio=0.5,chunk=100"):
+        ours, logits, how = reading.fill(parse(name))
+        _, expected, _ = Reading(model, texts, Settings(replays=False)).fill(parse(name))
+        assert how == "replayed" and torch.allclose(logits, expected, atol=1e-4)

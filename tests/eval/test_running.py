@@ -11,8 +11,9 @@ from transformers import DynamicCache
 
 import hf_kvcache as kv
 from hf_kvcache.compat import cache_argument
-from hf_kvcache.eval import running
+from hf_kvcache.eval import questioning, running
 from hf_kvcache.eval.asking import decode, feed, stops_of
+from hf_kvcache.eval.batches import Asked, batches
 from hf_kvcache.eval.lines import Line, Lines, OtherRun
 from hf_kvcache.eval.prompts import Prompter
 from hf_kvcache.eval.running import Plan, Settings, build_instance, evaluate, most_tokens
@@ -87,9 +88,10 @@ def test_turns_follow_what_was_said(small, answered):
     stops = stops_of(model, tokenizer)
     ids = prompt.context + prompt.questions[0]
     cache = DynamicCache()
-    first = decode(model, cache, feed(model, cache, ids), stops, 3)
+    (first,) = decode(model, cache, feed(model, cache, torch.tensor([ids])), stops, 3)
     cache = DynamicCache()
-    second = decode(model, cache, feed(model, cache, ids + first + prompt.turns[0]), stops, 3)
+    ids = torch.tensor([ids + first + prompt.turns[0]])
+    (second,) = decode(model, cache, feed(model, cache, ids), stops, 3)
     lines = [by_key(answered)["colours", 128, 1, "turns", "dynamic", q] for q in range(2)]
     assert [line.answer for line in lines] == [tokenizer.decode(x, skip_special_tokens=True) for x in (first, second)]
     assert lines[1].n_asked > lines[0].n_asked
@@ -99,11 +101,11 @@ def test_an_unknown_question_is_asked_of_a_copy(small, monkeypatch):
     """The context is read once per cache, and no question changes what another one finds."""
     read = []
 
-    def counted(model, cache, ids):
-        read.append(len(ids))
-        return feed(model, cache, ids)
+    def counted(model, cache, ids, n_padding=None):
+        read.append(ids.shape[1])
+        return feed(model, cache, ids, n_padding)
 
-    monkeypatch.setattr(running, "feed", counted)
+    monkeypatch.setattr(questioning, "feed", counted)
     monkeypatch.setattr("hf_kvcache.eval.reading.feed", counted)
     plan = replace(PLAN, n_instances=1, settings=("unknown",), specs=SPECS[1:])
     settings, both = replace(SETTINGS, replays=False), Lines(None, ABOUT)
@@ -121,14 +123,14 @@ def test_an_unknown_question_is_asked_of_a_copy(small, monkeypatch):
 @pytest.mark.parametrize("text", ["dynamic", "quant:bits=4,window=8", "snapkv:ratio=0.5", "adakv:ratio=0.5"])
 def test_a_copy_of_a_cache_is_a_cache_of_its_own(small, text):
     model, tokenizer = small
-    ids = tokenizer("The rain fell on the harbour and the boats lay still. " * 12)["input_ids"]
+    ids = torch.tensor([tokenizer("The rain fell on the harbour and the boats lay still. " * 12)["input_ids"]])
     cache = parse(text).build(model.config)
     feed(model, cache, ids)
     fork = copy.deepcopy(cache)
-    first = feed(model, fork, ids[1:9])
-    again = feed(model, copy.deepcopy(cache), ids[1:9])
-    assert torch.equal(first, again) and cache.get_seq_length() == len(ids) < fork.get_seq_length()
-    assert torch.equal(first, feed(model, cache, ids[1:9]))
+    first = feed(model, fork, ids[:, 1:9])
+    again = feed(model, copy.deepcopy(cache), ids[:, 1:9])
+    assert torch.equal(first, again) and cache.get_seq_length() == ids.shape[1] < fork.get_seq_length()
+    assert torch.equal(first, feed(model, cache, ids[:, 1:9]))
 
 
 def test_what_cannot_be_copied_is_compressed_once_more(small, answered, monkeypatch):
@@ -144,7 +146,7 @@ def test_what_cannot_be_copied_is_compressed_once_more(small, answered, monkeypa
 
 
 def test_a_setting_that_fails_fails_alone(small, monkeypatch):
-    monkeypatch.setattr(running, "_fork", lambda *args: 1 / 0)
+    monkeypatch.setattr(questioning, "_fork", lambda *args: 1 / 0)
     lines = Lines(None, ABOUT)
     evaluate(*small, replace(PLAN, n_instances=1), SETTINGS, lines)
     assert {line.setting for line in lines if line.error} == {"unknown"} and len(lines) == 18
@@ -161,6 +163,69 @@ def test_one_failure_is_one_row(small, monkeypatch):
     monkeypatch.undo()
     evaluate(*small, replace(PLAN, n_instances=1), SETTINGS, lines)
     assert not [line for line in lines if line.error]
+
+
+# -- batches ---------------------------------------------------------------------------------------------------------
+
+TOGETHER = (
+    "dynamic",
+    "quant:bits=8,window=16",
+    "snapkv:ratio=0.5",
+    "adakv:ratio=0.5",
+    "kvzip:ratio=0.5",
+    "hqq:bits=8",
+)
+
+
+def test_texts_asked_together_are_answered_as_alone(small):
+    plan = Plan((COLOURS,), (128,), 7, ("known", "unknown"), tuple(map(parse, TOGETHER)))
+    alone, together = Lines(None, ABOUT), Lines(None, ABOUT)
+    settings = replace(SETTINGS, n_questions=1)
+    evaluate(*small, plan, settings, alone)
+    advanced = []
+    evaluate(*small, replace(plan, batch_size=3), settings, together, lambda stage, n: advanced.append((stage, n)))
+    assert by_key(together).keys() == by_key(alone).keys() and sum(n for _, n in advanced) == plan.n_lines(settings)
+    assert max(n for _, n in advanced) == 3
+    for key, line in by_key(together).items():
+        other = by_key(alone)[key]
+        assert line.error is None and replace(line, nbytes=0) == replace(other, nbytes=0)
+        # rows of padding take a little, and spare pages are shared
+        assert 0.75 * other.nbytes <= line.nbytes <= 1.25 * other.nbytes
+
+
+def test_a_batch_goes_on_where_answers_are_missing(small, monkeypatch):
+    plan = Plan((COLOURS,), (128,), 4, ("unknown",), SPECS[1:2], batch_size=4)
+    settings = replace(SETTINGS, n_questions=1)
+    whole, begun, asked = Lines(None, ABOUT), Lines(None, ABOUT), []
+    evaluate(*small, plan, settings, whole)
+    for line in list(whole)[:1]:
+        begun.add(line)
+    monkeypatch.setattr(begun, "add", lambda line: (asked.append(line.instance), Lines.add(begun, line)))
+    evaluate(*small, plan, settings, begun)
+    assert by_key(begun) == by_key(whole) and len(asked) == 3
+
+
+def test_only_questions_of_one_length_are_asked_together(small):
+    prompter = Prompter(small[1])
+    rows = [build_instance(COLOURS, prompter, 128, i, replace(SETTINGS, n_questions=1)) for i in range(24)]
+    asked = [Asked(i, row, prompter.prompt(row), {("known", "dynamic"): [0]}) for i, row in enumerate(rows)]
+    found = list(batches(COLOURS, 128, asked, 4, None))
+    assert sorted(row.number for batch in found for row in batch.rows) == list(range(24))
+    lengths = [{len(row.prompt.questions[0]) for row in batch.rows} for batch in found]
+    assert all(len(one) == 1 for one in lengths) and len(set.union(*lengths)) > 1
+    assert max(len(batch.rows) for batch in found) <= 4 and {tuple(batch.n_new) for batch in found} == {(3,)}
+    assert {tuple(batch.n_new) for batch in batches(COLOURS, 128, asked, 4, 2)} == {(2,)}
+
+
+def test_turns_are_asked_alone(small):
+    with pytest.raises(ValueError, match="turns cannot be asked of several texts at once"):
+        evaluate(*small, replace(PLAN, batch_size=2), SETTINGS, Lines(None, ABOUT))
+
+
+def test_answers_are_as_long_as_allowed(small):
+    lines = Lines(None, ABOUT)
+    evaluate(*small, replace(PLAN, settings=("known",)), replace(SETTINGS, max_new_tokens=1), lines)
+    assert {line.n_answer for line in lines} <= {0, 1}
 
 
 # -- lines -----------------------------------------------------------------------------------------------------------

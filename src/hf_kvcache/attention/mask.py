@@ -55,6 +55,15 @@ class KVMask(TensorStandIn):
             self._dense.append(sdpa_mask(**self._arguments))
         return self._dense[0]
 
+    def of_all_tokens(self) -> KVMask:
+        """The mask of a call whose queries are those of all the tokens that this one is about, not of the last ones."""
+        return KVMask(**(self._arguments | {"q_length": self.n_columns, "q_offset": 0}))
+
+    def of_first_tokens(self, n: int) -> KVMask:
+        """The mask of a call for the first `n` tokens of a text, out of one for a whole prefill."""
+        padding = None if self.padding is None else self.padding[:, :n]
+        return KVMask(**(self._arguments | {"q_length": n, "kv_length": n, "attention_mask": padding}))
+
     def _tensor(self) -> torch.Tensor:
         # what eager attention gets, which is what models without another attention reckon with
         return eager_mask(**self._arguments)

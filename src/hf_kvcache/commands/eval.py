@@ -68,6 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-replay", action="store_true", help="let every cache read every text, instead of one dense pass for all"
     )
+    group.add_argument(
+        "--batch-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="texts that are read and asked together, at most (default: %(default)s; not with turns)",
+    )
+    group.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="the most tokens of an answer, where a task allows more"
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--out", required=True, metavar="DIR", help=f"write there: {LINES} as it goes, {RESULT} and {TABLE} at the end"
@@ -84,10 +94,16 @@ def run(args: argparse.Namespace) -> int:
     tasks = _tasks(args.tasks)
     if "turns" in args.settings and args.questions < 2:
         raise UserError("--settings turns: turns are of several questions; give --questions 2 or more")
+    if "turns" in args.settings and args.batch_size > 1:
+        raise UserError(
+            "--settings turns: answers differ in length, so texts are asked one by one; leave out --batch-size"
+        )
     out = Path(args.out)
     check_writable(out, "--out", (LINES, RESULT, TABLE))
     model, tokenizer = load_model(args)
-    settings = Settings(args.questions, args.seed, not args.no_chat_template, args.attn, not args.no_replay)
+    settings = Settings(
+        args.questions, args.seed, not args.no_chat_template, args.attn, not args.no_replay, args.max_new_tokens
+    )
     plan = _plan(args, tasks, typed, model)
     _check_lengths(plan, settings, model, tokenizer)
     known = about(settings, model, args.model or "the embedded model") | {"adapter": args.adapter}
@@ -126,7 +142,7 @@ def _plan(args: argparse.Namespace, tasks, typed, model):
     lengths = args.lengths or (QUICK_LENGTHS if args.quick else LENGTHS)
     n_instances = args.instances or (QUICK_INSTANCES if args.quick else INSTANCES)
     chosen = tuple(name for name in SETTINGS if name in args.settings)
-    return Plan(tasks, tuple(dict.fromkeys(lengths)), n_instances, chosen, tuple(unique.values()))
+    return Plan(tasks, tuple(dict.fromkeys(lengths)), n_instances, chosen, tuple(unique.values()), args.batch_size)
 
 
 def _check_lengths(plan, settings, model, tokenizer) -> None:

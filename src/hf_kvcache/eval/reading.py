@@ -1,4 +1,4 @@
-"""One text that many caches read: once for all of them, where that makes no difference."""
+"""Texts that many caches read: once for all of them, where that makes no difference."""
 
 from __future__ import annotations
 
@@ -6,44 +6,55 @@ import torch
 
 from hf_kvcache.eval.asking import feed
 from hf_kvcache.eval.compare import prepare
-from hf_kvcache.eval.replay import NotReplayed, Prefill, check_replay, record, replay
+from hf_kvcache.eval.replay import NotReplayed, Prefill, check_replay, record, record_on, replay
+from hf_kvcache.eval.replay_twice import Recorded
 from hf_kvcache.eval.specs import CacheSpec, parse
+from hf_kvcache.eval.texts import Texts
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.long_prompts import begin
+from hf_kvcache.long_prompts import begin, reads_twice
 
 
 class Reading:
-    """A text, and what a model made of it.
+    """Texts that are read together, and what a model made of them.
 
     Args:
         model: causal language model in evaluation mode.
-        ids: the text.
+        texts: what is read.
         settings: of the evaluation.
+        before: a reading of what `texts` begins with; if it was recorded, only the rest is read.
     """
 
-    def __init__(self, model, ids: list[int], settings):
-        self.model, self.ids, self.settings = model, ids, settings
+    def __init__(self, model, texts: Texts, settings, before: Reading | None = None):
+        self.model, self.texts, self.settings, self._before = model, texts, settings, before
         self._prefill: Prefill | None = None
+        self._recorded: Recorded | None = None
         # why there is none, where there is none
         self._reason = None if settings.replays else ""
 
     def fill(self, spec: CacheSpec) -> tuple[object, torch.Tensor, str]:
-        """A new cache that has read and compressed the text, the logits `[vocab]` after it, and how it was filled.
+        """A new cache that has read and compressed the texts, the logits `[B, vocab]` after them, and how it was made.
 
         That is "replayed", or "direct" and, where a replay was asked for, why there was none.
         """
-        cache = spec.build(self.model.config)
+        cache, texts = spec.build(self.model.config), self.texts
         try:
             prefill = self._prefill_for(spec, cache)
         except NotReplayed as error:
             filled = f"direct: {error}" if str(error) else "direct"
-            fed = begin(self.model, torch.tensor([self.ids], device=self.model.device), cache)
-            logits = feed(self.model, cache, fed[0].tolist())
+            rest = begin(self.model, texts.ids, cache, texts.mask)
+            logits = feed(self.model, cache, rest, texts.n_padding)
         else:
-            replay(prefill, cache)
-            logits, filled = prefill.logits, "replayed"
+            logits, filled = self._replay(prefill, cache), "replayed"
         finish(cache)
         return cache, logits, filled
+
+    def _replay(self, prefill: Prefill, cache) -> torch.Tensor:
+        if not reads_twice(cache):
+            replay(prefill, cache)
+            return prefill.logits
+        if self._recorded is None:
+            self._recorded = Recorded(self.model, prefill, self.texts)
+        return feed(self.model, cache, self._recorded.fill(cache), self.texts.n_padding)
 
     def _prefill_for(self, spec: CacheSpec, cache) -> Prefill:
         if self._reason is not None:
@@ -52,7 +63,7 @@ class Reading:
         if self._prefill is None:
             prepare(self.model, parse("dense"), self.settings)
             try:
-                self._prefill = record(self.model, self.ids)
+                self._prefill = self._record()
             except Exception as error:
                 # a model that computes with rows by itself finds none, and memory may not hold them: asked once
                 said = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -63,9 +74,20 @@ class Reading:
                 prepare(self.model, spec, self.settings)
         return self._prefill
 
+    def _record(self) -> Prefill:
+        begun = self._before and self._before._prefill
+        if begun:
+            rest = self.texts.ids[:, self._before.texts.ids.shape[1] :]
+            try:
+                return record_on(self.model, begun, rest, self.texts.n_padding)
+            except NotReplayed:
+                # all of it in one pass, then
+                pass
+        return record(self.model, self.texts)
+
 
 def finish(cache) -> None:
-    """Let layers that wait for what follows compress what they have: nothing more of this text will come."""
+    """Let layers that wait for what follows compress what they have: nothing more of these texts will come."""
     for layer in cache.layers:
         if isinstance(layer, KVLayer):
             layer.finish()

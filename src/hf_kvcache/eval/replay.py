@@ -7,7 +7,8 @@ they keep of them afterwards. So a text is read once, and each further cache cos
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -16,10 +17,13 @@ from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.observe import Passing, Through
 from hf_kvcache.eval.asking import feed
-from hf_kvcache.long_prompts import reads_twice
+from hf_kvcache.eval.texts import Texts
+from hf_kvcache.layer import KVLayer
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.wrapper import Wrapper
 from hf_kvcache.view import KVView
+
+Result = TypeVar("Result")
 
 
 class NotReplayed(ValueError):
@@ -45,14 +49,20 @@ class Handed:
     fuses: bool
     options: dict
 
+    @classmethod
+    def of(cls, call: AttentionCall) -> Handed:
+        """What this call was made with, its new rows only."""
+        rows = call.view.new_k, call.view.new_v, call.query
+        return cls(*rows, call.mask, call.module, call.base, call.fuses, call.options)
+
 
 @dataclass(frozen=True)
 class Prefill:
-    """A text that a model has read, kept in memory.
+    """Texts that a model has read together, kept in memory.
 
     Attributes:
         layers: of all layers, in their order.
-        logits: `[vocab]` after the last token.
+        logits: `[B, vocab]` after the last token.
     """
 
     layers: list[Handed]
@@ -74,13 +84,22 @@ class _Recording(Passing):
 
     def compress(self, call):
         if call.query is not None:
-            rest = call.query, call.mask, call.module, call.base, call.fuses, call.options
-            self.handed = Handed(call.view.new_k, call.view.new_v, *rest)
+            self.handed = Handed.of(call)
         super().compress(call)
 
 
-def record(model, ids: list[int]) -> Prefill:
-    """Read a text once.
+class _Continuing(KVLayer):
+    """A layer that has all rows, and notes what attention over them was called with last."""
+
+    handed: Handed | None = None
+
+    def compress(self, call):
+        self.handed = Handed.of(call)
+        super().compress(call)
+
+
+def record(model, texts: Texts) -> Prefill:
+    """Read texts once.
 
     Raises:
         NotReplayed: the model has layers that are not of full attention, or hands attention something else than rows.
@@ -89,11 +108,78 @@ def record(model, ids: list[int]) -> Prefill:
     if any(layer is not None for layer in compat.hf_layers(config)) or compat.n_states(config):
         raise NotReplayed("not all layers of this model have full attention")
     recorder = Through(_Recording)
-    logits = feed(model, recorder, ids)
+    logits = feed(model, recorder, texts.ids, texts.n_padding)
     handed = [getattr(layer, "handed", None) for layer in recorder.layers]
     if None in handed:
         raise NotReplayed("this model computes with rows before attention gets them")
     return Prefill(handed, logits)
+
+
+def record_on(model, before: Prefill, ids: torch.Tensor, n_padding: torch.Tensor | None = None) -> Prefill:
+    """Read on from texts that have been recorded: what a prefill of all would have handed on, up to rounding.
+
+    Args:
+        model: as in `record`.
+        before: the texts so far, which stays as it is.
+        ids: what comes next, `[B, S]`.
+        n_padding: of the texts, as in `Texts`.
+
+    Raises:
+        NotReplayed: attention got arguments about the tokens of a call that this function does not know.
+    """
+    later, logits = overhear(before, lambda cache: feed(model, cache, ids, n_padding))
+    return Prefill([_joined(*pair) for pair in zip(before.layers, later, strict=True)], logits)
+
+
+def overhear(before: Prefill, read: Callable[[KVCache], Result]) -> tuple[list[Handed], Result]:
+    """What attention is called with, layer by layer, while `read` feeds tokens to a cache that holds texts."""
+    cache = Through(_Continuing)
+    replay(before, cache)
+    result = read(cache)
+    return [layer.handed for layer in cache.layers], result
+
+
+def _joined(before: Handed, later: Handed) -> Handed:
+    """What attention was handed before and in a call after it, as if in one call."""
+    ours, theirs = before.options.get("position_ids"), later.options.get("position_ids")
+    check_arguments(later)
+    if (ours is None) != (theirs is None):
+        raise NotReplayed("attention gets positions in some calls only")
+    options = before.options if ours is None else before.options | {"position_ids": torch.cat([ours, theirs], -1)}
+    mask = None if later.mask is None else later.mask.of_all_tokens()
+    k, v, query = (torch.cat([getattr(x, name) for x in (before, later)], 2) for name in ("k", "v", "query"))
+    return replace(before, k=k, v=v, query=query, mask=mask, options=options)
+
+
+def first_tokens(prefill: Prefill, n: int) -> Prefill:
+    """What a prefill of the first `n` tokens of recorded texts, padding included, would have handed on.
+
+    Its logits are those after all of them.
+
+    Raises:
+        NotReplayed: as in `record_on`.
+    """
+    layers = []
+    for handed in prefill.layers:
+        check_arguments(handed)
+        k, v, query = (rows[:, :, :n] for rows in (handed.k, handed.v, handed.query))
+        options, positions = handed.options, handed.options.get("position_ids")
+        if positions is not None:
+            options = options | {"position_ids": positions[..., :n]}
+        mask = None if handed.mask is None else handed.mask.of_first_tokens(n)
+        layers.append(replace(handed, k=k, v=v, query=query, mask=mask, options=options))
+    return replace(prefill, layers=layers)
+
+
+def check_arguments(handed: Handed) -> None:
+    """Raise `NotReplayed` for arguments about tokens of a call that cannot be told for fewer or more of them."""
+    tensors = [
+        n for n, x in handed.options.items() if isinstance(x, torch.Tensor) and n not in ("position_ids", "s_aux")
+    ]
+    if isinstance(handed.mask, torch.Tensor):
+        tensors.append("a mask as a tensor")
+    if tensors:
+        raise NotReplayed(f"attention gets {', '.join(tensors)}")
 
 
 def check_replay(cache) -> None:
@@ -104,8 +190,6 @@ def check_replay(cache) -> None:
         raise NotReplayed("exact_prefill=False")
     if cache.offloading:
         raise NotReplayed("offloading=True")
-    if reads_twice(cache):
-        raise NotReplayed(f"{type(cache.policy).__name__} reads a text twice")
     policy = cache.policy
     while isinstance(policy, Wrapper):
         policy = policy.scorer
@@ -116,7 +200,13 @@ def check_replay(cache) -> None:
 @torch.no_grad()
 def replay(prefill: Prefill, cache) -> None:
     """Let an empty cache that `check_replay` has let take a text, and compress it, as in a forward pass."""
-    for i, handed in enumerate(prefill.layers):
+    hand_on(prefill.layers, cache)
+
+
+@torch.no_grad()
+def hand_on(layers: list[Handed], cache) -> None:
+    """Let a cache take rows, and do what it does after attention to them."""
+    for i, handed in enumerate(layers):
         # a store may adopt the rows that it is given
         view, _ = cache.update(handed.k.clone(), handed.v.clone(), i)
         if isinstance(view, KVView):

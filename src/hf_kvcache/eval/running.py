@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -11,12 +10,11 @@ from zlib import crc32
 import numpy as np
 
 from hf_kvcache.dmc import retrofits
-from hf_kvcache.eval.asking import decode, feed, stops_of
-from hf_kvcache.eval.compare import prepare
-from hf_kvcache.eval.lines import Line, Lines
-from hf_kvcache.eval.memory import cache_nbytes
+from hf_kvcache.eval.asking import stops_of
+from hf_kvcache.eval.batches import Asked, Missing, batches, most_new
+from hf_kvcache.eval.lines import Lines
 from hf_kvcache.eval.prompts import Prompter
-from hf_kvcache.eval.reading import Reading
+from hf_kvcache.eval.questioning import Questioning
 from hf_kvcache.eval.specs import CacheSpec
 from hf_kvcache.eval.tasks.instances import Instance, Task
 
@@ -37,6 +35,7 @@ class Settings:
         uses_template: whether prompts are made with the tokenizer's chat template, if it has one.
         attention: implementation under our caches; transformers' own run on sdpa, or on eager where that is named.
         replays: whether one dense prefill serves all caches that attend to it exactly.
+        max_new_tokens: the most tokens of an answer, where a task allows more; None for what the task allows.
     """
 
     n_questions: int = 1
@@ -44,6 +43,7 @@ class Settings:
     uses_template: bool = True
     attention: str = "hf_kvcache"
     replays: bool = True
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Plan:
         n_instances: of every task and length.
         settings: names of `SETTINGS`.
         specs: caches, the baseline first.
+        batch_size: instances that are read and asked together, at most.
     """
 
     tasks: tuple[Task, ...]
@@ -63,11 +64,17 @@ class Plan:
     n_instances: int
     settings: tuple[str, ...]
     specs: tuple[CacheSpec, ...]
+    batch_size: int = 1
 
-    def instances(self) -> Iterator[tuple[Task, int, int]]:
-        """Task, length and number of every instance: the first of all, then the second, so that all rows fill alike."""
-        for i, task, length in product(range(self.n_instances), self.tasks, self.lengths):
-            yield task, length, i
+    def blocks(self) -> Iterator[tuple[Task, int, range]]:
+        """Task, length and numbers of instances: the first of all, then those after them, so that all rows fill alike.
+
+        A block is larger than a batch, whose instances have questions of one length.
+        """
+        size = 1 if self.batch_size == 1 else 4 * self.batch_size
+        for start in range(0, self.n_instances, size):
+            for task, length in product(self.tasks, self.lengths):
+                yield task, length, range(start, min(start + size, self.n_instances))
 
     def n_lines(self, settings: Settings) -> int:
         """Answers of the whole run."""
@@ -100,7 +107,8 @@ def most_tokens(plan: Plan, prompter: Prompter, settings: Settings) -> int:
     found = 0
     for task, length in product(plan.tasks, plan.lengths):
         instance = build_instance(task, prompter, length, 0, settings)
-        prompt, n_new = prompter.prompt(instance), [q.max_new_tokens for q in instance.questions]
+        prompt = prompter.prompt(instance)
+        n_new = [most_new(question, settings.max_new_tokens) for question in instance.questions]
         for setting in plan.settings:
             n_said = sum(n_new) if setting == "turns" else max(n_new)
             found = max(found, prompt.n_tokens(setting) + n_said)
@@ -122,118 +130,37 @@ def evaluate(
         plan: what is asked.
         lines: takes an answer as soon as there is one.
         advance: called with a description and a number of answers, before they are asked for or where they are there.
+
+    Raises:
+        ValueError: turns are asked of several instances together.
     """
+    if "turns" in plan.settings and plan.batch_size > 1:
+        raise ValueError("answers differ in length, so turns cannot be asked of several texts at once: batch_size=1")
     prompter, stops = Prompter(tokenizer, settings.uses_template), stops_of(model, tokenizer)
     try:
-        for task, length, i in plan.instances():
-            asking = _Asking(model, tokenizer, stops, task, length, i, lines, settings)
-            missing = {(s, spec.text): asking.missing(s, spec) for s in plan.settings for spec in plan.specs}
-            n_missing = sum(map(len, missing.values()))
-            n_known = len(missing) * settings.n_questions - n_missing
-            advance("", n_known)
-            if n_missing:
-                asking.begin(build_instance(task, prompter, length, i, settings), prompter)
-                for stage, n in asking.run(plan, missing):
+        for task, length, numbers in plan.blocks():
+            missing = {i: _missing(plan, settings, lines, (task.name, length, i)) for i in numbers}
+            n_all = len(numbers) * len(plan.settings) * len(plan.specs) * settings.n_questions
+            advance("", n_all - sum(len(questions) for found in missing.values() for questions in found.values()))
+            asked = []
+            # nothing is built where nothing is missing
+            for i in filter(missing.get, numbers):
+                instance = build_instance(task, prompter, length, i, settings)
+                asked.append(Asked(i, instance, prompter.prompt(instance), missing[i]))
+            for batch in batches(task, length, asked, plan.batch_size, settings.max_new_tokens):
+                questioning = Questioning(model, tokenizer, stops, lines, settings, batch)
+                for stage, n in questioning.run(plan.settings, plan.specs):
                     advance(stage, n)
     finally:
         for child in retrofits(model).values():
             child.compresses = True
 
 
-class _Asking:
-    """The questions of one instance."""
-
-    def __init__(self, model, tokenizer, stops, task: Task, length: int, i: int, lines: Lines, settings: Settings):
-        self.model, self.tokenizer, self.stops = model, tokenizer, stops
-        self.task, self.length, self.i, self.lines, self.settings = task, length, i, lines, settings
-
-    def begin(self, instance: Instance, prompter: Prompter) -> None:
-        self.instance, self.prompt = instance, prompter.prompt(instance)
-
-    def key(self, setting: str, spec: CacheSpec, question: int) -> tuple:
-        return self.task.name, self.length, self.i, setting, spec.text, question
-
-    def missing(self, setting: str, spec: CacheSpec) -> list[int]:
-        """Questions without an answer."""
-        return [q for q in range(self.settings.n_questions) if not self.lines.has(self.key(setting, spec, q))]
-
-    def run(self, plan: Plan, missing: dict) -> Iterator[tuple[str, int]]:
-        """Ask what is missing; yields a description and a number of answers before each cache.
-
-        One text after the other is read for all caches, so that no more than one is remembered at a time.
-        """
-        for ids, settings, questions in self._texts(plan.settings):
-            reading = Reading(self.model, ids, self.settings)
-            for spec in plan.specs:
-                asked = {s: [q for q in missing[s, spec.text] if q in questions] for s in settings}
-                if any(asked.values()):
-                    yield self._stage(spec, settings), sum(map(len, asked.values()))
-                    self._ask(reading, spec, asked)
-
-    def _texts(self, settings: tuple[str, ...]) -> Iterator[tuple[list[int], list[str], list[int]]]:
-        """What is read before a cache compresses, in which settings, and the questions that are asked of it."""
-        prompt, every = self.prompt, list(range(self.settings.n_questions))
-        if "known" in settings:
-            for q in every:
-                yield prompt.context + prompt.questions[q], ["known"], [q]
-        if later := [setting for setting in settings if setting != "known"]:
-            yield prompt.context, later, every
-
-    def _ask(self, reading: Reading, spec: CacheSpec, asked: dict[str, list[int]]) -> None:
-        """Compress a text into a cache and ask; a failure ends this setting for this cache, not the evaluation."""
-        prepare(self.model, spec, self.settings)
-        try:
-            cache, logits, filled = reading.fill(spec)
-            known = {"n_read": len(reading.ids), "nbytes": cache_nbytes(cache), "filled": filled}
-        except Exception as error:
-            self._fail(spec, asked, error)
-            return
-        for setting, questions in asked.items():
-            try:
-                if setting == "turns" and questions:
-                    self._take_turns(spec, cache, known)
-                for q in questions if setting == "known" else ():
-                    self._answer(setting, spec, q, cache, logits, known, 0)
-                for q in questions if setting == "unknown" else ():
-                    ids, fork = self.prompt.questions[q], _fork(cache, reading, spec)
-                    self._answer(setting, spec, q, fork, feed(self.model, fork, ids), known, len(ids))
-            except Exception as error:
-                self._fail(spec, {setting: questions}, error)
-
-    def _fail(self, spec: CacheSpec, asked: dict[str, list[int]], error: Exception) -> None:
-        for setting, questions in asked.items():
-            for q in questions:
-                key = self.key(setting, spec, q)
-                if not self.lines.has(key):
-                    self.lines.add(Line(*key, error=f"{type(error).__name__}: {error}"))
-
-    def _take_turns(self, spec: CacheSpec, cache, known: dict) -> None:
-        """All questions, one after the other: each stands after what the model itself has said before."""
-        left, n_asked = [], 0
-        for q, question in enumerate(self.instance.questions):
-            ids = self.prompt.turns[q - 1] if q else self.prompt.questions[0]
-            n_asked += len(ids)
-            said = self._answer("turns", spec, q, cache, feed(self.model, cache, left + ids), known, n_asked)
-            # an answer that was cut off ends in a token that the cache has not seen
-            left = said[question.max_new_tokens - 1 :]
-
-    def _answer(self, setting: str, spec: CacheSpec, q: int, cache, logits, known: dict, n_asked: int) -> list[int]:
-        question = self.instance.questions[q]
-        said = decode(self.model, cache, logits, self.stops, question.max_new_tokens)
-        answer = self.tokenizer.decode(said, skip_special_tokens=True)
-        score = float(self.task.score(answer, question))
-        found = dict(answer=answer, n_answer=len(said), score=score, n_asked=n_asked, **known)
-        self.lines.add(Line(*self.key(setting, spec, q), **found))
-        return said
-
-    def _stage(self, spec: CacheSpec, settings: list[str]) -> str:
-        return f"{self.task.name} · {self.length:,} · {self.i + 1} · {' + '.join(settings)} · {spec.text}"
-
-
-def _fork(cache, reading: Reading, spec: CacheSpec):
-    """A copy of a cache that has read a text, to be changed."""
-    try:
-        return copy.deepcopy(cache)
-    except RuntimeError:
-        # tensors of optimum-quanto cannot be copied: the text is compressed once more
-        return reading.fill(spec)[0]
+def _missing(plan: Plan, settings: Settings, lines: Lines, key: tuple) -> Missing:
+    """Questions of an instance without an answer, by setting and cache; those that have all are left out."""
+    found = {}
+    for setting, spec in product(plan.settings, plan.specs):
+        asked = [q for q in range(settings.n_questions) if not lines.has((*key, setting, spec.text, q))]
+        if asked:
+            found[setting, spec.text] = asked
+    return found

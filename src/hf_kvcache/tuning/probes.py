@@ -20,8 +20,9 @@ from hf_kvcache.eval.prompts import Prompter
 from hf_kvcache.eval.reading import finish
 from hf_kvcache.eval.replay import NotReplayed, Prefill, check_replay, record, replay
 from hf_kvcache.eval.tasks import TASKS
+from hf_kvcache.eval.texts import Texts
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.long_prompts import begin
+from hf_kvcache.long_prompts import begin, reads_twice
 from hf_kvcache.view import KVView
 
 NEEDLES = ("niah_single_2", "niah_multikey_1")
@@ -134,7 +135,7 @@ class Probe:
         self.counts_bytes = text.kind == "text"
         self.prefill: Prefill | None = None
         try:
-            self.prefill = record(model, text.context)
+            self.prefill = record(model, Texts.of([text.context], model.device))
         except NotReplayed as error:
             # every cache then reads for itself
             self.why_not = str(error)
@@ -159,7 +160,7 @@ class Probe:
     def filled(self, cache):
         """A cache that has read the context and compressed it."""
         try:
-            if self.prefill is None:
+            if self.prefill is None or reads_twice(cache):
                 raise NotReplayed
             check_replay(cache)
             replay(self.prefill, cache)
