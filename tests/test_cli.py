@@ -200,6 +200,7 @@ NONSENSE = {
         ("eval", option): WHOLE
         for option in ("--lengths", "--instances", "--questions", "--batch-size", "--max-new-tokens")
     },
+    ("eval", "--continuation"): WHOLE,
     ("eval", "--seed"): ("-1", "0.5", "nan", "first", ""),
     ("report", "--least"): ("-1", "0", "1.5", "nan", "inf", "some", ""),
     ("generate", "--max-new-tokens"): WHOLE,

@@ -17,6 +17,7 @@ COMMANDS = (
     "compare",
     "eval",
     "report",
+    "tune",
     "generate",
     "calibrate",
     "train",
