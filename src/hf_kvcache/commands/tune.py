@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hf_kvcache.commands import UserError
 from hf_kvcache.commands.common import add_model_arguments, check_writable, load_model, read_text
-from hf_kvcache.commands.numbers import count, positive, share, temperature
+from hf_kvcache.commands.numbers import count, positive, share, weight
 
 POLICIES = ("keydiff", "snapkv")
 NEXT = 64  # tokens of a piece of prose that are predicted
@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("goal")
     goal = group.add_mutually_exclusive_group(required=True)
     goal.add_argument("--bytes", type=share, metavar="SHARE", help="most bytes, as a share of a dense cache's")
-    goal.add_argument("--max-kl", type=temperature, metavar="NATS", help="most KL of prose, nats per token")
+    goal.add_argument("--max-kl", type=weight, metavar="NATS", help="most KL of prose, nats per token")
     group.add_argument(
         "--needle-weight",
-        type=temperature,
+        type=weight,
         default=1.0,
         metavar="W",
         help="what a nat at the answers of needles counts beside one of prose (default: %(default)s)",
