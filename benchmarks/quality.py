@@ -3,8 +3,9 @@
     python benchmarks/quality.py --minutes 100     # one piece; again and again until it says that all is answered
     python benchmarks/quality.py --quick           # the five best in twenty minutes
 
-Every piece goes on from the answers in benchmarks/results/, and adds its own to them when it ends. Rounds of a few
-instances of every task come one after the other, so that all rows are complete to the same depth whenever it stops.
+In bfloat16, as such models are run, so that byte shares are those that users see. Every piece goes on from the answers
+in benchmarks/results/, and adds its own when it ends. Rounds of a few instances of every task come one after the other,
+so that all rows are complete to the same depth whenever it stops.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=positive)
     options = parser.parse_args()
     options.instances = options.instances or (12 if options.quick else INSTANCES)
-    for name, value in {"dtype": "fp32", "device": "cpu", "attn": "hf_kvcache", "tokenizer": None}.items():
+    for name, value in {"dtype": "bf16", "device": "cpu", "attn": "hf_kvcache", "tokenizer": None}.items():
         setattr(options, name, value)
     return options
 
