@@ -15,7 +15,7 @@ from hf_kvcache.cache_options import check_options, codec_pair
 from hf_kvcache.expanding import Lending
 from hf_kvcache.identity import Identity
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.layer_settings import LayerSettings, settings_of
+from hf_kvcache.layer_settings import PerLayer
 from hf_kvcache.offloading import Offloading
 from hf_kvcache.saving import Saving
 from hf_kvcache.view import KVView, ValueView
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hf_kvcache.policies.base import Policy
 
 
-class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
+class KVCache(Identity, PerLayer, Lending, Offloading, Saving, Accounting, CacheContract):
     """A KV cache made of a policy (which tokens stay) over a codec (how a row is encoded).
 
     Pass it to `generate` or to a forward pass: `model.generate(**x, cache=KVCache(codec=Quantize(4)))`
@@ -106,12 +106,6 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
             self._learn_layers(config)
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=True)
         self._add_layers(len(self._hf_layers or ()))
-
-    @property
-    def all_codecs(self) -> list[Codec]:
-        """Codecs of keys and values, of the first and last layers and of single ones, too."""
-        pairs = self.codec, self.edge_codec, *(options.get("codec") for options in self.per_layer.values())
-        return [side for pair in pairs for side in pair or ()]
 
     # -- the walk: append here; attention asks the layer to prepare and to compress ------------------------------------
 
@@ -199,21 +193,6 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in self._hf_layers}))
             warn_once(f"none of this model's layers is compressed: all keep what transformers has for them ({kinds})")
 
-    def codec_of_layer(self, layer_idx: int, n_layers: int | None) -> tuple[Codec, Codec] | None:
-        """The pair of codecs of one layer; `n_layers` is None while the model is not known yet."""
-        if "codec" in (own := self.per_layer.get(layer_idx, {})):
-            return own["codec"]
-        if not self.edge_layers:
-            return self.codec
-        # only layer 0 is ever created before the model is known
-        is_last = n_layers is not None and layer_idx >= n_layers - self.edge_layers
-        return self.edge_codec if layer_idx < self.edge_layers or is_last else self.codec
-
-    def layers_with_codec(self) -> list[int]:
-        """Layers that have `codec`, once the model is known."""
-        ours = [i for i, layer in enumerate(self._hf_layers) if layer is None]
-        return [i for i in ours if self.codec_of_layer(i, len(self._hf_layers)) is self.codec]
-
     def layer_for(self, module: torch.nn.Module) -> KVLayer:
         """The layer that an attention module will fill, before it does."""
         if self._hf_layers is None:
@@ -243,10 +222,6 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         if self._records_past:
             layer.activate_past_recording()
         return layer
-
-    def settings_of_layer(self, layer_idx: int, n_layers: int | None = None) -> LayerSettings:
-        """All that one layer is made of; `n_layers` is None while the model is not known yet."""
-        return settings_of(self, self.codec_of_layer(layer_idx, n_layers), self.per_layer.get(layer_idx, {}))
 
     def make_layer(self, layer_idx: int, codec: tuple[Codec | None, Codec | None]) -> KVLayer:
         """A layer of ours without rows, of the kind that the policy and the model ask for."""
