@@ -1,6 +1,6 @@
-"""Draw docs/compare.png: bytes against fidelity, from the JSON of a comparison.
+"""Draw docs/compare.png, bytes against fidelity, and docs/front.png, score over bytes of an evaluation.
 
-python benchmarks/picture.py     # needs matplotlib; the file is what `hf-kvcache compare --out` writes
+python benchmarks/picture.py     # needs matplotlib; from what `hf-kvcache compare` and `report --out` have written
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import choosing
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from hf_kvcache.eval.compare import Row
+from hf_kvcache.eval.front_picture import save_picture
 from hf_kvcache.eval.labels import Label, place_labels
 from hf_kvcache.eval.picture import COLOURS, LEAST_KL, PEER, family
 
@@ -57,6 +59,7 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def main() -> None:
+    save_picture(choosing.evidence(), choosing.PICTURE)
     draw([Row(**row) for row in json.loads(FILE.read_text(encoding="utf-8"))["rows"]], PICTURE)
 
 

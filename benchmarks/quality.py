@@ -3,8 +3,9 @@
     python benchmarks/quality.py --minutes 100     # one piece; again and again until it says that all is answered
     python benchmarks/quality.py --quick           # the five best in twenty minutes
 
-Every piece goes on from the answers in benchmarks/results/, and adds its own to them when it ends. Rounds of a few
-instances of every task come one after the other, so that all rows are complete to the same depth whenever it stops.
+In bfloat16, as such models are run, so that byte shares are those that users see. Every piece goes on from the answers
+in benchmarks/results/, and adds its own when it ends. Rounds of a few instances of every task come one after the other,
+so that all rows are complete to the same depth whenever it stops.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ CACHES = (
     "quanto:bits=4",
     "h2o:ratio=0.25",
 )
-LENGTH, INSTANCES, ROUND, BATCH = 2048, 100, 8, 8
+LENGTH, INSTANCES, ROUND, BATCH = 2048, 100, 25, 8
 # the longest answer that is right takes about fifty tokens: four numbers of seven digits, or a UUID digit by digit
 SETTINGS = Settings(max_new_tokens=64)
 IN = ("unknown", "known")
@@ -73,15 +74,15 @@ def main() -> None:
     lines = Lines(options.out / "eval.jsonl", known)
     result = options.result or RESULTS / f"quality-{options.model}-{'quick-' * options.quick}cpu.json"
     pieces = cells.unpack_into(lines, result) if result.exists() else []
-    deadline, most = monotonic() + 60 * options.minutes, options.instances
+    most, n_before, begun = options.instances, len(lines), monotonic()
+    deadline = begun + 60 * options.minutes
 
     def advance(stage: str, n_lines: int) -> None:
         if monotonic() > deadline:
             raise OutOfTime
         if stage:
-            print(stage, flush=True)
+            print(f"{(monotonic() - begun) / 60:6.1f} min  {stage}", flush=True)
 
-    n_before, begun = len(lines), monotonic()
     try:
         for n in range(min(ROUND, most), most + ROUND, ROUND):
             plan = Plan(tasks, (options.length,), min(n, most), IN, specs, options.batch_size)
@@ -112,7 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=positive)
     options = parser.parse_args()
     options.instances = options.instances or (12 if options.quick else INSTANCES)
-    for name, value in {"dtype": "fp32", "device": "cpu", "attn": "hf_kvcache", "tokenizer": None}.items():
+    for name, value in {"dtype": "bf16", "device": "cpu", "attn": "hf_kvcache", "tokenizer": None}.items():
         setattr(options, name, value)
     return options
 

@@ -1,4 +1,4 @@
-"""Write the tables of docs/benchmarks.md from the JSON in benchmarks/results/.
+"""Write the tables of docs/benchmarks.md, and of other pages, from the JSON in benchmarks/results/.
 
 python benchmarks/tables.py     # fills what stands between <!-- NAME --> and <!-- /NAME -->
 """
@@ -8,10 +8,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import choosing
+import evaluation_tables
+
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
 
 VERSIONS = ("torch", "transformers")
 # policies that act on the control run at the bytes of a retrofit, as columns
@@ -294,20 +299,42 @@ def block(name: str) -> str:
     return f"{make()}\n\n{', '.join(where)}"
 
 
-def filled(text: str) -> str:
-    """The page with every block as it should be; raises ValueError if one is missing, or unknown."""
+def filled(text: str, make: dict[str, Callable[[], str]] | None = None) -> str:
+    """A page with every block as it should be.
+
+    Args:
+        text: of the page.
+        make: what makes each block; None for all of docs/benchmarks.md, which has no others.
+
+    Raises:
+        ValueError: a block is missing, or unknown where there are to be no others.
+    """
     names = re.findall(r"<!-- ([\w-]+) -->", text)
-    if sorted(names) != sorted(BLOCKS):
-        raise ValueError(f"blocks are {sorted(names)}, tables {sorted(BLOCKS)}")
-    for name in names:
+    if make is None:
+        make = {name: partial(block, name) for name in BLOCKS}
+        if sorted(names) != sorted(make):
+            raise ValueError(f"blocks are {sorted(names)}, tables {sorted(make)}")
+    if missing := sorted(make.keys() - set(names)):
+        raise ValueError(f"blocks are missing: {', '.join(missing)}")
+    for name in make:
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         head, _, rest = text.partition(start)
-        text = f"{head}{start}\n{block(name)}\n{end}{rest.partition(end)[2]}"
+        text = f"{head}{start}\n{make[name]()}\n{end}{rest.partition(end)[2]}"
     return text
+
+
+# blocks of other pages, which have markers of other kinds, too
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "docs" / "choosing.md": choosing.BLOCKS,
+    ROOT / "docs" / "evaluation.md": evaluation_tables.BLOCKS,
+    ROOT / "README.md": {"chooser": choosing.readme},
+}
 
 
 def main() -> None:
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, make in PAGES.items():
+        page.write_text(filled(page.read_text(encoding="utf-8"), make), encoding="utf-8")
 
 
 if __name__ == "__main__":

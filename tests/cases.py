@@ -157,6 +157,20 @@ CASES = [
         evicts=True,
     ),
     Case("keydiff-merge", lambda: kv.EvictionCache("keydiff", budget=24, merge=True, **KNOBS), evicts=True),
+    # layers with options of their own
+    Case(
+        "keydiff-layer1-quant4",
+        lambda: kv.KVCache(
+            kv.KeyDiff(ratio=0.5, **KNOBS),
+            window=8,
+            per_layer={1: {"ratio": 0.75, "window": 4, "codec": kv.Quantize(4, axis="token")}},
+        ),
+        evicts=True,
+    ),
+    Case(
+        "quant2-layer1-sparse",
+        lambda: kv.KVCache(codec=kv.Quantize(2), window=8, per_layer={1: {"codec": kv.Sparse(0.5), "n_sink": 4}}),
+    ),
     # heads of different lengths
     Case("adakv-budget42", lambda: kv.EvictionCache("adakv", budget=42, scorer="keydiff", **KNOBS), evicts=True),
     Case(

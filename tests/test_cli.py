@@ -58,6 +58,30 @@ def test_compare_writes_table_json_and_picture(capsys, tmp_path):
     assert {line["cache"]: line for line in lines} == {name: row | {"is_final": True} for name, row in rows.items()}
 
 
+def test_the_front_of_a_comparison(capsys):
+    caches = "quant:bits=4", "keydiff:ratio=0.25"
+    code, out, _ = run(capsys, "compare", *FAST, "--pareto", "--json", "--caches", *caches)
+    points = {point["cache"]: point for point in json.loads(out)["pareto"]}
+    assert code == 0 and points.keys() == {"dynamic", *caches}
+    assert points["dynamic"]["level"] == 1 and points["quant:bits=4"]["beaten_by"] is None
+    code, out, _ = run(capsys, "compare", *FAST, "--pareto", "--caches", "keydiff:ratio=0.25")
+    assert code == 0 and "| level | cache | bytes | KL, nats | decode | beaten by |" in out
+
+
+def test_speeds_of_a_comparison_stand_beside_scores(capsys, tmp_path):
+    """What `--speed-only` measures is what `report --speed` reads."""
+    from hf_kvcache.eval.speeds import read_speeds
+
+    code, *_ = run(capsys, "compare", *FAST, "--speed-only", "--out", str(tmp_path), "--caches", "quant:bits=4")
+    assert code == 0
+    about, *lines = map(json.loads, (tmp_path / "compare.jsonl").read_text().splitlines())
+    assert lines[-1]["is_final"] and lines[-1]["kl"] is None and lines[-1]["bytes_ratio"] < 1
+    speeds, (note,) = read_speeds(tmp_path, about)
+    assert list(speeds) == ["dynamic", "quant:bits=4"] and speeds["dynamic"] == 1 and "after 256 tokens" in note
+    code, _, err = run(capsys, "compare", *FAST, "--speed-only", "--pareto")
+    assert code == 2 and "leave out --speed-only" in err
+
+
 def test_an_interrupted_comparison_keeps_what_it_has(capsys, tmp_path, monkeypatch):
     """The second cache is being scored when somebody presses Ctrl-C; what ran before it is printed and on disk."""
     from hf_kvcache.eval import fidelity
@@ -172,12 +196,22 @@ def test_mistakes_end_with_two_and_a_sentence(capsys, args, message):
 WHOLE = "-1", "0", "1.5", "nan", "inf", "many", ""
 NONSENSE = {
     **{("compare", option): WHOLE for option in ("--context", "--eval-context", "--new-tokens", "--rounds")},
-    **{("eval", option): WHOLE for option in ("--lengths", "--instances", "--questions")},
+    **{
+        ("eval", option): WHOLE
+        for option in ("--lengths", "--instances", "--questions", "--batch-size", "--max-new-tokens")
+    },
+    ("eval", "--continuation"): WHOLE,
     ("eval", "--seed"): ("-1", "0.5", "nan", "first", ""),
+    ("report", "--least"): ("-1", "0", "1.5", "nan", "inf", "some", ""),
     ("generate", "--max-new-tokens"): WHOLE,
     ("generate", "--chunk"): WHOLE,
     ("generate", "--temperature"): ("-1", "-0.01", "nan", "inf", "-inf", "hot", ""),
     ("calibrate lowrank", "--samples"): WHOLE,
+    ("calibrate lowrank", "--measured"): WHOLE,
+    **{("tune", option): WHOLE for option in ("--context", "--pieces", "--rounds")},
+    **{("tune", option): ("-1", "0.5", "nan", "first", "") for option in ("--needles", "--seed")},
+    **{("tune", option): ("-1", "-0.5", "nan", "inf", "some", "") for option in ("--max-kl", "--needle-weight")},
+    ("tune", "--bytes"): ("-1", "0", "1.5", "nan", "inf", "some", ""),
     ("calibrate lowrank", "--length"): WHOLE,
     ("calibrate lowrank", "--rank"): ("-0.5", "0", "1.01", "nan", "inf", "half", ""),
     ("calibrate lowrank", "--group-size-k"): WHOLE,

@@ -22,7 +22,8 @@ def tables(monkeypatch):
     import tables
 
     yield tables
-    sys.modules.pop("tables", None)
+    for name in ("tables", "choosing", "evaluation_tables"):
+        sys.modules.pop(name, None)
 
 
 def block(path, name, end=None):
@@ -58,13 +59,28 @@ def test_benchmarks_are_those_of_the_results(tables):
     assert tables.filled(text) == text, "run `python benchmarks/tables.py`"
     # one stands in the table of decoding, one is the picture in the README
     shown = {file for _, file, _ in tables.BLOCKS.values()} | {"prefill", "demo-embedded"}
-    assert {path.name.removesuffix("-cpu.json") for path in tables.RESULTS.glob("*.json")} == shown
+    # what other pages show
+    shown |= {"evidence-smollm2", "claims-smollm2", "presses-smollm2", "presses-embedded"}
+    # what stands in the text of tuning.md, eviction.md, low-rank.md and retrofits.md
+    shown |= {"tuning-smollm2", "trained-smollm2"}
+    found = {path.name.removesuffix("-cpu.json") for path in tables.RESULTS.glob("*.json")}
+    # answers from which evidence is made
+    assert {name for name in found if not name.startswith("quality-")} == shown
+
+
+def test_other_pages_are_those_of_the_results(tables):
+    assert DOCS / "choosing.md" in tables.PAGES
+    for page, make in tables.PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        assert tables.filled(text, make) == text, f"{page.name}: run `python benchmarks/tables.py`"
 
 
 def test_a_page_without_a_block_is_not_filled(tables):
     text = tables.PAGE.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="blocks are"):
         tables.filled(text.replace("<!-- recall -->", ""))
+    with pytest.raises(ValueError, match="blocks are missing: chooser"):
+        tables.filled(text, {"chooser": str})
 
 
 def test_compared_is_what_the_command_compares(tables, monkeypatch):
@@ -80,7 +96,9 @@ def test_the_picture_is_drawn_from_what_the_demo_compares(tmp_path, monkeypatch,
     import picture
 
     monkeypatch.setattr(picture, "PICTURE", tmp_path / "compare.png")
+    monkeypatch.setattr(picture.choosing, "PICTURE", tmp_path / "front.png")
     picture.main()
+    assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     sys.modules.pop("picture")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(specs, "is_installed", lambda name: True)

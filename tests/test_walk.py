@@ -69,15 +69,17 @@ ORDER = (
     "hf_layers shards sharded_model",
     "rope rope_of_call rotary_embedding rope_of_model kernels",
     "codecs stores registry rerotation adapters.errors adapters.base_weights adapters.modules",
-    "layer_context identity fingerprint view handed expanding offloading saving text_positions row_shapes",
-    "policies layer_contract cache_contract cache_options attention.known",
+    "layer_context identity fingerprint view handed expanding offloading saving text_positions row_shapes "
+    "layer_settings",
+    "policies layer_contract cache_contract cache_options per_layer attention.known",
     "layer stateful cache",
     "attention",
-    "former_files described manifest hf_layer_entries restoring persist pickling long_prompts second_pass hub.spec "
-    "hub.modeling_mixin hub.adapter_modules",
+    "former_files described manifest hf_layer_entries restoring persist pickling cache_config long_prompts second_pass "
+    "hub.spec hub.modeling_mixin hub.adapter_modules",
     "adapters dmc",
     "presets models",
     "hub bench calibration eval",
+    "tuning",
     "trainers commands cli lm_eval",
 )
 

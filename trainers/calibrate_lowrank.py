@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text")
     text.add_argument(
         "--text",
-        metavar="FILE_OR_DATASET",
-        help="a UTF-8 file, or a dataset id of the Hub as ID[:CONFIG] (default: the embedded prose)",
+        metavar="FILE_FOLDER_OR_DATASET",
+        help="a UTF-8 file, a folder of .txt files, or a dataset id of the Hub as ID[:CONFIG] (default: the embedded "
+        "prose)",
     )
     text.add_argument("--column", default="text", help="column of a dataset (default: %(default)s)")
     text.add_argument(
@@ -64,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     basis.add_argument("--no-centre", action="store_true", help="do not subtract the mean row")
     basis.add_argument("--refine", type=count, default=0, metavar="N", help="passes through the low-rank model")
+    basis.add_argument(
+        "--measured",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="samples that --allocator measured reads eight times for every layer (default: %(default)s)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the adapter")
 
 
@@ -94,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
                 allocator=args.allocator,
                 centre=not args.no_centre,
                 refine=args.refine,
+                n_measured=args.measured,
                 on_progress=lambda stage, done, total: progress.update(
                     task, description=stage, completed=done, total=total
                 ),
@@ -118,9 +127,19 @@ def summary(bases, n_tokens: int) -> dict:
 
 def read_tokens(args: argparse.Namespace, tokenizer):
     """Token ids `[n]` of the text that was asked for."""
+    import torch
+
     from hf_kvcache.models import embedded_prose
 
     source = args.text or embedded_prose()
+    if Path(source).is_dir():
+        from hf_kvcache.trainers.dmc_data import load_stream
+
+        try:
+            stream = load_stream(Path(source), tokenizer, args.samples * args.length)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text: {error}") from error
+        return torch.from_numpy(stream).long()
     if Path(source).exists():
         text = read_text(source, "--text")
     else:

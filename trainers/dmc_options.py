@@ -21,8 +21,12 @@ class Texts(Models):
         default=embedded_prose(), help="a text file, or a folder of .txt files; the embedded prose unless given"
     )
     sequence: int = HfArg(default=512, help="tokens of a sequence")
-    prose_share: float = HfArg(default=0.25, help="share of sequences without a ledger, if the tokenizer has one")
-    answer_weight: float = HfArg(default=1.0, help="weight of the mean loss on answers, with a ledger")
+    prose_share: float | None = HfArg(
+        default=None,
+        help="share of sequences that are prose alone; the others have a ledger, if the tokenizer has one, or facts to "
+        "be found again, without which a model forgets how to. Unless given 0.25 with a ledger, else 1",
+    )
+    answer_weight: float = HfArg(default=1.0, help="weight of the mean loss on answers, with a ledger or facts")
     skip_eos: bool = HfArg(default=False, help="no loss on predicting the end of a text")
 
 

@@ -12,6 +12,11 @@ A model of your own, with the settings of the paper:
     accelerate launch -m hf_kvcache.trainers.train_retaining_heads --model ID_OR_PATH --data long_alpaca.json \
         --d-r 1024 --bf16 --out heads
 
+On a CPU, where the model takes most of the time, with few prompts that are read once and learned from many times:
+
+    python -m hf_kvcache.trainers.train_retaining_heads --model smollm2 --data books/train --prompt-tokens 768 \
+        --recorded 200 --target answer_weight --max-steps 2000 --learning-rate 2e-3 --bf16 --out heads
+
 The model is frozen. Every step runs one prompt and what follows it through the model's own attention, and the heads of
 all layers learn from the queries, keys and values of the prompt what the queries after it made of its keys. The output
 is a PEFT adapter with the heads; `training.json` beside it says how good they are on text that was held out.
@@ -22,11 +27,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
@@ -38,6 +45,7 @@ from hf_kvcache.calibration.agreement import agreement, overlap
 from hf_kvcache.calibration.conversations import Conversations, read_rows
 from hf_kvcache.calibration.judging import TARGETS, Text, judge
 from hf_kvcache.calibration.prompts import Arrange, request_to_repeat
+from hf_kvcache.calibration.recorded import Recorded, joined
 from hf_kvcache.calibration.synthetic import Synthetic
 from hf_kvcache.models import embedded_prose
 from hf_kvcache.trainers.common import (
@@ -50,8 +58,9 @@ from hf_kvcache.trainers.common import (
     training_arguments,
     write_report,
 )
+from hf_kvcache.trainers.dmc_data import load_stream
 
-JUDGED_BY = {"answer_max": "answer", "causal": "prompt", "reconstruction": "repeat"}
+JUDGED_BY = {"answer_max": "answer", "answer_weight": "answer", "causal": "prompt", "reconstruction": "repeat"}
 
 
 @dataclass
@@ -62,11 +71,19 @@ class Prompts(Models):
     data: Path = HfArg(
         default=embedded_prose(),
         help="conversations as .json or .jsonl, {'instruction', 'output'} or {'conversations': [{'from', "
-        "'value'}]}; or a plain text, in which facts are hidden and asked for; the embedded prose unless given",
+        "'value'}]}; or a plain text, or a folder of .txt files, in which facts are hidden and asked for; the embedded "
+        "prose unless given",
     )
     rows: int = HfArg(default=5000, help="conversations to use, drawn at random")
     prompt_tokens: int = HfArg(default=10240, help="tokens of a prompt; longer ones lose their middle")
     answer_tokens: int = HfArg(default=512, help="most tokens of an answer")
+    recorded: int = HfArg(
+        default=0,
+        help="prompts that the model reads once, all of them before the first step, and heads learn from in turns; 0 "
+        "reads a new one at every step. Takes disk: a token of a model of 30 layers with 960 channels of queries, keys "
+        "and values 58 KB in bfloat16",
+    )
+    recordings: Path | None = HfArg(default=None, help="folder for them, with --recorded; unless given in --out")
     prose_share: float = HfArg(default=0.5, help="of prompts made of text, the share without facts")
     valid_share: float = HfArg(default=0.2, help="share of a text, at its end, that is held out")
     valid_prompts: int = HfArg(default=16, help="held-out prompts to evaluate on")
@@ -79,11 +96,11 @@ class Heads:
     """Which heads, and what they learn."""
 
     _argument_group_name: ClassVar[str] = "heads"
-    target: Literal["answer_max", "causal", "reconstruction"] = HfArg(
+    target: Literal["answer_max", "answer_weight", "causal", "reconstruction"] = HfArg(
         default="answer_max",
-        help="the largest score that the answer gives a token (Locret); that later tokens of the same prompt "
-        "give it (ours, for text without answers); the log of the largest attention weight that repeating the "
-        "prompt gives it (KVzip, KVzap)",
+        help="the largest score that the answer gives a token (Locret); the log of the largest attention weight that "
+        "it gives it; the largest score that later tokens of the same prompt give it (ours, for text without answers); "
+        "the log of the largest attention weight that repeating the prompt gives it (KVzip, KVzap)",
     )
     d_r: int = HfArg(default=256, help="width of the hidden layer; the paper has 1024, to little effect")
     query_aware: bool = HfArg(default=False, help="put the question before the prompt, too (Locret-Q)")
@@ -160,10 +177,14 @@ class HeadsInTraining(nn.Module):
         """By layer, float32 `[B, Hkv, T]` from `[B, T, F]`."""
         return {i: score(x, self.fc1[str(i)], self.fc2[str(i)], self.activation) for i, x in features.items()}
 
-    def forward(self, **text) -> dict[str, torch.Tensor]:
-        """Losses of a `Text`, given by its fields, and how well the best tenth of the tokens was found."""
-        said, features = judge(self.model, Text(**text), {"target": TARGETS[self.target]})
-        scores, target = self.scores(features), said["target"]
+    def forward(self, features=None, target=None, **text) -> dict[str, torch.Tensor]:
+        """Losses of a `Text`, given by its fields, or of what was recorded of one, and how well the best tenth of the
+        tokens was found.
+        """
+        if features is None:
+            said, features = judge(self.model, Text(**text), {"target": TARGETS[self.target]})
+            target = said["target"]
+        scores = self.scores(features)
         with torch.no_grad():
             found = torch.stack([overlap(scores[i], target[i]).mean() for i in scores]).mean()
         return retaining_loss(scores, target, self.alpha) | {"overlap": found}
@@ -195,12 +216,31 @@ def load_prompts(options: Prompts, heads: Heads, seed: int, tokenizer, n_items: 
         if not n_valid:
             raise ValueError(f"{options.data}: {len(rows)} conversations are too few, some are held out")
         return Conversations(rows[n_valid:], tokenizer, *sizes), Conversations(rows[:n_valid], tokenizer, *sizes)
-    text = options.data.read_text(encoding="utf-8")
-    stream = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    stream = load_stream(options.data, tokenizer, (n_items + options.valid_prompts) * sum(sizes))
+    # what ends a text would end a turn
+    stream = stream[stream != tokenizer.eos_token_id]
     n_train = int(len(stream) * (1 - options.valid_share))
     more = options.prose_share, heads.n_query if heads.query_aware else 0
     windows = Synthetic(tokenizer, stream[:n_train], *sizes, *more, n_items, seed)
     return windows, Synthetic(tokenizer, stream[n_train:], *sizes, *more, options.valid_prompts, seed + 1)
+
+
+def record(model, prompts, arrange: Arrange, options: Prompts, heads: Heads, optimisation, arguments, n_items: int):
+    """The prompts as a dataset of what the model made of them; those that are not on disk are read now."""
+    judged_by = JUDGED_BY[heads.target]
+    names = [name for name, by in JUDGED_BY.items() if by == judged_by]
+    sizes = {name: getattr(options, name) for name in ("prompt_tokens", "answer_tokens", "prose_share", "valid_share")}
+    about = {"model": model.name_or_path, "dtype": model.dtype, "data": options.data, "judged_by": judged_by, **sizes}
+    about |= {"n_query": arrange.n_query, "seed": optimisation.seed, "rows": options.rows}
+    folder = options.recordings or options.out / "recorded"
+    recorded = Recorded(folder, min(options.recorded, len(prompts)), n_items, about, [heads.target], optimisation.seed)
+    share = arguments.process_index, arguments.world_size
+    judges = {name: TARGETS[name] for name in names}
+    every = max(options.recorded // 20, 1)
+    shown = lambda i: print(f"recording {i} of {recorded.n}", flush=True) if i % every == 0 else None  # noqa: E731
+    recorded.record(model, prompts, arrange, judges, share, shown)
+    PartialState().wait_for_everyone()
+    return recorded
 
 
 def arguments_of(out: Path, optimisation: Optimisation) -> TrainingArguments:
@@ -227,7 +267,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
 
     model, tokenizer = load_model(options.model, options.attn, optimisation, arguments)
     n_items = optimisation.max_steps * optimisation.batch_size * optimisation.accumulation * arguments.world_size
-    prompts, held_out = load_prompts(options, chosen, optimisation.seed, tokenizer, n_items)
+    prompts, held_out = load_prompts(options, chosen, optimisation.seed, tokenizer, options.recorded or n_items)
     layout = {
         "request": request_to_repeat(tokenizer),
         "bos": tokenizer.bos_token_id,
@@ -240,11 +280,15 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     heads = RetainingHeads.new(model, chosen.d_r, optimisation.seed, target=chosen.target, defaults=made_for, **aware)
     attach(model, heads)
     trained = HeadsInTraining(model, heads, chosen.target, optimisation.alpha)
+    collate = lambda batch: dict(vars(arrange(batch)))  # noqa: E731
+    if options.recorded:
+        prompts = record(model, prompts, arrange, options, chosen, optimisation, arguments, n_items)
+        collate = partial(joined, target=chosen.target)
     trainer = PartsTrainer(
         model=trained,
         args=arguments,
         train_dataset=prompts,
-        data_collator=lambda batch: dict(vars(arrange(batch))),
+        data_collator=collate,
         callbacks=[ClipValue(trained.parameters(), optimisation.clip_value)],
     )
     seconds = train(trainer, optimisation.resume)

@@ -15,6 +15,7 @@ from hf_kvcache.cache_options import check_options, codec_pair
 from hf_kvcache.expanding import Lending
 from hf_kvcache.identity import Identity
 from hf_kvcache.layer import KVLayer
+from hf_kvcache.layer_settings import PerLayer
 from hf_kvcache.offloading import Offloading
 from hf_kvcache.saving import Saving
 from hf_kvcache.view import KVView, ValueView
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
     from hf_kvcache.codecs.base import Codec
     from hf_kvcache.policies.base import Policy
 
-LAYER_OPTIONS = ("window", "n_sink", "min_length", "max_length", "exact_prefill", "rerotate_keys")
 
-
-class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
+class KVCache(Identity, PerLayer, Lending, Offloading, Saving, Accounting, CacheContract):
     """A KV cache made of a policy (which tokens stay) over a codec (how a row is encoded).
 
     Pass it to `generate` or to a forward pass: `model.generate(**x, cache=KVCache(codec=Quantize(4)))`
@@ -43,6 +42,9 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         n_sink: oldest rows that stay dense under a codec.
         edge_layers: this many first and last layers, the most sensitive ones, get `edge_codec` instead.
         edge_codec: codec of those layers; None keeps them dense.
+        per_layer: what single layers have instead, by their index in the model: `{0: {"codec": None, "window": 128}}`.
+            Options are `codec`, `window`, `n_sink`, `min_length`, and of the policy `ratio` or `budget`; `"policy":
+            None` keeps all tokens of that layer. Goes before `edge_codec`.
         min_length: tokens below which nothing is packed: a short cache is small, and dense rows are read faster.
         exact_prefill: attend to new tokens as they are and compress them afterwards. False attends to what the codec
             makes of them from the start, as published evaluations of low-rank caches do.
@@ -57,7 +59,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
 
     Raises:
         ValueError: a policy that drops single tokens over a codec that packs them in blocks; a budget, `min_length` or
-            `edge_layers` with which nothing would be done.
+            `edge_layers` with which nothing would be done; options of a layer that do not go together.
     """
 
     compact = former_names.Former("rerotate_keys")
@@ -72,6 +74,7 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         n_sink: int = 0,
         edge_layers: int = 0,
         edge_codec: Codec | tuple[Codec, Codec] | None = None,
+        per_layer: dict[int, dict] | None = None,
         min_length: int = 0,
         exact_prefill: bool = True,
         rerotate_keys: bool = False,
@@ -86,6 +89,11 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
         # whether more of the prompt follows this call; None means that nobody has said (see `prefill`)
         self.prompt_incomplete: bool | None = None
         self.codec, self.edge_layers, self.edge_codec = codec_pair(codec), edge_layers, codec_pair(edge_codec)
+        self.per_layer: dict[int, dict] = {}
+        if per_layer:
+            from hf_kvcache.per_layer import read_options
+
+            self.per_layer = read_options(per_layer)
         check_options(self, offloading)
         self._model: weakref.ref | None = None
         self._expected: dict | None = None
@@ -98,11 +106,6 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
             self._learn_layers(config)
         super().__init__(layers=[], offloading=offloading, offload_only_non_sliding=True)
         self._add_layers(len(self._hf_layers or ()))
-
-    @property
-    def all_codecs(self) -> list[Codec]:
-        """Codecs of keys and values, of the first and last layers, too."""
-        return [side for pair in (self.codec, self.edge_codec) for side in pair or ()]
 
     # -- the walk: append here; attention asks the layer to prepare and to compress ------------------------------------
 
@@ -180,24 +183,15 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
             ValueError: a policy that does not go with layers that have states beside rows.
         """
         self._hf_layers, self._n_states = compat.hf_layers(config), compat.n_states(config)
+        if self.per_layer:
+            from hf_kvcache.per_layer import check_model
+
+            check_model(self)
         if self._n_states and self.policy is not None:
             self.policy.check_states()
         if (self.policy or self.codec) and all(layer is not None for layer in self._hf_layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in self._hf_layers}))
             warn_once(f"none of this model's layers is compressed: all keep what transformers has for them ({kinds})")
-
-    def codec_of_layer(self, layer_idx: int, n_layers: int | None) -> tuple[Codec, Codec] | None:
-        """The pair of codecs of one layer; `n_layers` is None while the model is not known yet."""
-        if not self.edge_layers:
-            return self.codec
-        # only layer 0 is ever created before the model is known
-        is_last = n_layers is not None and layer_idx >= n_layers - self.edge_layers
-        return self.edge_codec if layer_idx < self.edge_layers or is_last else self.codec
-
-    def layers_with_codec(self) -> list[int]:
-        """Layers that have `codec`, once the model is known."""
-        ours = [i for i, layer in enumerate(self._hf_layers) if layer is None]
-        return [i for i in ours if self.codec_of_layer(i, len(self._hf_layers)) is self.codec]
 
     def layer_for(self, module: torch.nn.Module) -> KVLayer:
         """The layer that an attention module will fill, before it does."""
@@ -231,13 +225,14 @@ class KVCache(Identity, Lending, Offloading, Saving, Accounting, CacheContract):
 
     def make_layer(self, layer_idx: int, codec: tuple[Codec | None, Codec | None]) -> KVLayer:
         """A layer of ours without rows, of the kind that the policy and the model ask for."""
-        kind = None if self.policy is None else self.policy.layer_type()
-        options = {name: getattr(self, name) for name in LAYER_OPTIONS}
+        settings = self.settings_of_layer(layer_idx)
+        policy, options = settings.policy, settings.sizes
+        kind = None if policy is None else policy.layer_type()
         if layer_idx in self._n_states:
             from hf_kvcache.stateful import StatefulLayer
 
             kind, options["n_states"] = StatefulLayer, self._n_states[layer_idx]
-        return (kind or KVLayer)(layer_idx, *codec, self.policy, **options)
+        return (kind or KVLayer)(layer_idx, *codec, policy, **options)
 
     def _hf_layer(self, layer_idx: int):
         """transformers' own layer for this index, or None where ours serves (or the model is not known yet)."""

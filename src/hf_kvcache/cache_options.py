@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hf_kvcache.codecs.fitted import layers_per_row
+from hf_kvcache.layer_settings import settings_of
 
 if TYPE_CHECKING:
     from hf_kvcache.codecs.base import Codec
@@ -51,7 +52,12 @@ def check_options(cache, offloading: bool) -> None:
     if cache.rerotate_keys and cache.all_codecs:
         raise ValueError(f"rerotate_keys=True rotates keys again at every eviction, which {cache.all_codecs[0]} cannot")
     if policy is not None:
-        policy.check_cache(cache)
+        for pair in (cache.codec, *((cache.edge_codec,) if cache.edge_layers else ())):
+            policy.check_cache(settings_of(cache, pair, {}))
+    if cache.per_layer:
+        from hf_kvcache.per_layer import check_layers
+
+        check_layers(cache)
     if any(layers_per_row(side) > 1 for side in cache.all_codecs):
         from hf_kvcache.stores.shared import check_sharing
 
@@ -62,9 +68,9 @@ def _check_use(cache) -> None:
     """Refuse arguments that would do nothing."""
     if cache.edge_codec is not None and not cache.edge_layers:
         raise ValueError("edge_codec is the codec of the first and last layers: say how many with edge_layers")
-    if cache.codec is None and not cache.exact_prefill:
+    if not cache.all_codecs and not cache.exact_prefill:
         raise ValueError("exact_prefill=False lets attention read what the codec makes of a prompt: there is none")
-    if cache.codec is None and cache.min_length:
+    if not cache.all_codecs and cache.min_length:
         raise ValueError(f"min_length={cache.min_length} delays packing, and without a codec nothing is packed")
     if cache.codec is None and cache.edge_codec is None and cache.edge_layers:
         raise ValueError(f"edge_layers={cache.edge_layers} exempts layers from the codec, and there is none")

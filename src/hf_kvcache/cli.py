@@ -16,6 +16,8 @@ from hf_kvcache.commands import UserError
 COMMANDS = (
     "compare",
     "eval",
+    "report",
+    "tune",
     "generate",
     "calibrate",
     "train",

@@ -34,6 +34,53 @@ class PairEntry:
         )
 
 
+@dataclass(frozen=True)
+class LayerOptions:
+    """What a layer has of its own, as `KVCache(per_layer=...)` takes it; only what is in the file counts.
+
+    Attributes:
+        codec: see `PairEntry`, or None.
+        policy: None.
+        the others: numbers as in `KVCache` and in policies.
+    """
+
+    codec: dict | None = None
+    policy: None = None
+    ratio: float | None = None
+    budget: int | None = None
+    window: int = 0
+    n_sink: int = 0
+    min_length: int = 0
+
+
+def describe_layers(per_layer: dict[int, dict]) -> dict[str, dict]:
+    """What `described_layers` reads."""
+    return {
+        str(i): options | ({"codec": describe_pair(options["codec"])} if "codec" in options else {})
+        for i, options in per_layer.items()
+    }
+
+
+def described_layers(raw: dict[str, dict], where: str, pair_of=None) -> dict[int, dict]:
+    """The options of layers that `describe_layers` described; raises `Misfit` for anything else.
+
+    Args:
+        pair_of: reads a pair of codecs, as `described_pair`.
+    """
+    found = {}
+    for key, options in raw.items():
+        own = f"{where}.{shown(key)[1:-1]}"
+        if not (key.isascii() and key.isdecimal() and len(key) < 6 and str(int(key)) == key):
+            raise Misfit(f"{own}: no layer has that index")
+        if isinstance(options, dict) and "codec" in options and pair_of is not None:
+            options = options | {"codec": None}
+        build(LayerOptions, options, own)
+        found[int(key)] = dict(options)
+        if "codec" in options:
+            found[int(key)]["codec"] = (pair_of or described_pair)(raw[key]["codec"], f"{own}.codec")
+    return found
+
+
 def describe_pair(pair: tuple[Codec | None, Codec | None] | None) -> dict | None:
     """What `PairEntry` reads."""
     if pair is None or pair[0] is None:

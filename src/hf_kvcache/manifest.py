@@ -114,6 +114,7 @@ class Manifest:
         kind: class of the cache ("class" in the file).
         model: fingerprint of the model, or None where no model has filled the cache.
         codec, edge_codec: see `described.PairEntry`.
+        per_layer: options of single layers by their index, see `described.LayerOptions`.
         attributes: what the class of the cache has beside the options of `KVCache`.
         records_past: whether `activate_past_recording` was called.
         tensors: name of the file that holds the tensors.
@@ -143,6 +144,7 @@ class Manifest:
     codec: dict | None = None
     edge_codec: dict | None = None
     edge_layers: int = 0
+    per_layer: dict[str, dict] = field(default_factory=dict)
     offloading: bool = False
     records_past: bool = False
     attributes: dict[str, bool | int | float | str | None] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_kvcache import hf_layer_entries, restoring
-from hf_kvcache.described import describe_pair, described_pair, described_policy
+from hf_kvcache.described import describe_layers, describe_pair, described_layers, described_pair, described_policy
 from hf_kvcache.former_files import tensors_of_today
 from hf_kvcache.identity import CacheFileError
 from hf_kvcache.layer import KVLayer
@@ -82,6 +82,9 @@ def describe(cache) -> tuple[dict, dict[str, torch.Tensor]]:
         "layers": layers,
         "groups": groups_of(cache),
     }
+    if cache.per_layer:
+        # files without it are read by earlier releases, too
+        described["per_layer"] = describe_layers(cache.per_layer)
     for name, value in described["attributes"].items():
         if not isinstance(value, (bool, int, float, str, type(None))):
             raise ValueError(f"{type(cache).__name__}.{name} is a {type(value).__name__}, which a file cannot hold")
@@ -140,7 +143,7 @@ def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], co
     """
     kind = class_named(manifest.kind, cls, "class", "cache")
     codec, edge_codec = described_pair(manifest.codec, "codec"), described_pair(manifest.edge_codec, "edge_codec")
-    policy = described_policy(manifest.policy, "policy")
+    policy, per_layer = described_policy(manifest.policy, "policy"), described_layers(manifest.per_layer, "per_layer")
     device = next((t.device for t in tensors.values()), torch.device("cpu"))
     options = {name: getattr(manifest, name) for name in OPTIONS}
     # without a GPU there is nothing to bring layers to
@@ -149,10 +152,11 @@ def assemble(cls: type, manifest: Manifest, tensors: dict[str, torch.Tensor], co
     later = {} if manifest.format_version > 1 else {n: options.pop(n) for n in ("min_length", "exact_prefill")}
     cache = kind.__new__(kind)
     try:
-        construct(cache, policy=policy, codec=codec, edge_codec=edge_codec, config=config, **options)
+        parts = dict(policy=policy, codec=codec, edge_codec=edge_codec, per_layer=per_layer)
+        construct(cache, **parts, config=config, **options)
     except Exception as error:
         # options that never were may break a constructor anywhere
-        raise Misfit(f"policy, codec, {', '.join(OPTIONS)}: {str(error)[:300]}") from error
+        raise Misfit(f"policy, codec, per_layer, {', '.join(OPTIONS)}: {str(error)[:300]}") from error
     for name, value in later.items():
         setattr(cache, name, value)
     for name, value in manifest.attributes.items():

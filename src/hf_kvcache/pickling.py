@@ -44,7 +44,7 @@ def reduced(cache) -> tuple:
         layers.append((entry, held, layer._codecs, rows))
     options = {name: getattr(cache, name) for name in persist.OPTIONS}
     state = {
-        "options": options | {name: getattr(cache, name) for name in ("policy", "codec", "edge_codec")},
+        "options": options | {name: getattr(cache, name) for name in ("policy", "codec", "edge_codec", "per_layer")},
         "attributes": persist.own_attributes(cache),
         "records_past": cache._records_past,
         "model": persist.model_of(cache),

@@ -71,7 +71,7 @@ def restore(i: int, entry: LayerEntry, tensors: dict[str, torch.Tensor], cache, 
     where = f"layers[{i}]"
     held = tuple(described_codec(getattr(entry, side), f"{where}.{side}") for side in SIDES)
     at_reset = described_pair(entry.codecs, f"{where}.codecs") or held
-    _check_codecs(held, at_reset, cache, where)
+    _check_codecs(held, at_reset, cache.settings_of_layer(i), where)
     if held[0] is not None:
         held = tuple(
             _with_constants(side, codec, entry, tensors, where) for side, codec in zip(SIDES, held, strict=True)
@@ -150,8 +150,8 @@ def join_groups(layers: list, groups: list[list[int]]) -> None:
 # -- codecs ----------------------------------------------------------------------------------------------------------
 
 
-def _check_codecs(held, at_reset, cache, where: str) -> None:
-    """Refuse codecs that the cache, or the codecs of its next text, do not go with."""
+def _check_codecs(held, at_reset, settings, where: str) -> None:
+    """Refuse codecs that the settings of the layer, or the codecs of its next text, do not go with."""
     if (held[0] is None) != (at_reset[0] is None):
         raise Misfit(f"{where}.codecs: {at_reset[0]}, where rows are held by {held[0]}")
     for side, codec, template in zip(SIDES, held, at_reset, strict=True):
@@ -162,13 +162,13 @@ def _check_codecs(held, at_reset, cache, where: str) -> None:
             raise Misfit(f"{where}.codecs.{side}: {template} is not what {codec} came from")
         if layers_per_row(codec) != layers_per_row(template) or codec.fields != template.fields:
             raise Misfit(f"{where}.codecs.{side}: {template} is not what {codec} came from")
-        if cache.policy is not None and cache.policy.is_ragged and codec.format not in ROWS:
+        if settings.policy is not None and settings.policy.is_ragged and codec.format not in ROWS:
             raise Misfit(f"{where}.{side}: rows of {codec} cannot be in pages")
     if held[0] is not None and layers_per_row(held[0]) != layers_per_row(held[1]):
         raise Misfit(f"{where}.values: {held[1]} shares rows among other layers than {held[0]}")
     if held[0] is not None:
         try:
-            check_pair(cache, held)
+            check_pair(settings, held)
         except ValueError as error:
             raise Misfit(f"{where}.keys: {str(error)[:300]}") from None
 

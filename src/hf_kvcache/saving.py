@@ -51,6 +51,26 @@ class Saving:
 
         return persist.load(cls, directory, model, device)
 
+    @classmethod
+    def from_config(cls, config, model_config=None, **options):
+        """A new, empty cache of a `KVCacheConfig`.
+
+        Args:
+            config: that, its `to_dict()`, or where it was saved.
+            model_config: of the model; only models with layers of linear attention need it.
+            options: further arguments of `KVCache`, such as `offloading`.
+
+        Raises:
+            ConfigError: it says something impossible, or is not there; names the field.
+        """
+        from hf_kvcache.cache_config import KVCacheConfig
+
+        if isinstance(config, dict):
+            config = KVCacheConfig.from_dict(config)
+        elif not isinstance(config, KVCacheConfig):
+            config = KVCacheConfig.load(config)
+        return config.build(model_config, **options)
+
     def __reduce__(self):
         # as DynamicCache travels: `pickle`, `torch.save`, `multiprocessing`
         from hf_kvcache import pickling

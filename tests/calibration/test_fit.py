@@ -113,6 +113,7 @@ def test_fused_projections_are_cut_in_the_right_places():
         ({"rank": 1.5}, "not a share"),
         ({"directions": "up"}, "directions='up' is not one of"),
         ({"allocator": "fair"}, "allocator='fair' is not one of"),
+        ({"n_measured": 0}, "n_measured=0 must be"),
         ({"rank": 0.01}, "do not pay for one step"),
     ],
 )

@@ -158,7 +158,7 @@ def test_every_kind_has_a_colour_of_its_own():
     assert kinds["sparse:sparsity=0.7,bits=4"] == "saves channels and bits"
     assert kinds["sparse:sparsity=0.7"] == "saves channels" and kinds["dms+quant:bits=4"] == "saves tokens and bits"
     assert kinds["keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8"] == "saves tokens, channels and bits"
-    assert set(kinds.values()) <= set(COLOURS) and len(set(COLOURS.values())) == len(COLOURS) == 9
+    assert set(kinds.values()) <= set(COLOURS) and len(set(COLOURS.values())) == len(COLOURS) == 10
 
 
 def test_nothing_is_drawn_without_numbers(tmp_path):
@@ -192,7 +192,7 @@ def test_policy_alone_is_dense():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("quantum", "no cache is called 'quantum'; there are dynamic, quanto, hqq, dense, quant"),
+        ("quantum", "no cache is called 'quantum'; there are dynamic, quanto, hqq, fp8, dense, quant"),
         ("quant:bit=4", "quant has no argument 'bit'; it takes bits, window, rotate"),
         ("quant:4", "'4' is not of the form argument=value"),
         ("quant:bits=5", "bits=5 is not one of"),
@@ -288,3 +288,28 @@ def test_quantised_peers_are_smaller(name):
         sizes[bits] = cache_nbytes(cache)
     dense = 2 * rows.numel() * 4
     assert 0.05 * dense < sizes[2] < sizes[4] < 0.3 * dense
+
+
+@pytest.mark.parametrize("name", ["hqq", "fp8"])
+def test_peers_take_any_length(name):
+    """An odd number of heads and rows leaves an odd number of groups, which hqq packs along one axis only."""
+    from transformers import LlamaConfig
+
+    from hf_kvcache.eval.peers import PEERS
+
+    if not is_installed(name):
+        pytest.skip(f"{name} is not there")
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=3, num_key_value_heads=3, hidden_size=192)
+    cache, rows = PEERS[name](config), torch.randn(1, 3, 133, 64)
+    cache.update(rows, rows, 0)
+    assert cache_nbytes(cache) < 0.26 * 2 * rows.nbytes
+    keys, _ = cache.update(rows[:, :, :1], rows[:, :, :1], 0)
+    assert (keys[:, :, :133] - rows).pow(2).mean() < 0.01
+
+
+def test_fp8_says_what_it_needs(monkeypatch):
+    from hf_kvcache.eval import peers
+
+    monkeypatch.setattr(peers, "is_installed", lambda name: False)
+    with pytest.raises(RuntimeError, match="no QuantizedCache in fp8: it came with 5.21"):
+        peers.fp8(None)

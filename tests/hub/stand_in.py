@@ -67,6 +67,8 @@ def handler(repositories: dict[str, Path], root: Path | None):
                 return self.say({"name": "me", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
             if parts[:2] == ["api", "models"]:
                 return self.describe("/".join(parts[2:4]), parts[4:], has_body)
+            # data sets have repositories of their own
+            parts = parts[parts[:1] == ["datasets"] :]
             folder = repositories.get("/".join(parts[:2]))
             if folder is None:
                 return self.refuse("RepoNotFound")

@@ -1,6 +1,7 @@
 """The calibration command, from a text file to a cache."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ def test_from_text_to_cache(tmp_path, capsys):
     assert [layer.store.keys.rank for layer in cache.layers] == printed["ranks of keys"]
 
 
+def test_a_folder_of_texts(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("The miller looked at the river, and the river went by. " * 30)
+    few = ["--samples", "1", "--length", "96", "--allocator", "measured", "--measured", "1"]
+    out = ["--out", str(tmp_path / "adapter"), "--text", str(tmp_path)]
+    assert main(["calibrate", "lowrank", *out, *few]) == 0
+    assert json.loads(capsys.readouterr().out)["calibration tokens"] == 96
+
+
 def test_after_rope(tmp_path):
     out = ["--rope", "post", "--group-size-v", "1", "--out", str(tmp_path)]
     assert calibrate_lowrank.main([*out, *SHORT]) == 0
@@ -39,6 +49,7 @@ def test_after_rope(tmp_path):
     [
         (["--length", "30000", "--text", __file__], "one sample needs"),
         (["--text", "no/such-dataset-at-all"], "no/such-dataset-at-all"),
+        (["--text", str(Path(__file__).parent)], "no .txt files in"),
         (["--rank", "2"], "not a share"),
     ],
 )

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 import hf_kvcache as kv
 from hf_kvcache.adapters import attach
+from hf_kvcache.calibration.facts import Facts
 from hf_kvcache.dmc.files import load
 from hf_kvcache.dmc.retrofitting import retrofits
 from hf_kvcache.dmc.training import draw_noise
 from hf_kvcache.models import embedded_prose
 from hf_kvcache.trainers import dmc_losses, dmc_trainer, train_dmc
-from hf_kvcache.trainers.dmc_data import load_batches, load_stream
+from hf_kvcache.trainers.dmc_data import FactMix, MixOptions, load_batches, load_stream
 from hf_kvcache.trainers.dmc_losses import by_rows, ratio_of
 from hf_kvcache.trainers.dmc_model import load_model, prepare, teacher_of
 from hf_kvcache.trainers.dmc_options import Method, Optimisation, Texts, check
@@ -469,6 +470,28 @@ def test_ends_of_texts_need_not_count(small, tmp_path):
 def test_of_long_texts_a_part_is_read(small):
     tokenizer = AutoTokenizer.from_pretrained(small)
     assert 100 < len(load_stream(small / "text.txt", tokenizer, 100)) < 400
+
+
+def test_of_many_texts_few_are_read_in_whole_pieces(small, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    for i in range(50):
+        (tmp_path / f"{i:02}.txt").write_text("The miller looked at the river. " * (2000 if i % 2 else 2))
+    end = tokenizer.eos_token_id
+    n_texts = [int((load_stream(tmp_path, tokenizer, n) == end).sum()) for n in (1000, 10_000, 10**7)]
+    assert n_texts[0] <= 2 < n_texts[1] <= 8 and n_texts[2] == 50
+
+
+def test_facts_where_there_is_no_ledger(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(kv.embedded_model())
+    texts = Texts(out=tmp_path, sequence=256, data=embedded_prose(), prose_share=0.5)
+    stream = load_stream(texts.data, tokenizer, 10**6)
+    facts = Facts(tokenizer, stream[stream != tokenizer.eos_token_id])
+    mix = FactMix(stream, 256, 8, 4, tokenizer.bos_token_id, None, facts, MixOptions(0, [], 0, 0.5, 3.0, 0))
+    batch = mix[2]
+    assert torch.equal(batch["labels"][:, :-1], batch["input_ids"][:, 1:])
+    is_answer = batch["weights"] > batch["weights"].min() * 1.5
+    assert 1 < is_answer.any(1).sum() < 8 and batch["weights"].sum() == pytest.approx(4)
+    assert all(torch.equal(mix[2][name], batch[name]) for name in batch)
 
 
 def test_ledgers_where_the_tokenizer_has_them(tmp_path):

@@ -14,9 +14,11 @@ import hf_kvcache as kv
 from hf_kvcache.adapters import RetainingHeads, attach
 from hf_kvcache.calibration.agreement import agreement, kept_mass, overlap
 from hf_kvcache.calibration.conversations import Conversations, messages_of, read_rows
+from hf_kvcache.calibration.facts import Facts
 from hf_kvcache.calibration.judging import TARGETS, Text, judge, judge_mass
 from hf_kvcache.calibration.prompts import Arrange, Prompt, request_to_repeat
 from hf_kvcache.calibration.synthetic import Synthetic
+from hf_kvcache.models import embedded_prose
 from hf_kvcache.trainers.train_retaining_heads import (
     Heads,
     HeadsInTraining,
@@ -103,10 +105,14 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(kv.embedded_model())
 
 
+LONG = embedded_prose().read_text(encoding="utf-8")[:60_000]
+
+
 def synthetic(tokenizer, **options):
     import numpy as np
 
-    stream = np.array(tokenizer("The miller looked at the river, and the river went by. " * 40)["input_ids"][1:])
+    text = options.pop("text", "The miller looked at the river, and the river went by. " * 40)
+    stream = np.array(tokenizer(text)["input_ids"][1:])
     options = dict(prompt_tokens=200, answer_tokens=20, prose_share=0.5, n_query=0, n=12, seed=0) | options
     return Synthetic(tokenizer, stream, **options)
 
@@ -128,14 +134,14 @@ def test_ledger_and_prose(tokenizer):
     assert torch.equal(one.answer[:2], one.query) and len(one.answer) == 3
 
 
-def test_passkeys_where_there_is_no_ledger(tokenizer):
-    windows = synthetic(tokenizer, prompt_tokens=1000, prose_share=0)
-    windows.ledger = None
-    text = tokenizer.decode(windows[0].answer)
-    assert text.count("pass key") == 16 and len(windows[0].ids) == 1000
+def test_facts_where_there_is_no_ledger(tokenizer):
+    windows = synthetic(tokenizer, prompt_tokens=1000, answer_tokens=200, prose_share=0, text=LONG)
+    windows.ledger, windows.facts = None, Facts(tokenizer, windows.stream)
+    p = windows[0]
+    assert len(p.ids) == 1000 and len(p.answer) <= 200
     windows.n_query = 8
     p = windows[0]
-    assert torch.equal(p.answer[: len(p.query)], p.query) and tokenizer.decode(p.answer).count("pass key") == 1
+    assert torch.equal(p.answer[: len(p.query)], p.query)
 
 
 def test_conversations(tokenizer, tmp_path):
@@ -295,8 +301,9 @@ def test_resume_goes_on_where_it_stopped(small, trained, tmp_path):
         ["--target", "reconstruction", "--batch-size", "2"],
         ["--target", "causal"],
         ["--query-aware", "true", "--n-query", "4", "--bf16", "true"],
+        ["--target", "answer_weight", "--recorded", "3", "--batch-size", "2", "--bf16", "true"],
     ],
-    ids=["reconstruction", "causal", "query-aware"],
+    ids=["reconstruction", "causal", "query-aware", "recorded"],
 )
 def test_other_ways_to_train(small, tmp_path, more):
     main(arguments(small, tmp_path, 2, *more))

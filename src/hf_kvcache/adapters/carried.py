@@ -35,6 +35,8 @@ def carried(model, cache: KVCache) -> tuple[dict | None, dict[str, torch.Tensor]
         return _retrofit(found, cache.policy)
     firsts = {name: _firsts(getattr(cache, name)) for name in ("codec", "edge_codec")}
     lowrank = {side: codec for side, codec in zip("kv", firsts["codec"]) if isinstance(codec, LowRank)}
+    if any(isinstance(c, LowRank) for options in cache.per_layer.values() for c in _firsts(options.get("codec"))):
+        raise AdapterError("per_layer has latents, whose bases an exported model does not carry")
     if any(isinstance(codec, LowRank) for codec in firsts["edge_codec"]):
         raise AdapterError("edge_codec has latents, whose bases an exported model does not carry")
     if isinstance(cache.policy, Locret):

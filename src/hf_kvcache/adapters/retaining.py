@@ -31,8 +31,8 @@ class RetainingHeads(Adapter):
         activation: between the two, by its name in `transformers.activations.ACT2FN`.
         feature_point: whether queries and keys are taken as they leave their projections ("projection"), or after the
             model's own norms of them ("norm"); values always leave their projection.
-        target: what the scores were trained to be: the largest attention score of the answer ("answer_max"), or of
-            the text repeating itself ("reconstruction").
+        target: what the scores were trained to be: the largest attention score of the answer ("answer_max"), or
+            its largest attention weight ("answer_weight"), or that of the text repeating itself ("reconstruction").
         query_aware: whether the end of the query was put before the text in training, and must be (Locret-Q).
         n_query: and how many tokens of it.
         defaults: what the heads were made for: `budget`, `chunk`, `stabilizers`, `local`, in tokens; any of them.

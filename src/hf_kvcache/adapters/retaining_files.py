@@ -11,7 +11,7 @@ from hf_kvcache.adapters.projections import FEATURE_POINTS, sources
 from hf_kvcache.adapters.scoring import activation_of
 
 PARTS = ("fc1", "fc2")
-TARGETS = ("answer_max", "causal", "reconstruction")
+TARGETS = ("answer_max", "answer_weight", "causal", "reconstruction")
 DEFAULTS = ("budget", "chunk", "stabilizers", "local")
 
 _MAX_D_R = 1 << 13  # eight times the paper's

@@ -36,7 +36,9 @@ class RetainingHeadConfig(tuner.ChildConfig):
     layers: list[int] | None = field(
         default=None, metadata={"help": "that have a head; all full attention unless told"}
     )
-    target: str = field(default="answer_max", metadata={"help": "'answer_max', 'causal' or 'reconstruction'"})
+    target: str = field(
+        default="answer_max", metadata={"help": "'answer_max', 'answer_weight', 'causal' or 'reconstruction'"}
+    )
     query_aware: bool = field(default=False, metadata={"help": "the query's end goes before the text"})
     n_query: int | None = field(default=None, metadata={"help": "tokens of the query that do"})
     default_budget: int | None = field(default=None, metadata={"help": "slots per KV head"})

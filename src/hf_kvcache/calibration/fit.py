@@ -18,7 +18,7 @@ from hf_kvcache.codecs.lowrank import step_of
 
 DIRECTIONS = ("gradient", "rows", "weights")
 LEVELS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # shares of the width at which the loss of a side is measured
-MEASURED = 4  # batches to measure on
+MEASURED = 4  # batches to measure on unless told
 ITEMSIZE = 2  # bytes of a channel for which budgets are made: 16-bit caches
 POSITION = 4  # bytes of the position of a token, which keys before RoPE need
 
@@ -35,6 +35,7 @@ def fit_bases(
     allocator: str = "measured",
     centre: bool = True,
     refine: int = 0,
+    n_measured: int = MEASURED,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Bases:
     """Bases and ranks for a model (Palu, arXiv 2407.21118, by the covariance of outputs instead of inputs).
@@ -53,6 +54,7 @@ def fit_bases(
             as measured on a few texts; "greedy": as estimated from gradients; "uniform", "fisher", "condition".
         centre: subtract the mean row.
         refine: passes that look again through the low-rank model, whose later layers see what earlier ones lost.
+        n_measured: batches that "measured" reads for every rank that it tries: four ranks of either side of each layer.
         on_progress: called with what is being done, and how much of how much of it is done.
 
     Raises:
@@ -66,6 +68,8 @@ def fit_bases(
         raise ValueError(f"allocator={allocator!r} is not one of {', '.join(ALLOCATORS)}")
     if not 0 < rank <= 1:
         raise ValueError(f"rank={rank} is not a share in (0, 1]")
+    if n_measured < 1:
+        raise ValueError(f"n_measured={n_measured} must be at least one batch")
     batches = list(batches)
     attentions = {i: attention.module for i, attention in full_attentions(model).items()}
     fisher = WeightGradients(attentions) if allocator == "fisher" else None
@@ -94,7 +98,7 @@ def fit_bases(
         kinds, needs_weights = dict(zip("kv", directions)), allocator == "condition"
         found, sides, budget = _candidates(model, seen, rank, rope, kinds, centre, fisher, needs_weights)
         if allocator == "measured" and rank < 1:
-            few = batches[:: max(len(batches) // MEASURED, 1)][:MEASURED]
+            few = batches[:: max(len(batches) // n_measured, 1)][:n_measured]
             sides = _measure(model, few, found, sides, rope, on_progress)
         # everything is everything, though positions come on top of it
         whole = {key: side.width for key, side in sides.items()}

@@ -89,6 +89,7 @@ def _block(k: torch.Tensor) -> tuple[int, int]:
 
 TARGETS: dict[str, Judge] = {
     "answer_max": judge_answer_max,
+    "answer_weight": judge_reconstruction,
     "causal": judge_causal,
     "reconstruction": judge_reconstruction,
 }

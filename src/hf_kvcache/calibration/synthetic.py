@@ -5,18 +5,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from hf_kvcache.calibration.facts import Facts
 from hf_kvcache.calibration.prompts import Prompt
-from hf_kvcache.eval import passkey, retrieval
+from hf_kvcache.eval import retrieval
 
 
 class Synthetic(torch.utils.data.Dataset):
     """Windows of a text with facts in them, each the same whenever it is asked for.
 
     Args:
-        tokenizer: with the ledger's tokens facts are entries of the ledger, else passkeys.
+        tokenizer: with the ledger's tokens facts are entries of the ledger, else sentences (`Facts`).
         stream: token ids of the text `[n]`; a window that is longer goes on from the start.
         prompt_tokens: tokens of a prompt.
-        answer_tokens: tokens of the answer to a window without facts: what follows it.
+        answer_tokens: tokens of the answer to a window without facts: what follows it; and at most of questions about
+            sentences with their answers.
         prose_share: share of the windows that are without.
         n_query: tokens of questions that a query has room for; 0 asks for every fact.
         n, seed: how many prompts there are, and which.
@@ -46,7 +48,7 @@ class Synthetic(torch.utils.data.Dataset):
         try:
             self.ledger = retrieval.Ledger.from_tokenizer(tokenizer)
         except ValueError:
-            self.ledger = None
+            self.ledger, self.facts = None, Facts(tokenizer, stream)
 
     def __len__(self) -> int:
         return self.n
@@ -55,7 +57,9 @@ class Synthetic(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.seed, i])
         if rng.random() < self.prose_share:
             return self._prose(rng)
-        return self._passkeys(rng) if self.ledger is None else self._ledger(rng)
+        if self.ledger is None:
+            return self.facts.prompt(self.prompt_tokens, self.answer_tokens, self.n_query, rng)
+        return self._ledger(rng)
 
     def _prose(self, rng) -> Prompt:
         bos = self.tokenizer.bos_token_id
@@ -71,10 +75,3 @@ class Synthetic(torch.utils.data.Dataset):
         parts = retrieval.build_prompt(self.ledger, self.stream, self.prompt_tokens, n_entries, n_questions, rng)
         turns = torch.cat([parts.asks, parts.answers.unsqueeze(-1)], -1)  # [1, Q, 3]
         return Prompt(parts.context[0], parts.asks.flatten(), turns.flatten())
-
-    def _passkeys(self, rng) -> Prompt:
-        made = passkey.build_prompt(self.tokenizer, self.stream, self.prompt_tokens, len(passkey.NAMES), rng)
-        if not self.n_query:
-            return Prompt(made.context[0], made.turns[-1][0][0], torch.cat([ids[0] for ids, _ in made.turns]))
-        ids, n_answer = made.turns[int(rng.integers(len(made.turns)))]
-        return Prompt(made.context[0], ids[0, :-n_answer], ids[0])

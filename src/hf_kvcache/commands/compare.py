@@ -49,11 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rounds", type=positive, default=3, metavar="N", help="timed generations per cache (default: %(default)s)"
     )
+    group.add_argument(
+        "--speed-only", action="store_true", help="bytes and speed alone, for `hf-kvcache report --speed`"
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--out", metavar="DIR", help=f"also write there: {LINES} as it goes, {RESULT} and {PICTURE} at the end"
     )
     group.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    group.add_argument(
+        "--pareto", action="store_true", help="also print the front of KL over bytes, and what beats the other caches"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     from hf_kvcache.eval.report import about
 
     typed = parse_specs(args.caches) if args.caches else None
+    if args.pareto and args.speed_only:
+        raise UserError("--pareto: KL over bytes takes KL; leave out --speed-only")
     text = _text(args)
     out = None if args.out is None else Path(args.out)
     if out is not None:
@@ -71,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args, model.config)
     known = about(settings, model, args.model or "the embedded model")
     journal = None if out is None else Journal(out / LINES, known)
-    rows = Rows([spec.text for spec in specs], settings, known, args.json, journal)
+    rows = Rows([spec.text for spec in specs], settings, known, args.json, journal, args.pareto)
     try:
         _measure(model, tokenizer, text, specs, settings, rows.take)
     except KeyboardInterrupt:
@@ -113,7 +121,12 @@ def _settings(args: argparse.Namespace, config):
     if eval_context < 64:
         raise UserError(f"--eval-context: {eval_context} tokens are too few to measure on; use at least 64")
     return Settings(
-        context=context, eval_context=eval_context, n_new=args.new_tokens, rounds=args.rounds, attention=args.attn
+        context=context,
+        eval_context=eval_context,
+        n_new=args.new_tokens,
+        rounds=args.rounds,
+        attention=args.attn,
+        scores=not args.speed_only,
     )
 
 

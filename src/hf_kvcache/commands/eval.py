@@ -1,7 +1,10 @@
 """Tasks over long texts, asked of a model behind many caches: scores with intervals, beside the dense cache's.
 
-A task is a name or a group of names (`needles`, `ruler`, `all`), a cache is written as in `hf-kvcache compare`.
-transformers' DynamicCache is always asked, too: differences are to its answers on the same instances.
+A task is a name or a group of names (`needles`, `ruler`, `all`), or a published data set (`longbench:multi_news`,
+`longbench_v2`, `infinitebench:passkey`, `leval:quality`), whose rows come from --data DIR or from the Hub. A cache is
+written as in `hf-kvcache compare`. transformers' DynamicCache is always asked, too: differences are to its answers on
+the same instances. `perplexity` is another kind of task: texts are read and compressed, what follows is fed through the
+compressed cache, and its loss and KL to the dense cache are told by position.
 
 What a cache knows when it compresses is a setting, and settings are never mixed in one number:
   known    instruction, context and question are read together, then the cache compresses, then the answer comes
@@ -9,7 +12,8 @@ What a cache knows when it compresses is a setting, and settings are never mixed
   turns    instruction and context are read and compressed, then the questions follow each other in that cache
 
 DIR/eval.jsonl has a line for every answer as soon as there is one: the same command goes on where it was stopped, and
-more tasks, lengths, instances, settings or caches add to it. DIR/eval.json and DIR/eval.md are written at the end.
+more tasks, lengths, instances, settings or caches add to it. DIR/eval.json and DIR/eval.md are written at the end;
+`perplexity` has files of its own, DIR/texts.jsonl, DIR/texts.json and DIR/texts.md.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from hf_kvcache.commands import UserError
+from hf_kvcache.commands import UserError, eval_data, eval_texts
 from hf_kvcache.commands.common import add_model_arguments, check_writable, load_model, parse_specs, retrofitted
 from hf_kvcache.commands.numbers import count, positive
 
@@ -35,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("what to ask")
     group.add_argument(
-        "--tasks", nargs="+", default=["needles"], metavar="NAME", help="tasks or groups of them (default: needles)"
+        "--tasks",
+        nargs="+",
+        metavar="NAME",
+        help="tasks or groups of them (default: needles, with --texts perplexity)",
     )
     group.add_argument(
         "--lengths",
@@ -63,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--caches", nargs="+", metavar="SPEC", help="caches to ask (default: ten that help to choose)")
     group.add_argument("--seed", type=count, default=0, metavar="N", help="of the texts (default: %(default)s)")
     group.add_argument("--quick", action="store_true", help="few and short texts, to see whether all runs")
+    eval_data.add_arguments(parser)
+    eval_texts.add_arguments(parser)
     group = parser.add_argument_group("how")
     group.add_argument("--no-chat-template", action="store_true", help="plain text, also where there is a template")
     group.add_argument(
@@ -82,35 +91,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--out", required=True, metavar="DIR", help=f"write there: {LINES} as it goes, {RESULT} and {TABLE} at the end"
     )
-    group.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    group.add_argument("--json", action="store_true", help="print JSON instead of tables, of tasks and of texts each")
 
 
 def run(args: argparse.Namespace) -> int:
-    from hf_kvcache.eval.lines import Lines, OtherRun
     from hf_kvcache.eval.report import about
     from hf_kvcache.eval.running import Settings
 
     typed = parse_specs(args.caches) if args.caches else None
-    tasks = _tasks(args.tasks)
+    names = args.tasks or [eval_texts.TASK if args.texts else "needles"]
+    reads_texts = eval_texts.TASK in names
+    out = Path(args.out)
+    tasks, sets = eval_data.tasks_named([name for name in names if name != eval_texts.TASK], args, out)
+    eval_texts.check_arguments(args, reads_texts)
     if "turns" in args.settings and args.questions < 2:
         raise UserError("--settings turns: turns are of several questions; give --questions 2 or more")
     if "turns" in args.settings and args.batch_size > 1:
         raise UserError(
             "--settings turns: answers differ in length, so texts are asked one by one; leave out --batch-size"
         )
-    out = Path(args.out)
-    check_writable(out, "--out", (LINES, RESULT, TABLE))
+    check_writable(out, "--out", (LINES, RESULT, TABLE, eval_data.ROWS, *eval_texts.FILES))
     model, tokenizer = load_model(args)
     settings = Settings(
         args.questions, args.seed, not args.no_chat_template, args.attn, not args.no_replay, args.max_new_tokens
     )
     plan = _plan(args, tasks, typed, model)
-    _check_lengths(plan, settings, model, tokenizer)
     known = about(settings, model, args.model or "the embedded model") | {"adapter": args.adapter}
+    if tasks:
+        eval_data.check(sets, plan, settings, tokenizer)
+        _check_lengths(plan, settings, model, tokenizer)
+    read = eval_texts.prepare(args, plan, model, tokenizer) if reads_texts else None
+    n_failed = 0
+    if tasks:
+        n_failed += _ask(args, out, model, tokenizer, plan, settings, known, sets)
+    if read:
+        n_failed += eval_texts.go_on(args, out, model, *read, settings, known)
+    return 1 if n_failed else 0
+
+
+def _ask(args: argparse.Namespace, out: Path, model, tokenizer, plan, settings, known: dict, sets) -> int:
+    """Ask all tasks; returns how many answers of our caches failed."""
+    from hf_kvcache.eval.lines import Lines, OtherRun
+
     try:
         lines = Lines(out / LINES, known)
     except OtherRun as error:
         raise UserError(f"--out: {error}") from error
+    eval_data.write(sets, out)
     try:
         _evaluate(model, tokenizer, plan, settings, lines)
     except KeyboardInterrupt:
@@ -120,16 +147,7 @@ def run(args: argparse.Namespace) -> int:
     _show(args, out, known, lines, settings)
     # a peer that does not run here is no failure of ours
     ours = {spec.text for spec in plan.specs if not spec.is_peer}
-    return 1 if any(line.error and line.cache in ours for line in lines) else 0
-
-
-def _tasks(names: list[str]):
-    from hf_kvcache.eval.tasks import tasks_named
-
-    try:
-        return tuple(tasks_named(",".join(names)))
-    except ValueError as error:
-        raise UserError(f"--tasks: {error}") from error
+    return sum(bool(line.error) and line.cache in ours for line in lines)
 
 
 def _plan(args: argparse.Namespace, tasks, typed, model):
@@ -164,36 +182,16 @@ def _check_lengths(plan, settings, model, tokenizer) -> None:
 
 
 def _evaluate(model, tokenizer, plan, settings, lines) -> None:
-    from re import escape
-    from warnings import catch_warnings, filterwarnings
-
-    from rich import progress as shown
-    from rich.console import Console
-
-    from hf_kvcache.codecs.fitting import FITTED
+    from hf_kvcache.commands.progress import shown
     from hf_kvcache.eval.running import evaluate
 
-    columns = shown.BarColumn(), shown.MofNCompleteColumn(), shown.TimeElapsedColumn(), shown.TimeRemainingColumn()
-    bar = shown.Progress(*columns, shown.TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
-    with bar as progress, catch_warnings():
-        # said in the help of `compare`: here it is no mistake
-        filterwarnings("ignore", message=f".*{escape(FITTED)}")
-        task = progress.add_task("", total=plan.n_lines(settings))
-        n_begun = 0
-
-        def advance(stage: str, n: int) -> None:
-            # what has begun is done when the next one begins
-            nonlocal n_begun
-            progress.update(task, advance=n_begun, description=stage)
-            n_begun = n
-
+    with shown(plan.n_lines(settings)) as advance:
         evaluate(model, tokenizer, plan, settings, lines, advance)
 
 
 def _show(args: argparse.Namespace, out: Path, known: dict, lines, settings) -> None:
     """Summaries to the folder and to standard output."""
-    from rich.console import Console
-
+    from hf_kvcache.commands.progress import say_failures, show
     from hf_kvcache.eval.summary import summarise
     from hf_kvcache.eval.tables import CAPTION, as_markdown, as_tables
 
@@ -202,20 +200,5 @@ def _show(args: argparse.Namespace, out: Path, known: dict, lines, settings) -> 
     table = as_markdown(rows, f"{known['model']}, {known['dtype']}, {known['device']}")
     (out / RESULT).write_text(text + "\n", encoding="utf-8")
     (out / TABLE).write_text(table, encoding="utf-8")
-    console = Console()
-    if args.json:
-        print(text)
-    elif console.is_terminal:
-        console.print(*as_tables(rows), CAPTION)
-    else:
-        print(table, end="")
-    _say_failures(lines)
-
-
-def _say_failures(lines) -> None:
-    """Why caches have not answered, to standard error."""
-    from collections import Counter
-
-    failed = Counter((line.cache, line.error.splitlines()[0]) for line in lines if line.error)
-    for (cache, error), n in failed.items():
-        print(f"hf-kvcache eval: {cache}: {n} answer{'s' * (n > 1)} failed: {error}", file=sys.stderr)
+    show(text, table, lambda: (*as_tables(rows), CAPTION), args.json)
+    say_failures(lines)

@@ -4,6 +4,7 @@
     hf-kvcache export --method palu --adapter my-bases --out llama-palu
     hf-kvcache export --model my-dmc --method dmc --out llama-dmc
     hf-kvcache export --method quant:bits=4 --any-model --out kv-4bit
+    hf-kvcache export --config kv_cache_config.json --out llama-tuned
 
 `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True).generate(...)` then uses that cache, and with
 `--any-model` any `model.generate(..., custom_generate=OUT, trust_remote_code=True)`.
@@ -25,12 +26,14 @@ NAMES = {"palu": "lowrank", "mustafar": "sparse"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     group = parser.add_argument_group("repository")
+    group = group.add_mutually_exclusive_group(required=True)
     group.add_argument(
         "--method",
-        required=True,
         metavar="SPEC",
         help="palu, mustafar, locret, dmc, dms, quant with arguments (quant:bits=4), or a cache as in `compare`",
     )
+    group.add_argument("--config", metavar="FILE", help="cache that a file describes, such as `hf-kvcache tune` writes")
+    group = parser.add_argument_group("output")
     group.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     group.add_argument(
         "--any-model", action="store_true", help="no model, but a `custom_generate` repository for those that have one"
@@ -40,8 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    name, colon, rest = args.method.partition(":")
-    spec = parse_specs([NAMES.get(name, name) + colon + rest])[0]
+    if args.config:
+        spec = parse_specs([f"config:{args.config}"])[0]
+    else:
+        name, colon, rest = args.method.partition(":")
+        spec = parse_specs([NAMES.get(name, name) + colon + rest])[0]
     if spec.is_peer:
         raise UserError(f"--method {args.method}: that is transformers' own cache, which needs no repository")
     check_writable(Path(args.out), "--out")
@@ -66,11 +72,11 @@ def run(args: argparse.Namespace) -> None:
 def _command(args: argparse.Namespace) -> str:
     """What was typed, for others to read: folders by their last name only."""
     parts = ["hf-kvcache", "export"]
-    for option in ("model", "dtype", "adapter", "method", "out", "license"):
+    for option in ("model", "dtype", "adapter", "method", "config", "out", "license"):
         value = getattr(args, option)
         if value is not None:
-            is_folder = option == "out" or Path(value).exists()
-            parts += [f"--{option}", Path(value).name if is_folder else value]
+            is_path = option == "out" or Path(value).exists()
+            parts += [f"--{option}", Path(value).name if is_path else value]
     return shlex.join(parts)
 
 

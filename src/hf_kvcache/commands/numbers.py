@@ -24,6 +24,14 @@ def share(text: str) -> float:
     return value
 
 
+def weight(text: str) -> float:
+    """A finite number from 0 up."""
+    value = _finite(text)
+    if value < 0:
+        raise ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
 def temperature(text: str) -> float:
     """A finite number from 0 up."""
     value = _finite(text)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from hf_kvcache.eval.compare import Row, Settings
 from hf_kvcache.eval.journal import Journal
+from hf_kvcache.eval.kl_front import as_markdown, kl_front
 from hf_kvcache.eval.report import as_line, as_table, caption, heading
 
 
@@ -16,11 +17,20 @@ class Rows:
     """What was measured so far.
 
     A terminal gets the table at the end; a pipe or a log gets a line for every row that has all its numbers. Where the
-    output is JSON, the lines go to standard error.
+    output is JSON, the lines go to standard error. `has_front` adds the front of KL over bytes at the end.
     """
 
-    def __init__(self, names: list[str], settings: Settings, about: dict, as_json: bool, journal: Journal | None):
+    def __init__(
+        self,
+        names: list[str],
+        settings: Settings,
+        about: dict,
+        as_json: bool,
+        journal: Journal | None,
+        has_front: bool = False,
+    ):
         self.settings, self.about, self.as_json, self.journal = settings, about, as_json, journal
+        self.has_front = has_front
         self.title = f"{about['model']}, {about['dtype']}, {about['device']}"
         self.found: list[Row] = []
         self.console = Console(stderr=as_json)
@@ -45,12 +55,15 @@ class Rows:
             self.console.print(as_table(self.found, self.settings, self.title))
         elif self.has_heading:
             self._print(caption(self.settings))
+        if self.has_front and not self.as_json:
+            self._print("", as_markdown(kl_front(self.found)))
         if self.as_json and is_whole:
             print(json.dumps(self.result(), indent=1))
 
     def result(self) -> dict:
         """All of it, as it is written to compare.json."""
-        return self.about | {"rows": [asdict(row) for row in self.found]}
+        front = {"pareto": [asdict(point) for point in kl_front(self.found)]} if self.has_front else {}
+        return self.about | {"rows": [asdict(row) for row in self.found]} | front
 
     def _print(self, *lines: str) -> None:
         print(*lines, sep="\n", file=self.console.file, flush=True)

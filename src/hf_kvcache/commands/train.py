@@ -15,6 +15,7 @@ TRAINERS = {
     "retaining-heads": ("train_retaining_heads", "score tokens for Locret"),
     "projections": ("train_projections", "fine-tune the bases of a low-rank cache"),
     "dmc": ("train_dmc", "retrofit a model that merges (DMC) or drops (DMS) tokens"),
+    "decisions": ("fit_decisions", "fit what a model drops (DMS) to recordings, without a step"),
     "gqa": ("convert_gqa", "give a model fewer KV heads, and train it on"),
 }
 

@@ -31,6 +31,7 @@ class Settings:
         n_prompts: retrieval prompts.
         attention: implementation under our caches; transformers' own run on sdpa, or on eager where that is named.
         seed: of the retrieval prompts.
+        scores: whether perplexity, KL and retrieval are measured, or bytes and speed alone.
     """
 
     context: int = 4096
@@ -42,6 +43,7 @@ class Settings:
     n_prompts: int = 4
     attention: str = "hf_kvcache"
     seed: int = 0
+    scores: bool = True
 
     @property
     def n_prefix(self) -> int:
@@ -103,7 +105,7 @@ class Trial:
 
 def n_stages(n_specs: int, settings: Settings) -> int:
     """How often `compare` calls `advance`."""
-    return n_specs * (settings.rounds + 3)
+    return n_specs * (settings.rounds + 1 + 2 * settings.scores)
 
 
 def with_baseline(specs: list[CacheSpec]) -> list[CacheSpec]:
@@ -168,8 +170,11 @@ def compare(
             for trial in trials:
                 run(trial, f"speed, round {i + 1} of {settings.rounds}", generate)
             add_speed(trials)
+            is_final = i + 1 == settings.rounds and not settings.scores
             for trial in trials:
-                measured(trial.row, False)
+                measured(trial.row, is_final)
+        if not settings.scores:
+            return [trial.row for trial in trials]
         prepare(model, specs[0], settings)
         dense = fidelity.dense_logits(model, windows, settings.n_prefix)
         for trial in trials:

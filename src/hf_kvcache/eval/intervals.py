@@ -39,7 +39,7 @@ def mean_of(values) -> Estimate:
     values = _checked(values)
     if np.isin(values, (0, 1)).all():
         return Estimate(float(values.mean()), *wilson(int(values.sum()), len(values)), "wilson", len(values))
-    return _bootstrapped(values)
+    return bootstrapped(values)
 
 
 def difference_of(values, base) -> Estimate:
@@ -55,7 +55,7 @@ def difference_of(values, base) -> Estimate:
         n_gained, n_lost = int((values > base).sum()), int((values < base).sum())
         ends = bonett_price(n_gained, n_lost, len(values))
         return Estimate(float((values - base).mean()), *ends, "bonett-price", len(values))
-    return _bootstrapped(values - base)
+    return bootstrapped(values - base)
 
 
 def mean_of_means(estimates: list[Estimate]) -> Estimate:
@@ -66,6 +66,19 @@ def mean_of_means(estimates: list[Estimate]) -> Estimate:
     below = sqrt(sum((one.mean - one.low) ** 2 for one in estimates)) / len(estimates)
     above = sqrt(sum((one.high - one.mean) ** 2 for one in estimates)) / len(estimates)
     return Estimate(mean, mean - below, mean + above, "zou-donner", n)
+
+
+def bootstrapped(values) -> Estimate:
+    """Mean of independent values of whatever kind, with the bootstrap's interval.
+
+    Raises:
+        ValueError: there are none.
+    """
+    values = _checked(values)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Estimate(mean, None, None, "none", len(values))
+    return Estimate(mean, *bootstrap(values), "bootstrap", len(values))
 
 
 def wilson(n_right: int, n: int) -> tuple[float, float]:
@@ -95,13 +108,6 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     drawn = np.random.default_rng(0).integers(len(values), size=(N_RESAMPLES, len(values)))
     low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
     return float(low), float(high)
-
-
-def _bootstrapped(values: np.ndarray) -> Estimate:
-    mean = float(values.mean())
-    if len(values) < 2:
-        return Estimate(mean, None, None, "none", len(values))
-    return Estimate(mean, *bootstrap(values), "bootstrap", len(values))
 
 
 def _checked(values) -> np.ndarray:

@@ -64,6 +64,9 @@ class Lines:
         OtherRun: the file is of a run with other ones; names what differs.
     """
 
+    # of the lines, for subclasses
+    kind: type = Line
+
     def __init__(self, path: Path | None, about: dict):
         self.path, self.about = path, about
         self._known: dict[tuple, Line] = {}
@@ -100,7 +103,7 @@ class Lines:
         if first:
             try:
                 self._check(json.loads(first))
-                found = [Line(**json.loads(line)) for line in lines]
+                found = [self.kind(**json.loads(line)) for line in lines]
             except (json.JSONDecodeError, TypeError, AttributeError) as error:
                 raise OtherRun(f"{self.path} is no evaluation ({error}); write to another folder") from error
             self._known = {line.key: line for line in found}

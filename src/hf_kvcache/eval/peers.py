@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from time import time
 
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache, QuantizedCache, cache_utils
 
 
 def dynamic(config=None) -> DynamicCache:
@@ -20,14 +20,29 @@ def quanto(config=None, bits: int = 4, group_size: int = 64, window: int = 128) 
     return QuantizedCache("quanto", config, nbits=bits, q_group_size=group_size, residual_length=window)
 
 
-def hqq(config=None, bits: int = 4, group_size: int = 64, window: int = 128) -> QuantizedCache:
-    """`QuantizedCache` on hqq, grouped within a token (axis 1), where its packing works for any length."""
+def hqq(config=None, bits: int = 4, group_size: int = 64, window: int = 128, axis: int = 0) -> QuantizedCache:
+    """`QuantizedCache` on hqq, with transformers' defaults: its groups are strided over the whole tensor.
+
+    `axis=1` groups within a token, but packs only as many rows as divide evenly: with an odd number of KV heads it
+    fails at every other length.
+    """
     return QuantizedCache(
-        "hqq", config, nbits=bits, axis_key=1, axis_value=1, q_group_size=group_size, residual_length=window
+        "hqq", config, nbits=bits, axis_key=axis, axis_value=axis, q_group_size=group_size, residual_length=window
     )
 
 
-PEERS = {"dynamic": dynamic, "quanto": quanto, "hqq": hqq}
+def fp8(config=None) -> QuantizedCache:
+    """`QuantizedCache` in 8-bit floating point, one scale per layer and side, of the first prompt.
+
+    Raises:
+        RuntimeError: this transformers does not have it.
+    """
+    if not is_installed("fp8"):
+        raise RuntimeError("this transformers has no QuantizedCache in fp8: it came with 5.21")
+    return QuantizedCache("fp8", config)
+
+
+PEERS = {"dynamic": dynamic, "quanto": quanto, "hqq": hqq, "fp8": fp8}
 
 # its extension compiles in less than this
 STALE_S = 300
@@ -36,7 +51,9 @@ _MODULES = {"quanto": "optimum", "hqq": "hqq"}
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package behind a peer can be imported."""
+    """Whether the package behind a peer can be imported, or transformers has it."""
+    if name == "fp8":
+        return hasattr(cache_utils, "Fp8QuantizedLayer")
     return name not in _MODULES or find_spec(_MODULES[name]) is not None
 
 

@@ -12,12 +12,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from hf_kvcache import registry
 from hf_kvcache.eval.compare import Row
 from hf_kvcache.eval.labels import Label, place_labels
+from hf_kvcache.eval.peers import PEERS
 
 PEER = "transformers' own"
+OTHER = "another library"
 AXES = ("tokens", "channels", "bits")
 # one for every kind that there can be: shades of green save channels, warm colours tokens
 COLOURS = {
     PEER: "#7a7a7a",
+    OTHER: "#c9a3a3",
     "saves nothing": "#111111",
     "saves bits": "#1f6fb4",
     "saves channels": "#7bbf4e",
@@ -33,9 +36,9 @@ LEAST_KL = 1e-6
 
 
 def save_picture(rows: list[Row], path: Path, title: str) -> None:
-    """Write a PNG of all rows that have numbers; nothing where none has."""
+    """Write a PNG of all rows that have numbers; nothing where fidelity was not measured."""
     rows = [row for row in rows if row.bytes_ratio is not None]
-    if not rows:
+    if all(row.kl is None for row in rows):
         return
     figure = Figure(figsize=(10, 9), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -59,11 +62,19 @@ def save_picture(rows: list[Row], path: Path, title: str) -> None:
 
 def family(row: Row) -> str:
     """What the row saves on, from the registry and its bits: the group of its colour."""
-    if row.is_peer:
+    return PEER if row.is_peer else family_of(row.cache)
+
+
+def family_of(cache: str) -> str:
+    """The same for a specification, those of transformers and of other libraries included."""
+    if cache.partition(":")[0] in PEERS:
         return PEER
+    names = {method.name for method in registry.METHODS}
     saved = set()
-    for part in row.cache.split("+"):
+    for part in cache.split("+"):
         name, _, knobs = part.strip().partition(":")
+        if name not in names:
+            return OTHER
         saved.add(registry.method(name).axis)
         if any(knob.strip().startswith("bits=") for knob in knobs.split(",")):
             saved.add("bits")

@@ -58,12 +58,14 @@ class Prompter:
         """
         breaks = commonprefix([q.text[: len(q.text) - len(q.text.lstrip("\n"))] for q in instance.questions])
         told = (instance.instruction + instance.context).lstrip() + breaks
-        pairs = [self._texts(told, question, question.text.removeprefix(breaks)) for question in instance.questions]
+        templated = self.has_template and not instance.is_plain
+        asked = [question.text.removeprefix(breaks) for question in instance.questions]
+        pairs = [self._texts(told, *pair, templated) for pair in zip(instance.questions, asked)]
         before = pairs[0][0]
-        bos = [] if self.has_template or self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        bos = [] if templated or self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         context = self._encode(before)
         questions = [self._follow(context, before, after) for _, after in pairs]
-        turns = [self._encode(self._turn(question)) for question in instance.questions[1:]]
+        turns = [self._encode(self._turn(question, templated)) for question in instance.questions[1:]]
         return Prompt(bos + context, questions, turns)
 
     def count(self, text: str) -> int:
@@ -75,9 +77,9 @@ class Prompter:
         prompt = self.prompt(Instance("a\n", "a\n", (Question("a", ()),)))
         return prompt.n_tokens("known") - 2 * self.count("a\n") - self.count("a")
 
-    def _texts(self, told: str, question: Question, asked: str) -> tuple[str, str]:
+    def _texts(self, told: str, question: Question, asked: str, templated: bool) -> tuple[str, str]:
         """What stands before the question, and from it to the answer."""
-        if not self.has_template:
+        if not templated:
             return told, asked + question.prefix
         content = told + asked.rstrip()
         start, found, end = self._render([{"role": "user", "content": content}]).partition(content)
@@ -85,9 +87,9 @@ class Prompter:
             raise ValueError("the chat template changes the text of the user: leave it out (--no-chat-template)")
         return start + told, asked.rstrip() + end + question.prefix.strip()
 
-    def _turn(self, question: Question) -> str:
+    def _turn(self, question: Question, templated: bool) -> str:
         """What stands between an answer and the next one."""
-        if not self.has_template:
+        if not templated:
             break_ = "" if question.text.startswith("\n") else "\n"
             return break_ + question.text + question.prefix
         said = ("user", "a"), ("assistant", _ANSWER), ("user", question.text.strip())

@@ -90,6 +90,8 @@ def build_instance(task: Task, prompter: Prompter, length: int, i: int, settings
     """
     rng = np.random.default_rng([settings.seed, crc32(task.name.encode()), length, i])
     asked = {} if settings.n_questions == 1 else {"n_questions": settings.n_questions}
+    if task.n_instances is not None:
+        asked["i"] = i
     try:
         instance = task.build(prompter.count, length - prompter.n_added(), rng, **asked)
     except TypeError as error:

@@ -1,13 +1,16 @@
 """Caches as they are typed: `quant:bits=4,rotate=true`, `keydiff:ratio=0.25`, `keydiff:ratio=0.5+quant:bits=8`.
 
 A part is a name of the registry or of a peer, then its arguments. `+` puts an eviction policy over a cache.
+`config:PATH` is a cache that a file describes (`KVCacheConfig`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import Cache
 
@@ -86,8 +89,42 @@ class CacheSpec:
             raise SpecError(f"{self.text}: {error}") from error
 
 
+@dataclass(frozen=True)
+class ConfigSpec(CacheSpec):
+    """A cache that a file describes. Its text ends in a digest of the file, so that rows of another file differ.
+
+    Attributes:
+        config: what the file says.
+    """
+
+    config: object = None
+
+    @property
+    def is_learned(self):
+        return bool(getattr(self.build().policy, "is_trained", False))
+
+    def build(self, config=None):
+        return self.config.build(config)
+
+
+def _config_spec(where: str) -> ConfigSpec:
+    from hf_kvcache.cache_config import ConfigError, KVCacheConfig
+
+    path, _, told = where.partition("@") if "@" in Path(where).name else (where, "", "")
+    try:
+        config = KVCacheConfig.load(path)
+    except ConfigError as error:
+        raise SpecError(str(error)) from error
+    digest = hashlib.sha256(config.to_json().encode()).hexdigest()[:8]
+    if told not in ("", digest):
+        raise SpecError(f"config:{where}: the file has changed, its digest is {digest} now")
+    return ConfigSpec(f"config:{path}@{digest}", KVCache, config=config)
+
+
 def parse(text: str) -> CacheSpec:
     """Read one specification; raises `SpecError` with the names there are."""
+    if text.startswith(("config:", "config=")):
+        return _config_spec(text[len("config:") :])
     caches, policies = [], []
     for part in text.split("+"):
         name, _, rest = part.strip().partition(":")

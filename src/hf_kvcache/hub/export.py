@@ -128,7 +128,7 @@ def family_of(cache: KVCache) -> str:
     """The name of the family that a cache belongs to: "palu" for latents, "mustafar" for sparse rows, and so on."""
     if cache.policy is not None:
         return {"Locret": "locret", "DMC": "dmc", "DMS": "dms"}.get(type(cache.policy).__name__, "kv")
-    formats = " ".join(side.format for side in cache.codec or ())
+    formats = " ".join(side.format for side in cache.all_codecs)
     kinds = {"lowrank": "palu", "sparse": "mustafar", "int": "quant"}
     return next((family for kind, family in kinds.items() if kind in formats), "kv")
 

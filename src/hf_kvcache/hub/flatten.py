@@ -36,10 +36,13 @@ OPTIONAL = {
     f"{PACKAGE}.attention.pages",
     f"{PACKAGE}.attention.sparse_rows",
     f"{PACKAGE}.hf_layers",
+    f"{PACKAGE}.per_layer",
     f"{PACKAGE}.rerotation",
     f"{PACKAGE}.stateful",
     f"{PACKAGE}.stores.shared",
     f"{PACKAGE}.text_positions",
+    # how caches are described in files of their own
+    f"{PACKAGE}.cache_config",
     # what a model carries for its cache, and what is found out about it
     f"{PACKAGE}.adapters.modules",
     f"{PACKAGE}.layer_context",

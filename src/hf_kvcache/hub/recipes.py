@@ -31,7 +31,7 @@ def roots_of(cache: KVCache, adapter: dict | None = None, config=None) -> set[st
         roots.add(f"hub.{adapter['kind']}_module")
     elif any(isinstance(part, FittedCodec) and part.is_unfitted for part in parts):
         roots.add("codecs.fitting")
-    for pair in (cache.codec, cache.edge_codec):
+    for pair in (cache.codec, cache.edge_codec, *(options.get("codec") for options in cache.per_layer.values())):
         op = None if pair is None else op_of(*(codec.format for codec in pair))
         roots |= set() if op is None else {_short(op.__module__)}
     # what is asked of the model: its RoPE, and bases that hang on it
@@ -44,6 +44,7 @@ def roots_of(cache: KVCache, adapter: dict | None = None, config=None) -> set[st
         roots.add("attention.padding")
     if policy is not None:
         roots |= {"attention.kept_columns"} | ({"attention.pages"} if policy.is_ragged else set())
+    roots |= {"per_layer"} if cache.per_layer else set()
     roots |= {"rerotation"} if cache.rerotate_keys else set()
     if any(getattr(part, "rotate", False) or getattr(part, "mix", False) for part in parts):
         roots.add("codecs.rotation")
@@ -62,7 +63,7 @@ def classes_in(cache: KVCache) -> list[tuple[str, str]]:
 
 def _parts(cache: KVCache) -> Iterator[Policy | Codec]:
     """Codecs and policies, those within others included."""
-    todo = [cache.policy, *(cache.codec or ()), *(cache.edge_codec or ())]
+    todo = [cache.policy, *cache.all_codecs]
     while todo:
         part = todo.pop()
         if part is not None:

@@ -11,8 +11,8 @@ def spec_of(cache: KVCache) -> dict:
     """The arguments that make an empty cache like this one, as JSON has them.
 
     Returns:
-        `policy`, `codec` and `edge_codec` as their `spec()`, the other arguments of `KVCache` as they are, and only
-        what is not their default.
+        `policy`, `codec` and `edge_codec` as their `spec()`, those of `per_layer`, too, the other arguments of
+        `KVCache` as they are, and only what is not their default.
 
     Raises:
         ValueError: it is offloaded, which goes with a machine and not with a model, or wants prompts from `prefill`.
@@ -31,7 +31,15 @@ def spec_of(cache: KVCache) -> dict:
     for name in ("codec", "edge_codec"):
         if getattr(cache, name) is not None:
             spec[name] = [side.spec() for side in getattr(cache, name)]
+    if cache.per_layer:
+        spec["per_layer"] = {str(i): _described(options) for i, options in cache.per_layer.items()}
     return spec
+
+
+def _described(options: dict) -> dict:
+    """Options of a layer, the codecs as their `spec()`."""
+    pair = options.get("codec")
+    return options if pair is None else options | {"codec": [side.spec() for side in pair]}
 
 
 def cache_of(spec: dict, **options) -> KVCache:
@@ -57,6 +65,16 @@ def make_parts(arguments: dict) -> None:
         arguments["policy"] = policy_from_spec(arguments["policy"])
     for name in ("codec", "edge_codec"):
         if name in arguments:
-            from hf_kvcache.codecs.base import codec_from_spec
+            arguments[name] = _pair(arguments[name])
+    if "per_layer" in arguments:
+        layers = {int(i): dict(options) for i, options in arguments["per_layer"].items()}
+        for options in layers.values():
+            if "codec" in options:
+                options["codec"] = _pair(options["codec"])
+        arguments["per_layer"] = layers
 
-            arguments[name] = tuple(codec_from_spec(side) for side in arguments[name])
+
+def _pair(specs: list | None) -> tuple | None:
+    from hf_kvcache.codecs.base import codec_from_spec
+
+    return None if specs is None else tuple(codec_from_spec(side) for side in specs)

@@ -38,6 +38,7 @@ class Policy:
         defer_prefill_eviction: whether a prompt is evicted from only once its next chunk, or the first decoding step,
             has come.
         reads_twice: whether a prompt is read a second time before it is evicted from, see `second_pass`.
+        sets_layer_budgets: whether it shares out its budget among layers, which then have none of their own.
         is_trained: whether a retrofitted model says what stays, see `TrainedEviction`.
         shard: which of the model's KV heads are seen, see `for_model`.
         rope: the rotary embedding by which a bound policy rotates queries, or None.
@@ -59,6 +60,7 @@ class Policy:
     merges_evicted: ClassVar[bool] = False
     defer_prefill_eviction: ClassVar[bool] = False
     reads_twice: ClassVar[bool] = False
+    sets_layer_budgets: ClassVar[bool] = False
     is_trained: ClassVar[bool] = False
     shard: ClassVar[Shard] = WHOLE
     rope: ClassVar[object] = None

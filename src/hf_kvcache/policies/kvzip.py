@@ -37,6 +37,7 @@ class KVzip(Ragged):
     needs = frozenset({"model"})
     state = {"score": torch.float32}
     reads_twice = True
+    sets_layer_budgets = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -25,6 +25,7 @@ class PyramidKV(SnapKV):
     depth: tuple[int, int] = field(default=(0, 1), init=False, repr=False, compare=False)
 
     needs = frozenset({"model"})
+    sets_layer_budgets = True
 
     def __post_init__(self):
         super().__post_init__()

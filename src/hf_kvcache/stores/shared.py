@@ -156,6 +156,8 @@ def check_sharing(cache, offloading: bool) -> None:
     """Refuse what layers that share their packed rows cannot do."""
     if any(layers_per_row(side) > 1 for side in cache.edge_codec or ()):
         raise ValueError("edge_codec: the first and last layers are no neighbours, so they share no latents")
+    if any("codec" in options for options in cache.per_layer.values()):
+        raise ValueError("per_layer: layers that share rows have one codec; leave codec= of single layers out")
     if cache.codec is None or all(layers_per_row(side) == 1 for side in cache.codec):
         return
     keys, values = map(layers_per_row, cache.codec)

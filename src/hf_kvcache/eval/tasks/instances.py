@@ -15,12 +15,14 @@ class Question:
         answers: strings that an answer is scored by.
         prefix: what the answer begins with already; fed to the model, not scored.
         max_new_tokens: tokens that an answer may take.
+        choices: all that can be answered, for scorers that go by it.
     """
 
     text: str
     answers: tuple[str, ...]
     prefix: str = ""
     max_new_tokens: int = 32
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class Instance:
         instruction: what stands before the context and says what will be asked for, whatever the question.
         context: the text; the longest part, of which a cache keeps what it can.
         questions: one at least. Where several are asked, each is about the same context.
+        is_plain: whether it is a text to be gone on with, which is read without a chat template.
     """
 
     instruction: str
     context: str
     questions: tuple[Question, ...]
+    is_plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Task:
             one question. Raises ValueError where `n_tokens` are too few.
         score: share of a question that an answer gets right, 0 to 1: `score(answer, question)`.
         paper: where it is defined, and its arXiv number.
+        n_instances: how many there are with that many questions each, `n_instances(n_questions)`; None where they are
+            drawn without end. Where there is an end, `build` is given the instance's number, too: `i`, from 0.
     """
 
     name: str
@@ -61,3 +67,4 @@ class Task:
     build: Callable[..., Instance]
     score: Callable[[str, Question], float]
     paper: str = ""
+    n_instances: Callable[[int], int] | None = None

@@ -1,0 +1,308 @@
+"""From a model, texts and a budget to the configuration of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import exp
+from statistics import fmean
+
+from hf_kvcache import compat
+from hf_kvcache.cache import KVCache
+from hf_kvcache.policies.base import Policy
+from hf_kvcache.tuning.allocate import allocate, uniform
+from hf_kvcache.tuning.follow import Followed
+from hf_kvcache.tuning.menu import Choice, Menu
+from hf_kvcache.tuning.probes import Probe, Score, Text, read_all
+from hf_kvcache.tuning.sensitivity import N_SAMPLES, LayerTable, add_codecs, add_ratios, blame
+
+WINDOWS = (64, 32, 16)
+# a window takes at most this share of the budget
+WINDOW_SHARE = 1 / 6
+LEAST_FACTOR, MOST_FACTOR = 0.1, 30.0
+Advance = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for: one of the first two.
+
+    Attributes:
+        bytes_ratio: most bytes, as a share of a dense cache's.
+        max_kl: most divergence of prose, nats per token.
+        needle_weight: what a nat at the answers of needles counts beside one of prose.
+    """
+
+    bytes_ratio: float | None = None
+    max_kl: float | None = None
+    needle_weight: float = 1.0
+
+    def loss(self, by_kind: dict[str, float]) -> float:
+        """What is made small."""
+        return by_kind["text"] + self.needle_weight * by_kind.get("needle", 0.0)
+
+
+@dataclass
+class Trial:
+    """A cache that was measured.
+
+    Attributes:
+        menu, choices: what it is made of.
+        kl: divergence by kind of text, nats per token.
+        shares: of the layers in the loss.
+        bytes_ratio: bytes as a share of a dense cache's.
+    """
+
+    menu: Menu
+    choices: list[Choice]
+    kl: dict[str, float]
+    shares: list[float]
+    bytes_ratio: float
+
+
+@dataclass
+class Tuned:
+    """What was found.
+
+    Attributes:
+        trial: the cache.
+        cache: an empty one.
+        score: by kind of text, of predictions through the real cache.
+        dense: that of the dense model.
+        trials: loss and bytes of everything that was measured, in order.
+    """
+
+    trial: Trial
+    cache: KVCache
+    score: dict[str, Score]
+    dense: dict[str, Score]
+    trials: list[dict] = field(default_factory=list)
+
+
+class Tuner:
+    """Looks for a cache of one model.
+
+    Args:
+        model: causal language model in evaluation mode, all of whose layers have full attention.
+        texts: what it is measured on, prose and needles.
+        policies: that layers may evict by.
+        names: codecs that they may have, see `menu.codec_of`.
+        advance: called with a description before every step.
+
+    Raises:
+        ValueError: the model cannot be listened to, or there is no prose among the texts.
+    """
+
+    def __init__(
+        self,
+        model,
+        texts: Sequence[Text],
+        policies: Sequence[Policy],
+        names: Sequence[str],
+        advance: Advance = lambda stage: None,
+    ):
+        self.model, self.policies, self.names, self.advance = model, policies, tuple(names), advance
+        if not any(text.kind == "text" for text in texts):
+            raise ValueError("there is no prose among the texts")
+        self.probes: list[Probe] = read_all(model, texts, advance)
+        if self.probes[0].prefill is None:
+            raise ValueError(f"this model cannot be tuned for: {self.probes[0].why_not}")
+        self.layers = [i for i, layer in enumerate(compat.hf_layers(model.config)) if layer is None]
+        self._first = next(probe for probe in self.probes if probe.text.kind == "text")
+        for probe in self.probes:
+            probe.counts_bytes = probe is self._first
+        self._followed: list[tuple[Followed, list]] = []
+        self._tables: dict[int, dict] = {}
+
+    @property
+    def nbytes_dense(self) -> int:
+        """Bytes of a dense cache of the first text."""
+        return sum(k.nbytes + v.nbytes for k, v in self._first.rows)
+
+    def tune(self, goal: Goal, n_rounds: int = 4) -> Tuned:
+        """Share out a budget, measure, put right what the sum of parts got wrong, and again.
+
+        Raises:
+            ValueError: not even the smallest cache on offer is as small as that.
+        """
+        if goal.bytes_ratio is not None:
+            return self._finish(goal, self._within(goal, goal.bytes_ratio, n_rounds))
+        return self._finish(goal, self._below(goal, n_rounds))
+
+    def _within(self, goal: Goal, bytes_ratio: float, n_rounds: int) -> list[Trial]:
+        """Trials of at most so many bytes."""
+        n_dense = self._window(bytes_ratio)
+        menus = [Menu(policy, n_dense, self.names) for policy in (None, *self.policies)]
+        found, reasons = [], []
+        for menu in menus:
+            search = _Search(self, menu, goal, bytes_ratio)
+            try:
+                search.round()
+            except ValueError as error:
+                reasons.append(error)
+                continue
+            found.append(search)
+        if not found:
+            raise reasons[0]
+        best = min(found, key=lambda search: goal.loss(search.trials[-1].kl))
+        for _ in range(n_rounds - 1):
+            best.round()
+        best.round_of_equals()
+        return [trial for search in found for trial in search.trials]
+
+    def _below(self, goal: Goal, n_rounds: int) -> list[Trial]:
+        """Trials among which the smallest with less divergence than asked for is looked for by halving."""
+        low, high, found = 0.03, 0.6, []
+        for _ in range(5):
+            middle = (low * high) ** 0.5
+            try:
+                trials = self._within(goal, middle, max(n_rounds - 2, 1))
+            except ValueError:
+                low = middle
+                continue
+            found += trials
+            is_good = min(trial.kl["text"] for trial in trials) <= goal.max_kl
+            low, high = (low, middle) if is_good else (middle, high)
+        good = [trial for trial in found if trial.kl["text"] <= goal.max_kl]
+        if not good:
+            least = min((trial.kl["text"] for trial in found), default=float("nan"))
+            raise ValueError(f"no cache on offer comes below a KL of {goal.max_kl}; the best has {least:.4f}")
+        return [min(good, key=lambda trial: trial.bytes_ratio)]
+
+    def _finish(self, goal: Goal, trials: list[Trial]) -> Tuned:
+        fits = [t for t in trials if goal.bytes_ratio is None or t.bytes_ratio <= goal.bytes_ratio * 1.002]
+        best = min(fits or trials, key=lambda trial: goal.loss(trial.kl))
+        self.advance("verifying")
+        make = lambda: best.menu.cache(best.choices, self.layers, self.model.config)  # noqa: E731
+        scores = [(probe, probe.score(probe.filled(make()))) for probe in self.probes]
+        logged = [
+            {
+                "policy": None if t.menu.policy is None else type(t.menu.policy).__name__,
+                "bytes_ratio": round(t.bytes_ratio, 5),
+                "kl": {kind: round(kl, 5) for kind, kl in t.kl.items()},
+            }
+            for t in trials
+        ]
+        dense = _by_kind((probe, probe.dense) for probe in self.probes)
+        return Tuned(best, make(), _by_kind(scores), dense, logged)
+
+    def _window(self, bytes_ratio: float) -> int:
+        """Newest tokens that stay dense: many where there is room."""
+        most = WINDOW_SHARE * bytes_ratio * len(self._first.text.context)
+        return next((n for n in WINDOWS if n <= most), WINDOWS[-1])
+
+    def weight_of(self, probe: Probe, goal: Goal) -> float:
+        """What one text counts in the loss."""
+        n = sum(other.text.kind == probe.text.kind for other in self.probes)
+        return (1.0 if probe.text.kind == "text" else goal.needle_weight) / n
+
+    def tables(self, menu: Menu, goal: Goal) -> list[LayerTable]:
+        """What every layer loses by what is on a menu; remembered by policy and window."""
+        codecs = self._tables.setdefault((None, menu.n_dense, goal.needle_weight), {})
+        if not self._followed:
+            for n, probe in enumerate(self.probes):
+                self.advance(f"gradients, text {n + 1} of {len(self.probes)}")
+                text = probe.text
+                followed = Followed(self.model, probe.rows, len(text.context), text.follow, text.scored)
+                self._followed.append((followed.let_go(samples := followed.samples(N_SAMPLES)), samples))
+        if not codecs:
+            codecs["tables"] = [LayerTable() for _ in self.layers]
+            for n, (probe, own) in enumerate(zip(self.probes, self._followed, strict=True)):
+                self.advance(f"codecs, text {n + 1} of {len(self.probes)}")
+                add_codecs(codecs["tables"], replace(menu, policy=None), probe, *own, self.weight_of(probe, goal))
+        if menu.policy is None:
+            return codecs["tables"]
+        key = repr(menu.policy), menu.n_dense, goal.needle_weight
+        if key not in self._tables:
+            self._tables[key] = [table.without_policy() for table in codecs["tables"]]
+            for n, (probe, own) in enumerate(zip(self.probes, self._followed, strict=True)):
+                self.advance(f"{type(menu.policy).__name__}, text {n + 1} of {len(self.probes)}")
+                add_ratios(self._tables[key], menu, probe, *own, self.weight_of(probe, goal))
+        return self._tables[key]
+
+
+class _Search:
+    """Rounds of sharing out and measuring with one policy."""
+
+    def __init__(self, tuner: Tuner, menu: Menu, goal: Goal, bytes_ratio: float):
+        self.tuner, self.menu, self.goal, self.bytes_ratio = tuner, menu, goal, bytes_ratio
+        self.tables = tuner.tables(menu, goal)
+        self.factors = [1.0] * len(self.tables)
+        self.trials: list[Trial] = []
+        # real bytes by those that were foreseen
+        self.surplus = 1.0
+
+    def round(self) -> None:
+        """Share out, measure, and learn from that what layers lose together."""
+        choices = self._choose(lambda offers, most: allocate(offers, most))
+        if any(trial.choices == choices for trial in self.trials):
+            return
+        trial = self._measure(choices)
+        for i, (table, choice) in enumerate(zip(self.tables, choices, strict=True)):
+            foreseen = table.loss(choice)
+            if foreseen > 0:
+                found = min(max(trial.shares[i] / foreseen, LEAST_FACTOR), MOST_FACTOR)
+                # half way, in logarithms: a share holds for this cache, and the next will be another
+                self.factors[i] = (self.factors[i] * found) ** 0.5
+
+    def round_of_equals(self, n: int = 2) -> None:
+        """Measure the best that all layers can have alike, so that nothing that is chosen is worse."""
+        most = self.bytes_ratio * self.tuner.nbytes_dense / self.surplus
+        for choice in uniform([table.offers(self.menu) for table in self.tables], most, n):
+            self._measure([choice] * len(self.tables))
+
+    def _choose(self, share_out) -> list[Choice]:
+        offers = [table.offers(self.menu, f) for table, f in zip(self.tables, self.factors, strict=True)]
+        most = self.bytes_ratio * self.tuner.nbytes_dense
+        for _ in range(4):
+            choices = share_out(offers, most / self.surplus)
+            found = self._filled(choices, self.tuner._first).nbytes
+            if found <= most:
+                return choices
+            self.surplus *= found / most * 1.001
+        return choices
+
+    def _filled(self, choices: list[Choice], probe: Probe) -> KVCache:
+        return probe.filled(self.menu.cache(choices, self.tuner.layers, self.tuner.model.config))
+
+    def _measure(self, choices: list[Choice]) -> Trial:
+        tuner, shares, kls = self.tuner, [0.0] * len(self.tables), []
+        name = "all tokens" if self.menu.policy is None else type(self.menu.policy).__name__
+        tuner.advance(f"{name}, cache {len(self.trials) + 1}")
+        bytes_ratio = 0.0
+        for probe in tuner.probes:
+            cache = self._filled(choices, probe)
+            if probe.counts_bytes:
+                bytes_ratio = cache.nbytes / tuner.nbytes_dense
+            found, weight = blame(probe, cache), tuner.weight_of(probe, self.goal)
+            kls.append((probe, found.kl))
+            shares = [total + weight * own for total, own in zip(shares, found.shares, strict=True)]
+        self.trials.append(Trial(self.menu, choices, _means(kls), shares, bytes_ratio))
+        return self.trials[-1]
+
+
+def _means(found) -> dict[str, float]:
+    """Means by kind of text of pairs of a probe and a number."""
+    found = list(found)
+    kinds = dict.fromkeys(probe.text.kind for probe, _ in found)
+    return {kind: fmean(x for probe, x in found if probe.text.kind == kind) for kind in kinds}
+
+
+def _by_kind(found) -> dict[str, Score]:
+    """Mean scores by kind of text of pairs of a probe and a score."""
+    found = list(found)
+    means = {name: _means((probe, getattr(s, name)) for probe, s in found) for name in ("kl", "nll", "hits")}
+    return {kind: Score(*(means[name][kind] for name in ("kl", "nll", "hits"))) for kind in means["kl"]}
+
+
+def described(tuned: Tuned) -> dict:
+    """What a configuration says of how it was found."""
+    about = {"bytes_ratio": round(tuned.trial.bytes_ratio, 5)}
+    for kind, score in tuned.score.items():
+        dense = tuned.dense[kind]
+        about[kind] = {"kl": round(score.kl, 5), "kl_rows": round(tuned.trial.kl[kind], 5)}
+        if kind == "text":
+            about[kind] |= {"perplexity": round(exp(score.nll), 4), "dense_perplexity": round(exp(dense.nll), 4)}
+        else:
+            about[kind] |= {"tokens_right": round(score.hits, 4), "dense_tokens_right": round(dense.hits, 4)}
+    return about | {"trials": tuned.trials}

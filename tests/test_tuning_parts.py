@@ -1,0 +1,103 @@
+"""What single layers lose, and bytes shared out among them."""
+
+import json
+
+import pytest
+import torch
+
+import hf_kvcache as kv
+from hf_kvcache.cache_config import KVCacheConfig
+from hf_kvcache.cli import main
+from hf_kvcache.models import embedded_model
+from hf_kvcache.tuning.allocate import Offer, allocate, hull, uniform
+from hf_kvcache.tuning.follow import Followed, divergence
+from hf_kvcache.tuning.menu import Choice, Menu
+from hf_kvcache.tuning.probes import Probe, Text
+from hf_kvcache.tuning.sensitivity import LayerTable, add_codecs, blame
+
+A, B, C = (Choice(1.0, name, name) for name in "248")
+
+
+@pytest.fixture(scope="module")
+def model():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        embedded_model(), dtype=torch.float32, attn_implementation="hf_kvcache"
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def probe(model):
+    ids = torch.randint(5, 1000, (220,), generator=torch.Generator().manual_seed(0)).tolist()
+    return Probe(model, Text("text", ids[:200], ids[200:], list(range(19))))
+
+
+def test_the_hull_leaves_out_what_is_never_best():
+    offers = [Offer(1, 10, A), Offer(2, 9.5, B), Offer(3, 2, C), Offer(4, 3, A), Offer(5, 1, B)]
+    assert [offer.nbytes for offer in hull(offers)] == [1, 3, 5]
+
+
+def test_bytes_go_where_they_save_most():
+    flat = [Offer(1, 1.0, A), Offer(2, 0.9, B)]
+    steep = [Offer(1, 9.0, A), Offer(2, 1.0, B), Offer(3, 0.0, C)]
+    assert allocate([flat, steep], 2) == [A, A]
+    assert allocate([flat, steep], 3) == [A, B]
+    assert allocate([flat, steep], 4.5) == [A, C]
+    assert allocate([flat, steep], 99) == [B, C]
+    with pytest.raises(ValueError, match="smallest"):
+        allocate([flat, steep], 1.5)
+    assert uniform([flat, steep], 4, 1) == [B] and uniform([flat, steep], 3, 2) == [A]
+    # what one layer alone has is no choice of all
+    assert uniform([flat, steep], 99, 3) == [B, A]
+
+
+def test_what_follows_is_read_as_by_the_model(model, probe):
+    text = probe.text
+    followed = Followed(model, probe.rows, len(text.context), text.follow, text.scored)
+    torch.testing.assert_close(followed.logp.detach(), probe.expected, rtol=1e-3, atol=1e-3)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_fewer_bits_lose_more_in_every_layer(model, probe):
+    text, menu = probe.text, Menu(None, 16, ("8", "4", "2"))
+    followed = Followed(model, probe.rows, len(text.context), text.follow, text.scored)
+    grads, tables = followed.samples(4), [LayerTable() for _ in probe.rows]
+    add_codecs(tables, menu, probe, followed.let_go(), grads, 1.0)
+    for i, table in enumerate(tables):
+        for losses in (table.keys, table.values):
+            assert 0 < losses["8"] < losses["4"] < losses["2"]
+        # bytes that were foreseen are those of a layer that exists
+        layer = probe.filled_layer(menu.one_layer(i, B, model.config), i)
+        assert table.nbytes(B) == pytest.approx(layer.nbytes)
+
+
+def test_layers_share_the_blame(model, probe):
+    cache = probe.filled(kv.QuantCache(3, window=16, config=model.config))
+    found = blame(probe, cache)
+    real = probe.score(probe.filled(kv.QuantCache(3, window=16, config=model.config)))
+    assert found.kl == pytest.approx(real.kl, rel=0.05, abs=1e-5)
+    assert sum(found.shares) == pytest.approx(found.kl, rel=0.4)
+    assert divergence(probe.expected, probe.expected).item() == 0
+
+
+def test_a_cache_of_choices(model, probe):
+    choices = [Choice(0.5, "8", "4"), Choice(1.0, "4c", "2"), Choice(0.5, "8", "4"), Choice(0.25, "8", "4")]
+    cache = Menu(kv.KeyDiff(ratio=1.0), 16).cache(choices, range(4), model.config)
+    assert sorted(cache.per_layer) == [1, 3] and cache.per_layer[3] == {"ratio": 0.25}
+    probe.filled(cache)
+    assert [layer.store.n_kept for layer in cache.layers] == [100, 200, 100, 50]
+    assert cache.layers[1].store.keys.axis == "channel"
+
+
+def test_the_command(tmp_path, capsys):
+    options = ["--context", "256", "--pieces", "1", "--needles", "0", "--rounds", "2", "--policies", "keydiff"]
+    assert main(["tune", "--bytes", "0.3", "--out", str(tmp_path), *options]) == 0
+    said = json.loads(capsys.readouterr().out)
+    config = KVCacheConfig.load(tmp_path)
+    assert said["bytes_ratio"] == config.about["bytes_ratio"] <= 0.3 * 1.002
+    assert config.about["goal"]["bytes"] == 0.3 and config.about["trials"]
+    assert main(["tune", "--bytes", "0.001", "--out", str(tmp_path), *options]) == 2
+    assert "smallest" in capsys.readouterr().err
+    assert main(["tune", "--bytes", "0.3", "--out", str(tmp_path), *options[:-1], "pyramidkv"]) == 2
+    assert "pyramidkv" in capsys.readouterr().err
