@@ -70,7 +70,7 @@ def projection(options) -> list[dict]:
             "group": group,
             "cache": name,
             "setting": setting,
-            "packed bytes, of dense": _packed_share(cache),
+            "packed bytes, of dense": packed_share(cache),
             "perplexity": scores.perplexity,
             "change %": 100 * (scores.perplexity / exact.perplexity - 1),
             "KL": scores.kl,
@@ -106,7 +106,7 @@ def projection(options) -> list[dict]:
     return rows
 
 
-def _packed_share(cache) -> float:
+def packed_share(cache) -> float:
     """Bytes of packed rows of all layers, with positions, as a share of the same rows dense, in 16 bits."""
     packed = dense = 0.0
     for layer in cache.layers:

@@ -10,6 +10,7 @@ import functools
 import time
 
 import torch
+from projection import packed_share
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_kvcache as kv
@@ -63,7 +64,7 @@ def lowrank(options, rows) -> None:
         with torch.no_grad():
             model(windows[:1, :CONTEXT], **cache_argument(cache), logits_to_keep=1)
         change = 0.0 if exact is None else 100 * (scores.perplexity / exact - 1)
-        share = _packed_share(cache)
+        share = packed_share(cache)
         rows.add(
             "lowrank", name, **{"packed bytes, of dense": share, "perplexity": scores.perplexity, "change %": change},
             KL=scores.kl, **more,
@@ -102,17 +103,3 @@ def _mean_ranks(bases) -> dict[str, float]:
     """Mean latents per group of keys and of values."""
     ranks = list(bases.ranks.values())
     return {side: sum(own[side] for own in ranks) / len(ranks) for side in "kv"}
-
-
-def _packed_share(cache) -> float:
-    """Bytes of packed rows of all layers, with positions, as a share of the same rows dense, in 16 bits."""
-    packed = dense = 0.0
-    for layer in cache.layers:
-        store = layer.store
-        if store.keys is None:
-            packed, dense = packed + store.n_kept, dense + layer.tokens_seen
-            continue
-        row = sum(side.nbytes_per_token(layer.head_dim, 2) for side in (store.keys, store.values))
-        packed += layer.n_kv_heads * row + 4 * store.needs_positions
-        dense += layer.n_kv_heads * 2 * layer.head_dim * 2
-    return packed / dense

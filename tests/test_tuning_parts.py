@@ -101,3 +101,10 @@ def test_the_command(tmp_path, capsys):
     assert "smallest" in capsys.readouterr().err
     assert main(["tune", "--bytes", "0.3", "--out", str(tmp_path), *options[:-1], "pyramidkv"]) == 2
     assert "pyramidkv" in capsys.readouterr().err
+
+
+def test_the_most_kl_is_a_goal_too(tmp_path, capsys):
+    options = ["--context", "256", "--pieces", "1", "--needles", "0", "--rounds", "2", "--policies", "keydiff"]
+    assert main(["tune", "--max-kl", "0.02", "--out", str(tmp_path), *options]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["goal"]["max_kl"] == 0.02 and said["text"]["kl"] <= 0.02 and said["bytes_ratio"] < 0.5

@@ -192,6 +192,10 @@ def test_a_cache_of_decisions_is_not_replayed():
     with pytest.raises(NotReplayed, match="goes by what happens within the forward pass"):
         check_replay(parse("dms").build())
     check_replay(DynamicCache())
+    twice = parse("kvzip:ratio=0.5").build()
+    with pytest.raises(NotReplayed, match="KVzip reads a text twice"):
+        check_replay(twice)
+    check_replay(twice, twice=True)
 
 
 def test_too_little_memory_for_a_recording_is_no_failure(small, monkeypatch):

@@ -15,6 +15,7 @@ from hf_kvcache.eval import questioning, running
 from hf_kvcache.eval.asking import decode, feed, stops_of
 from hf_kvcache.eval.batches import Asked, batches
 from hf_kvcache.eval.lines import Line, Lines, OtherRun
+from hf_kvcache.eval.peers import is_installed
 from hf_kvcache.eval.prompts import Prompter
 from hf_kvcache.eval.running import Plan, Settings, build_instance, evaluate, most_tokens
 from hf_kvcache.eval.specs import parse
@@ -173,7 +174,8 @@ TOGETHER = (
     "snapkv:ratio=0.5",
     "adakv:ratio=0.5",
     "kvzip:ratio=0.5",
-    "hqq:bits=8",
+    # a peer that not every environment has
+    *(["hqq:bits=8"] if is_installed("hqq") else []),
 )
 
 

@@ -59,7 +59,7 @@ class Reading:
     def _prefill_for(self, spec: CacheSpec, cache) -> Prefill:
         if self._reason is not None:
             raise NotReplayed(self._reason)
-        check_replay(cache)
+        check_replay(cache, twice=True)
         if self._prefill is None:
             prepare(self.model, parse("dense"), self.settings)
             try:

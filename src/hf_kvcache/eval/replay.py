@@ -19,6 +19,7 @@ from hf_kvcache.calibration.observe import Passing, Through
 from hf_kvcache.eval.asking import feed
 from hf_kvcache.eval.texts import Texts
 from hf_kvcache.layer import KVLayer
+from hf_kvcache.long_prompts import reads_twice
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.policies.wrapper import Wrapper
 from hf_kvcache.view import KVView
@@ -182,14 +183,21 @@ def check_arguments(handed: Handed) -> None:
         raise NotReplayed(f"attention gets {', '.join(tensors)}")
 
 
-def check_replay(cache) -> None:
-    """Raise `NotReplayed` for a cache whose rows depend on more than those of a dense prefill."""
+def check_replay(cache, twice: bool = False) -> None:
+    """Raise `NotReplayed` for a cache whose rows depend on more than those of a dense prefill.
+
+    Args:
+        cache: any.
+        twice: whether its second pass over a text, where it makes one, is seen to (`replay_twice.Recorded`).
+    """
     if not isinstance(cache, KVCache):
         return
     if not cache.exact_prefill:
         raise NotReplayed("exact_prefill=False")
     if cache.offloading:
         raise NotReplayed("offloading=True")
+    if reads_twice(cache) and not twice:
+        raise NotReplayed(f"{type(cache.policy).__name__} reads a text twice")
     policy = cache.policy
     while isinstance(policy, Wrapper):
         policy = policy.scorer
@@ -207,12 +215,18 @@ def replay(prefill: Prefill, cache) -> None:
 def hand_on(layers: list[Handed], cache) -> None:
     """Let a cache take rows, and do what it does after attention to them."""
     for i, handed in enumerate(layers):
-        # a store may adopt the rows that it is given
-        view, _ = cache.update(handed.k.clone(), handed.v.clone(), i)
-        if isinstance(view, KVView):
-            rest = handed.query, handed.mask, handed.module, handed.base, handed.fuses
-            call = AttentionCall(view, *rest, **handed.options)
-            view.is_read, view.module = True, call.module
-            cache.meet(call)
-            view.layer.prepare(call)
-            view.layer.compress(call)
+        hand_on_layer(handed, cache, i)
+
+
+@torch.no_grad()
+def hand_on_layer(handed: Handed, cache, layer_idx: int) -> None:
+    """Let one layer of a cache take rows, and do what it does after attention to them."""
+    # a store may adopt the rows that it is given
+    view, _ = cache.update(handed.k.clone(), handed.v.clone(), layer_idx)
+    if isinstance(view, KVView):
+        rest = handed.query, handed.mask, handed.module, handed.base, handed.fuses
+        call = AttentionCall(view, *rest, **handed.options)
+        view.is_read, view.module = True, call.module
+        cache.meet(call)
+        view.layer.prepare(call)
+        view.layer.compress(call)

@@ -13,17 +13,15 @@ import numpy as np
 import torch
 from torch.nn.functional import log_softmax, nll_loss
 
-from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.cache import KVCache
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.eval.prompts import Prompter
 from hf_kvcache.eval.reading import finish
-from hf_kvcache.eval.replay import NotReplayed, Prefill, check_replay, record, replay
+from hf_kvcache.eval.replay import NotReplayed, Prefill, check_replay, hand_on_layer, record, replay
 from hf_kvcache.eval.tasks import TASKS
 from hf_kvcache.eval.texts import Texts
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.long_prompts import begin, reads_twice
-from hf_kvcache.view import KVView
+from hf_kvcache.long_prompts import begin
 
 NEEDLES = ("niah_single_2", "niah_multikey_1")
 N_QUESTIONS = 2
@@ -160,7 +158,7 @@ class Probe:
     def filled(self, cache):
         """A cache that has read the context and compressed it."""
         try:
-            if self.prefill is None or reads_twice(cache):
+            if self.prefill is None:
                 raise NotReplayed
             check_replay(cache)
             replay(self.prefill, cache)
@@ -180,17 +178,11 @@ class Probe:
     @torch.no_grad()
     def filled_layer(self, cache: KVCache, layer_idx: int) -> KVLayer:
         """One layer of an empty cache that has read the context and compressed it; the others stay empty."""
-        handed = self.prefill.layers[layer_idx]
-        view, _ = cache.update(handed.k.clone(), handed.v.clone(), layer_idx)
-        assert isinstance(view, KVView)
-        rest = handed.query, handed.mask, handed.module, handed.base, handed.fuses
-        call = AttentionCall(view, *rest, **handed.options)
-        view.is_read, view.module = True, call.module
-        cache.meet(call)
-        view.layer.prepare(call)
-        view.layer.compress(call)
-        view.layer.finish()
-        return view.layer
+        hand_on_layer(self.prefill.layers[layer_idx], cache, layer_idx)
+        layer = cache.layers[layer_idx]
+        assert isinstance(layer, KVLayer)
+        layer.finish()
+        return layer
 
     @torch.no_grad()
     def _logits(self, cache) -> torch.Tensor:
