@@ -20,7 +20,7 @@ import torch
 import hf_kvcache as kv
 from hf_kvcache.bench.environment import environment
 from hf_kvcache.cache_config import KVCacheConfig
-from hf_kvcache.eval.intervals import difference_of, mean_of
+from hf_kvcache.eval.intervals import bootstrapped, difference_of, mean_of
 from hf_kvcache.tuning.menu import BITS, SPARSE, codec_of
 from hf_kvcache.tuning.probes import Probe, needle_texts, prose_texts
 from hf_kvcache.tuning.tuner import WINDOWS, Goal, Tuner, described
@@ -196,7 +196,7 @@ def against(tuned: dict, found: dict, kind: str) -> dict:
     both = [i for i in tuned if i in found and tuned[i]["kind"] == kind]
     if not both:
         return {}
-    one = difference_of([found[i]["kl"] for i in both], [tuned[i]["kl"] for i in both])
+    one = bootstrapped([found[i]["kl"] - tuned[i]["kl"] for i in both])
     hits = difference_of([found[i]["hits"] for i in both], [tuned[i]["hits"] for i in both])
     return {"kl": rounded(one), "hits": rounded(hits)}
 
@@ -206,7 +206,8 @@ def means(found: dict[int, dict]) -> dict:
     for kind in ("text", "needle"):
         own = [one for one in found.values() if one["kind"] == kind]
         if own:
-            row[kind] = {name: rounded(mean_of([one[name] for one in own])) for name in ("kl", "hits")}
+            row[kind] = {"kl": rounded(bootstrapped([one["kl"] for one in own]))}
+            row[kind]["hits"] = rounded(mean_of([one["hits"] for one in own]))
             row[kind]["nll"] = round(sum(one["nll"] for one in own) / len(own), 4)
             row[kind]["dense_nll"] = round(sum(one["dense_nll"] for one in own) / len(own), 4)
             row[kind]["n"] = len(own)

@@ -12,8 +12,9 @@ from hf_kvcache.models import embedded_model
 from hf_kvcache.tuning.allocate import Offer, allocate, hull, uniform
 from hf_kvcache.tuning.follow import Followed, divergence
 from hf_kvcache.tuning.menu import Choice, Menu
-from hf_kvcache.tuning.probes import Probe, Text
+from hf_kvcache.tuning.probes import Probe, Score, Text
 from hf_kvcache.tuning.sensitivity import LayerTable, add_codecs, blame
+from hf_kvcache.tuning.tuner import Goal, Trial, Tuned, Tuner
 
 A, B, C = (Choice(1.0, name, name) for name in "248")
 
@@ -108,3 +109,19 @@ def test_the_most_kl_is_a_goal_too(tmp_path, capsys):
     assert main(["tune", "--max-kl", "0.02", "--out", str(tmp_path), *options]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["goal"]["max_kl"] == 0.02 and said["text"]["kl"] <= 0.02 and said["bytes_ratio"] < 0.5
+    assert main(["tune", "--max-kl", "0", "--out", str(tmp_path / "no"), *options]) == 2
+    assert "no cache on offer comes below a KL of 0" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_a_goal_that_was_missed_is_no_result(model, monkeypatch):
+    """What does not fit is refused, not written with the bytes that it has."""
+    tuner = Tuner.__new__(Tuner)
+    menu = Menu(None, 16)
+    trials = [Trial(menu, [], {"text": 0.1}, [], 0.31), Trial(menu, [], {"text": 0.01}, [], 0.4)]
+    monkeypatch.setattr(tuner, "_within", lambda *args: trials)
+    with pytest.raises(ValueError, match="the smallest cache that was measured has 0.3100 of the bytes, not 0.3"):
+        tuner.tune(Goal(bytes_ratio=0.3))
+    monkeypatch.setattr(tuner, "_verified", lambda trial, found: Tuned(trial, None, {"text": Score(0.02, 0, 0)}, {}))
+    with pytest.raises(ValueError, match="the nearest has 0.0200"):
+        tuner.tune(Goal(max_kl=0.015))
+    assert tuner.tune(Goal(max_kl=0.05)).trial is trials[1]

@@ -24,6 +24,9 @@ def test_the_kind_follows_from_the_scores():
     assert (right.mean, right.kind, right.n) == (0.75, "wilson", 4) and (right.low, right.high) == wilson(3, 4)
     parts = mean_of([0.5, 1.0, 0.25])
     assert parts.kind == "bootstrap" and 0.25 <= parts.low < parts.mean < parts.high <= 1
+    # two answers that are half right are no proof of a half
+    alike = mean_of([0.5, 0.5])
+    assert alike.kind == "wilson" and (alike.low, alike.high) == wilson(1, 2)
     one = mean_of([0.5])
     assert (one.low, one.high, one.kind) == (None, None, "none")
 
@@ -35,8 +38,12 @@ def test_differences_are_of_pairs():
     # the same scores leave no doubt in the bootstrap, but some where only a few pairs were seen
     same = difference_of([1, 1, 1], [1, 1, 1])
     assert same.low < 0 == same.mean < same.high
-    parts = np.linspace(0, 1, 30)
+    parts = np.linspace(0, 0.9, 30)
     shifted = difference_of(parts, parts + 0.1)
+    assert shifted.mean == pytest.approx(-0.1)
+    assert (shifted.low, shifted.high) == pytest.approx(bonett_price(0, 3, 30)) and shifted.low < -0.1 < shifted.high
+    # numbers that are no scores have no such interval
+    shifted = difference_of(parts + 1, parts + 1.1)
     assert (shifted.low, shifted.high) == pytest.approx((-0.1, -0.1))
     with pytest.raises(ValueError, match="3 values and 2 of the baseline"):
         difference_of([1, 0, 1], [1, 0])

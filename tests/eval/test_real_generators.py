@@ -3,7 +3,7 @@
 from statistics import fmean
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import real_models
 
 from hf_kvcache.eval.lines import Lines
 from hf_kvcache.eval.prompts import Prompter
@@ -11,7 +11,6 @@ from hf_kvcache.eval.running import Plan, Settings, build_instance, evaluate
 from hf_kvcache.eval.specs import parse
 from hf_kvcache.eval.tasks import TASKS
 from hf_kvcache.eval.tasks.evidence import task_without_answers
-from hf_kvcache.models import path_of
 
 pytestmark = pytest.mark.slow
 NAMES = "niah_single_1", "niah_single_2", "passkey"
@@ -20,12 +19,7 @@ LENGTH, N_INSTANCES = 1024, 3
 
 @pytest.fixture(scope="module")
 def smollm2():
-    try:
-        where = path_of("smollm2")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    model = AutoModelForCausalLM.from_pretrained(where, attn_implementation="hf_kvcache")
-    return model.eval(), AutoTokenizer.from_pretrained(where)
+    return real_models.smollm2()
 
 
 def scores(smollm2, tasks, n_instances, seed=0):

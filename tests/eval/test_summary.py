@@ -37,7 +37,7 @@ def test_several_questions_are_one_instance():
     # one of two is missing, so that there is no score of this instance
     lines.append(line("dynamic", 3, 1.0, 0))
     row = of(summarise(lines, 2), cache="dynamic")
-    assert (row.score.mean, row.score.kind, row.score.n, row.n_instances) == (0.5, "bootstrap", 3, 3)
+    assert (row.score.mean, row.score.kind, row.score.n, row.n_instances) == (0.5, "wilson", 3, 3)
 
 
 def test_failures_are_counted_and_not_scored():

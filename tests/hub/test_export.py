@@ -20,7 +20,6 @@ import hf_kvcache as kv
 from hf_kvcache import compat
 from hf_kvcache.adapters import AdapterError, Bases, attach
 from hf_kvcache.attention import interface
-from hf_kvcache.cache_config import KVCacheConfig
 from hf_kvcache.cli import main
 from hf_kvcache.codecs.basis import Basis
 from hf_kvcache.dmc import Settings, load, retrofit, retrofits
@@ -237,25 +236,6 @@ def test_latents_that_a_cache_fits_itself_need_nothing_of_the_model(inputs, tmp_
 def test_custom_generate_needs_a_method_of_the_cache_alone(tmp_path, make):
     with pytest.raises(ValueError, match="goes by what a model carries"):
         export_generate(make(), tmp_path / "out")
-
-
-def test_a_configuration_is_exported(tmp_path, inputs):
-    """What `hf-kvcache tune` writes, options of single layers included, is what the repository runs."""
-
-    def made():
-        return kv.KVCache(codec=kv.Quantize(4), window=32, per_layer={1: {"codec": kv.Quantize(8)}, 2: {"window": 64}})
-
-    KVCacheConfig.from_cache(made()).save(tmp_path)
-    options = "--no-measure", "--out", str(tmp_path / "out")
-    assert main(["export", "--config", str(tmp_path / "kv_cache_config.json"), *options]) == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32).eval()
-    found = dict(max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
-    with use_backend("reference"):
-        theirs = model.generate(**inputs, **found)
-        ours = plain("float32").generate(**inputs, **found, **compat.cache_argument(made()))
-    assert theirs.sequences.tolist() == ours.sequences.tolist()
-    assert compat.given_cache(theirs).nbytes == compat.given_cache(ours).nbytes
-    assert main(["export", "--config", str(tmp_path / "no.json"), *options]) == 2
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """The real language model, where `hf-kvcache models get smollm2` has brought it."""
 
 import pytest
+import real_models
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 import hf_kvcache as kv
 from hf_kvcache.compat import cache_argument
-from hf_kvcache.models import embedded_prose, path_of
+from hf_kvcache.models import embedded_prose
 
 pytestmark = pytest.mark.slow
 KEY = "49273"
@@ -14,12 +15,7 @@ KEY = "49273"
 
 @pytest.fixture(scope="module")
 def smollm2():
-    try:
-        where = path_of("smollm2")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, attn_implementation="hf_kvcache")
-    return model.eval(), AutoTokenizer.from_pretrained(where)
+    return real_models.smollm2(dtype=torch.float32)
 
 
 def answer(smollm2, inputs, cache):

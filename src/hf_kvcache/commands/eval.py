@@ -19,9 +19,7 @@ more tasks, lengths, instances, settings or caches add to it. DIR/eval.json and 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from hf_kvcache.commands import UserError, eval_data, eval_texts
@@ -191,14 +189,9 @@ def _evaluate(model, tokenizer, plan, settings, lines) -> None:
 
 def _show(args: argparse.Namespace, out: Path, known: dict, lines, settings) -> None:
     """Summaries to the folder and to standard output."""
-    from hf_kvcache.commands.progress import say_failures, show
+    from hf_kvcache.commands.progress import publish
     from hf_kvcache.eval.summary import summarise
     from hf_kvcache.eval.tables import CAPTION, as_markdown, as_tables
 
-    rows = summarise(lines, settings.n_questions)
-    text = json.dumps(known | {"rows": [asdict(row) for row in rows]}, indent=1)
-    table = as_markdown(rows, f"{known['model']}, {known['dtype']}, {known['device']}")
-    (out / RESULT).write_text(text + "\n", encoding="utf-8")
-    (out / TABLE).write_text(table, encoding="utf-8")
-    show(text, table, lambda: (*as_tables(rows), CAPTION), args.json)
-    say_failures(lines)
+    files, rows = (out / RESULT, out / TABLE), summarise(lines, settings.n_questions)
+    publish(rows, known, lines, files, as_markdown, lambda rows: (*as_tables(rows), CAPTION), args.json)

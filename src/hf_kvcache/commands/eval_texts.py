@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from hf_kvcache.commands import UserError
@@ -102,14 +101,9 @@ def go_on(args: argparse.Namespace, out: Path, model, texts, plan, settings, kno
 
 def _show(args: argparse.Namespace, out: Path, known: dict, lines, n_next: int) -> None:
     """Summaries to the folder and to standard output."""
-    from hf_kvcache.commands.progress import say_failures, show
+    from hf_kvcache.commands.progress import publish
     from hf_kvcache.eval.position_tables import CAPTION, as_markdown, as_tables
     from hf_kvcache.eval.positions import by_position
 
-    rows = by_position(lines, n_next)
-    text = json.dumps(known | {"rows": [asdict(row) for row in rows]}, indent=1)
-    table = as_markdown(rows, f"{known['model']}, {known['dtype']}, {known['device']}")
-    (out / RESULT).write_text(text + "\n", encoding="utf-8")
-    (out / TABLE).write_text(table, encoding="utf-8")
-    show(text, table, lambda: (*as_tables(rows), CAPTION), args.json)
-    say_failures(lines)
+    files, rows = (out / RESULT, out / TABLE), by_position(lines, n_next)
+    publish(rows, known, lines, files, as_markdown, lambda rows: (*as_tables(rows), CAPTION), args.json)

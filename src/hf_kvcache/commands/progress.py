@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
 
 @contextmanager
@@ -36,20 +39,35 @@ def shown(n_lines: int) -> Iterator[Callable[[str, int], None]]:
         yield advance
 
 
-def show(json: str, markdown: str, tables: Callable[[], Iterable], is_json: bool) -> None:
-    """JSON where it is asked for, tables on a terminal, else Markdown."""
+def publish(rows: list, about: dict, lines: Iterable, files: tuple[Path, Path], as_markdown, as_tables, as_json: bool):
+    """Summaries to two files and to standard output: JSON where asked for, tables on a terminal, else Markdown.
+
+    Args:
+        rows: dataclasses of what was found.
+        about: what it was found with.
+        lines: all answers; why some of them failed goes to standard error.
+        files: for JSON and for Markdown.
+        as_markdown: of the rows and a title.
+        as_tables: of the rows, for a terminal.
+        as_json: whether standard output gets JSON.
+    """
     from rich.console import Console
 
+    text = json.dumps(about | {"rows": [asdict(row) for row in rows]}, indent=1)
+    markdown = as_markdown(rows, f"{about['model']}, {about['dtype']}, {about['device']}")
+    for file, content in zip(files, (text + "\n", markdown), strict=True):
+        file.write_text(content, encoding="utf-8")
     console = Console()
-    if is_json:
-        print(json)
+    if as_json:
+        print(text)
     elif console.is_terminal:
-        console.print(*tables())
+        console.print(*as_tables(rows))
     else:
         print(markdown, end="")
+    _say_failures(lines)
 
 
-def say_failures(lines: Iterable) -> None:
+def _say_failures(lines: Iterable) -> None:
     """Why caches have not answered, to standard error."""
     failed = Counter((line.cache, line.error.splitlines()[0]) for line in lines if line.error)
     for (cache, error), n in failed.items():

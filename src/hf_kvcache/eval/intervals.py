@@ -31,19 +31,23 @@ class Estimate:
 
 
 def mean_of(values) -> Estimate:
-    """Mean of independent scores: Wilson's interval where all are 0 or 1, else the bootstrap's.
+    """Mean of independent scores in `[0, 1]`: Wilson's interval where all are 0 or 1, else the bootstrap's.
+
+    Scores that are all alike leave the bootstrap nothing to draw: theirs is Wilson's, too, of so large a share.
 
     Raises:
         ValueError: there are none.
     """
     values = _checked(values)
-    if np.isin(values, (0, 1)).all():
-        return Estimate(float(values.mean()), *wilson(int(values.sum()), len(values)), "wilson", len(values))
+    if np.isin(values, (0, 1)).all() or _are_alike(values, values):
+        return Estimate(float(values.mean()), *wilson(values.sum(), len(values)), "wilson", len(values))
     return bootstrapped(values)
 
 
 def difference_of(values, base) -> Estimate:
-    """Mean of `values - base`, paired: Bonett and Price's interval where all are 0 or 1, else the bootstrap's.
+    """Mean of `values - base`, paired scores: Bonett and Price's interval where all are 0 or 1, else the bootstrap's.
+
+    Differences that are all alike leave the bootstrap nothing to draw: theirs is Bonett and Price's, too.
 
     Raises:
         ValueError: there are none, or not as many of the one as of the other.
@@ -51,11 +55,11 @@ def difference_of(values, base) -> Estimate:
     values, base = _checked(values), _checked(base)
     if values.shape != base.shape:
         raise ValueError(f"{len(values)} values and {len(base)} of the baseline are no pairs")
-    if np.isin([values, base], (0, 1)).all():
-        n_gained, n_lost = int((values > base).sum()), int((values < base).sum())
-        ends = bonett_price(n_gained, n_lost, len(values))
-        return Estimate(float((values - base).mean()), *ends, "bonett-price", len(values))
-    return bootstrapped(values - base)
+    gains = values - base
+    if np.isin([values, base], (0, 1)).all() or _are_alike(gains, values, base):
+        ends = bonett_price(gains.clip(min=0).sum(), -gains.clip(max=0).sum(), len(values))
+        return Estimate(float(gains.mean()), *ends, "bonett-price", len(values))
+    return bootstrapped(gains)
 
 
 def mean_of_means(estimates: list[Estimate]) -> Estimate:
@@ -81,7 +85,7 @@ def bootstrapped(values) -> Estimate:
     return Estimate(mean, *bootstrap(values), "bootstrap", len(values))
 
 
-def wilson(n_right: int, n: int) -> tuple[float, float]:
+def wilson(n_right: float, n: int) -> tuple[float, float]:
     """Interval of a proportion (Wilson 1927, score interval without correction)."""
     share, width = n_right / n, Z * Z / n
     middle = (share + width / 2) / (1 + width)
@@ -90,7 +94,7 @@ def wilson(n_right: int, n: int) -> tuple[float, float]:
     return (0.0 if n_right == 0 else middle - half), (1.0 if n_right == n else middle + half)
 
 
-def bonett_price(n_gained: int, n_lost: int, n: int) -> tuple[float, float]:
+def bonett_price(n_gained: float, n_lost: float, n: int) -> tuple[float, float]:
     """Interval of the difference of two paired proportions (Bonett and Price 2012).
 
     Args:
@@ -108,6 +112,12 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
     drawn = np.random.default_rng(0).integers(len(values), size=(N_RESAMPLES, len(values)))
     low, high = np.percentile(values[drawn].mean(1), (2.5, 97.5))
     return float(low), float(high)
+
+
+def _are_alike(values: np.ndarray, *scores: np.ndarray) -> bool:
+    """Whether there is nothing to draw among these, which come from scores: shares of what could be right."""
+    are_scores = all(((one >= 0) & (one <= 1)).all() for one in scores)
+    return len(values) > 1 and are_scores and bool(np.isclose(values, values[0], rtol=0, atol=1e-12).all())
 
 
 def _checked(values) -> np.ndarray:

@@ -45,7 +45,7 @@ class Recorded:
                 self._first = first_tokens(self._recorded, fed.shape[1])
             replay(self._first, cache)
             return
-        key = fed.cpu().numpy().tobytes()
+        key = b"".join(x.cpu().numpy().tobytes() for x in (fed, options.get("attention_mask")) if x is not None)
         if key not in self._later:
             rest = {name: x for name, x in options.items() if x is not cache}
             self._later[key], _ = overhear(

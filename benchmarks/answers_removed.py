@@ -1,6 +1,6 @@
 """What the dense model scores on every task, with the answers in the text and without them.
 
-python benchmarks/evidence.py --model smollm2 --out out/evidence
+python benchmarks/answers_removed.py --model smollm2 --out out/answers-removed
 
 Writes a line for every answer as it goes (DIR/with.jsonl, DIR/without.jsonl), goes on where it was stopped, and prints
 a Markdown table at the end: means over instances with intervals of 95 %. The instances are the same in both columns,
