@@ -1,12 +1,15 @@
 """Arguments of the model `hf-kvcache`: what it takes, and what it refuses."""
 
 import builtins
+import importlib
 import sys
 
 import pytest
 from harness_toys import LOADED, PROSE, behind, likelihoods
+from lm_eval.api.registry import get_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import hf_kvcache
 from hf_kvcache.cli import main
 from hf_kvcache.commands.common import default_device
 from hf_kvcache.dmc import Settings, retrofit, retrofits, save
@@ -113,3 +116,13 @@ def test_without_the_harness_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["lm-eval", "--model", "hf-kvcache"]) == 2
     assert "pip install 'hf_kvcache[lm-eval]'" in capsys.readouterr().err
+
+
+def test_a_module_that_is_imported_anew_finds_its_name_taken(monkeypatch):
+    """By itself, once more: what the harness knows stays."""
+    # put back at the end
+    monkeypatch.setattr(hf_kvcache, "lm_eval", hf_kvcache.lm_eval)
+    for name in [name for name in sys.modules if name.startswith("hf_kvcache.lm_eval")]:
+        monkeypatch.delitem(sys.modules, name)
+    again = importlib.import_module("hf_kvcache.lm_eval")
+    assert again.KVCacheLM is not KVCacheLM and get_model(again.NAME) is KVCacheLM

@@ -11,7 +11,7 @@ Importing this makes the name known to the harness, which looks for models in no
 from __future__ import annotations
 
 try:
-    from lm_eval.api.registry import register_model
+    from lm_eval.api.registry import model_registry, register_model
 except ImportError as error:
     raise ImportError(
         "the lm-evaluation-harness is not installed: pip install 'hf_kvcache[lm-eval]' brings it"
@@ -21,7 +21,9 @@ from hf_kvcache.lm_eval.model import ArgumentError, KVCacheLM
 
 NAME = "hf-kvcache"
 
-register_model(NAME)(KVCacheLM)
+# the harness refuses a name that it knows; a module that is imported anew has been there before
+if NAME not in model_registry or model_registry.get(NAME).__module__ != KVCacheLM.__module__:
+    register_model(NAME)(KVCacheLM)
 
 __all__ = ["NAME", "ArgumentError", "KVCacheLM", "main"]
 
