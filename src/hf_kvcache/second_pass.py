@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,12 +22,14 @@ class Chunk:
         start, stop: their positions.
         n_asked: tokens of the call before the repetition.
         is_real: False for padding among them and the tokens of the call, `[B, n + S]`; None where there is none.
+        weights: what the policy has said of them, by layer, if it has been asked before; takes what it says now.
     """
 
     start: int
     stop: int
     n_asked: int
     is_real: torch.Tensor | None
+    weights: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class TwiceReadLayer(KVLayer):
@@ -61,12 +63,17 @@ class TwiceReadLayer(KVLayer):
 
     def _score(self, call, chunk: Chunk) -> None:
         """Raise the scores of the rows of a chunk to the weights that its repetition gives them."""
-        store, places = self.store, self._places(chunk.start, chunk.stop)
-        k = torch.cat([self._keys(places), store.dense["k"][:, :, -call.n_new :]], 2)
+        places = self._places(chunk.start, chunk.stop)
+        if self.layer_idx not in chunk.weights:
+            chunk.weights[self.layer_idx] = self._weights(call, chunk, places)
+        score = self.store.state("score")
+        self.store.set_state("score", score.scatter_reduce(2, places, chunk.weights[self.layer_idx], "amax"))
+
+    def _weights(self, call, chunk: Chunk, places: torch.Tensor) -> torch.Tensor:
+        k = torch.cat([self._keys(places), self.store.dense["k"][:, :, -call.n_new :]], 2)
         is_real = None if chunk.is_real is None else chunk.is_real.to(k.device)
-        n = chunk.stop - chunk.start
-        weights = self.policy.largest_weights(call.query[:, :, chunk.n_asked :], k, n, self._view(), is_real)
-        store.set_state("score", store.state("score").scatter_reduce(2, places, weights, "amax"))
+        queries, n = call.query[:, :, chunk.n_asked :], chunk.stop - chunk.start
+        return self.policy.largest_weights(queries, k, n, self._view(), is_real)
 
     def _places(self, start: int, stop: int) -> torch.Tensor:
         """Where in view order the tokens `[start, stop)` are, int64 `[B, Hkv, n]`; 0 for padding."""

@@ -16,6 +16,7 @@ from hf_kvcache.eval.replay import NotReplayed, check_replay, record, replay
 from hf_kvcache.eval.running import Settings
 from hf_kvcache.eval.specs import parse
 from hf_kvcache.eval.texts import Texts
+from hf_kvcache.policies import KVzip
 
 TEXT, NEXT = prompt(length=80), prompt(length=9, seed=2)
 LLAMA = ["llama", "qwen2", "qwen3", "phi3", "gemma"]
@@ -272,14 +273,18 @@ def test_what_follows_a_recording_need_not_be_read_with_it(texts, name, implemen
 
 
 @pytest.mark.parametrize("texts", [Texts(TEXT), SEVERAL], ids=["one", "several"])
-def test_a_second_pass_is_replayed_too(texts):
-    """Its rows and queries are the same for all caches: of two passes each, the model makes two in all."""
-    model, read = tiny_model(), []
+def test_a_second_pass_is_replayed_too(texts, monkeypatch):
+    """Its rows and queries are the same for all caches: of two passes each, the model makes two in all.
+
+    What a repetition says of the rows of a layer is asked once, too.
+    """
+    model, read, largest, n_scored = tiny_model(), [], KVzip.largest_weights, []
 
     def count(module, args, kwargs):
         read.append((args[0] if args else kwargs["input_ids"]).shape[1])
 
     hook = model.model.register_forward_pre_hook(count, with_kwargs=True)
+    monkeypatch.setattr(KVzip, "largest_weights", lambda *args: n_scored.append(1) or largest(*args))
     reading = Reading(model, texts, Settings())
     names = (
         "kvzip:ratio=0.5",
@@ -290,6 +295,7 @@ def test_a_second_pass_is_replayed_too(texts):
     filled = [reading.fill(parse(name)) for name in names]
     hook.remove()
     assert [n for n in read if n > 1] == [80, 79] and {how for *_, how in filled} == {"replayed"}
+    assert len(n_scored) == model.config.num_hidden_layers
     for name, (ours, logits, _) in zip(names, filled, strict=True):
         theirs, expected, _ = Reading(model, texts, Settings(replays=False)).fill(parse(name))
         assert torch.allclose(logits, expected, atol=1e-4) and cache_nbytes(ours) == cache_nbytes(theirs)

@@ -78,7 +78,9 @@ def test_many_rows_and_queries_are_read_in_blocks(monkeypatch):
     wide = prefilled(model, ids, kv.EvictionCache("kvzip", ratio=1.0, chunk=69, **KNOBS))
     assert_close("scores", scores(wide), whole, 1e-5)
     monkeypatch.setattr("hf_kvcache.second_pass.BLOCK", 16)
-    monkeypatch.setattr("hf_kvcache.policies.kvzip.SCORED", (7, 16))
+    monkeypatch.setattr("hf_kvcache.policies.kvzip.KEYS", 16)
+    # 8 queries at a time, the least
+    monkeypatch.setattr("hf_kvcache.policies.weights.IN_CACHE", 1)
     assert_close("scores", scores(prefilled(model, ids)), whole, 1e-5)
 
 

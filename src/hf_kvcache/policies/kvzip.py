@@ -8,9 +8,10 @@ import torch
 from torch.nn.functional import pad
 
 from hf_kvcache.policies.ragged import Ragged, best_of_all
+from hf_kvcache.policies.weights import queries_at_once
 
 LEVELS = ("model", "layer", "head")
-SCORED = (128, 8192)  # queries and keys that are scored at a time
+KEYS = 8192  # that are scored at a time
 
 
 @dataclass
@@ -81,7 +82,8 @@ class KVzip(Ragged):
         # what is calibrated knows policies
         from hf_kvcache.calibration.importance import reconstruction
 
-        return reconstruction(q, k, view.scaling, n_rows, softcap=view.softcap, is_real=is_real, block=SCORED).exp()
+        block = queries_at_once(q.shape[:2].numel(), min(k.shape[2], KEYS), q.device), KEYS
+        return reconstruction(q, k, view.scaling, n_rows, softcap=view.softcap, is_real=is_real, block=block).exp()
 
     def score(self, view):  # -> [B, Hkv, N]
         return view.state("score")

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import torch
 
-QUERIES = 256  # queries that are scored at a time
+QUERIES = 256  # queries that are scored at a time, at most
 ROWS = 1024  # rows that are read at a time
+IN_CACHE = 1 << 20  # scores that stay close to a core of a CPU while they are turned into weights: half the time
 
 
 def newest_mass(view, n_queries: int) -> torch.Tensor:
     """`attention_mass` of the newest `n_queries` queries of the layer (fewer, if it has seen fewer)."""
     queries = view.queries(n_queries)
     return attention_mass(queries, view.tokens_seen - queries.shape[3], view)
+
+
+def queries_at_once(n_heads: int, n_rows: int, device: torch.device) -> int:
+    """How many queries of so many heads are scored together against so many rows; `n_heads` is of the whole batch."""
+    if device.type != "cpu":
+        return QUERIES
+    return min(max(IN_CACHE // (n_heads * n_rows), 8), QUERIES)
 
 
 def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
@@ -32,8 +40,9 @@ def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
     # pads stand in front: a query before the first real token of its row is one
     start = torch.where(positions >= 0, positions, view.tokens_seen).amin(-1)  # [B, Hkv]
     mass = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
-    for at in range(0, queries.shape[3], QUERIES):
-        part = queries[:, :, :, at : at + QUERIES].float() * view.scaling
+    at_once = queries_at_once(queries.shape[:3].numel(), min(positions.shape[2], ROWS), positions.device)
+    for at in range(0, queries.shape[3], at_once):
+        part = queries[:, :, :, at : at + at_once].float() * view.scaling
         where = torch.arange(first + at, first + at + part.shape[3], device=positions.device)
         is_real = (where >= start.unsqueeze(-1)).unsqueeze(2).unsqueeze(-1)  # [B, Hkv, 1, S, 1]
         total, (first_pass, second_pass) = None, _twice(part, first + at, view)
