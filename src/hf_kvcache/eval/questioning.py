@@ -71,19 +71,26 @@ class Questioning:
             self._fail(spec, asked, error)
             return
         n_padding = reading.texts.n_padding
-        for setting, questions in asked.items():
+        # a conversation is one use of a cache, and so is a question; the last one may change what was read
+        uses = [(s, q) for s, questions in asked.items() for q in (questions[:1] if s == "turns" else questions)]
+        failed = set()
+        for use in uses:
+            setting, q = use
+            if setting in failed:
+                continue
             try:
-                if setting == "turns" and questions:
-                    self._take_turns(spec, cache, known)
-                for q in questions if setting == "known" else ():
-                    self._answer(setting, spec, q, cache, logits, n_padding, n_asked=0, **known)
-                for q in questions if setting == "unknown" else ():
+                own = cache if use == uses[-1] else _fork(cache, reading, spec)
+                if setting == "turns":
+                    self._take_turns(spec, own, known)
+                elif setting == "known":
+                    self._answer(setting, spec, q, own, logits, n_padding, n_asked=0, **known)
+                else:
                     ids = self._tokens([row.prompt.questions[q] for row in self.batch.rows])
-                    fork = _fork(cache, reading, spec)
-                    said = feed(self.model, fork, ids, n_padding)
-                    self._answer(setting, spec, q, fork, said, n_padding, n_asked=ids.shape[1], **known)
+                    said = feed(self.model, own, ids, n_padding)
+                    self._answer(setting, spec, q, own, said, n_padding, n_asked=ids.shape[1], **known)
             except Exception as error:
-                self._fail(spec, {setting: questions}, error)
+                self._fail(spec, {setting: asked[setting]}, error)
+                failed.add(setting)
 
     def _fail(self, spec: CacheSpec, asked: dict[str, list[int]], error: Exception) -> None:
         for setting, questions in asked.items():
