@@ -23,6 +23,7 @@ import generation
 import long_prompt
 import memory
 import projection
+import prompts
 import pruning
 import ragged
 import recall
@@ -39,6 +40,7 @@ from hf_kvcache.models import resolve
 SUITES = {
     "attention": attention.decode_step,
     "scaling": attention.scaling,
+    "prompts": prompts.prompts,
     "prefill": generation.prefill,
     "generate": generation.decode,
     "equal-memory": generation.equal_memory,
@@ -55,6 +57,8 @@ SUITES = {
     "serving": serving.serving,
     "retrofit-prefill": serving.retrofit_prefill,
 }
+# the op has no kernel for a GPU
+ON_CPU = ("prompts",)
 # drawn beside the JSON, where matplotlib is installed
 PICTURES = {"long-prompt": long_prompt.picture, "retrofit": retrofit.picture}
 # these measure what a model says, not how fast, and take --model, --text and --context
@@ -81,9 +85,13 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = set(options.suites) - set(SUITES)
     if unknown:
         parser.error(f"no suite is called {', '.join(sorted(unknown))}")
+    elsewhere = set(options.suites) & set(ON_CPU) if options.device != "cpu" else ()
+    if elsewhere:
+        parser.error(f"{', '.join(elsewhere)}: only --device cpu")
     console = Console()
     options.out.mkdir(parents=True, exist_ok=True)
-    everything = [name for name in SUITES if name not in ON_REQUEST or getattr(options, ON_REQUEST[name])]
+    able = [name for name in SUITES if options.device == "cpu" or name not in ON_CPU]
+    everything = [name for name in able if name not in ON_REQUEST or getattr(options, ON_REQUEST[name])]
     for name in options.suites or everything:
         started = time.time()
         rows = SUITES[name](options)

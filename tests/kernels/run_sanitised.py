@@ -7,6 +7,7 @@ from hf_kvcache.kernels import native, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
 from hf_kvcache.kernels.merge_step import merge_step
+from hf_kvcache.kernels.prompt_attention import prompt_attention
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.ragged_attention import ragged_attention
@@ -31,6 +32,14 @@ def dense():
             mask = torch.rand(1, 1, S, n) > 0.3
             dense_attention(q, k, v, scaling=0.1)
             dense_attention(q, k, v, scaling=0.1, mask=mask, softcap=5.0)
+
+
+def prompts():
+    for S, N, D, Dv, G in ((1, 1, 8, 8, 1), (31, 31, 80, 47, 7), (7, 260, 33, 16, 4), (300, 513, 64, 128, 1)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            q, k, v = (exact(2, *shape).to(dtype) for shape in ((2 * G, S, D), (2, N, D), (2, N, Dv)))
+            prompt_attention(q, k, v, scaling=0.1)
+            prompt_attention(q, k, v, scaling=0.1, is_real=torch.rand(2, N) > 0.3, softcap=5.0)
 
 
 def quant():
@@ -175,6 +184,7 @@ if __name__ == "__main__":
     torch.set_num_threads(2)
     with use_backend("native"):
         dense()
+        prompts()
         pack()
         quant()
         sparse()

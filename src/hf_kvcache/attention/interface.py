@@ -12,6 +12,7 @@ from hf_kvcache.attention.call import AttentionCall, as_tensor
 from hf_kvcache.attention.exact import eager, exact_attention
 from hf_kvcache.attention.guest import guest_of
 from hf_kvcache.attention.mask import KVMask
+from hf_kvcache.attention.prompts import attend_tensors
 from hf_kvcache.attention.rows import attend_handed, attend_rows
 from hf_kvcache.handed import handed_out
 from hf_kvcache.view import KVView, ValueView
@@ -21,7 +22,7 @@ _REGISTERING = threading.Lock()
 
 
 def kv_attention(module, query, key, value, attention_mask, **kwargs):
-    """`attn_implementation="hf_kvcache"`: attention over a `KVView`; without one, exactly sdpa.
+    """`attn_implementation="hf_kvcache"`: attention over a `KVView`; without one, sdpa, or our op for prompts on a CPU.
 
     Softcap and attention sinks (`s_aux`) are served; an argument that is not understood goes, with dense tensors, to
     the model's own eager attention.
@@ -114,6 +115,8 @@ def _serve(base, fuses, module, query, key, value, mask, options):
             "it would have changed had it been a tensor; load the model with its own attn_implementation, such as "
             '"eager"'
         )
+    if base is exact_attention and (attended := attend_tensors(query, key, value, mask, options)):
+        return attended
     return base(module, query, key, value, as_tensor(mask), **options)
 
 

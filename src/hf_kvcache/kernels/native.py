@@ -32,6 +32,7 @@ OPS = (
     "dense_attention",
     "lowrank_attention",
     "merge_step",
+    "prompt_attention",
     "quant_attention",
     "quant_pack",
     "ragged_attention",
