@@ -68,7 +68,8 @@ def test_every_architecture(case, arch):
     a = generate(tiny_model(arch, stock_implementation(arch)), ids, stock, attention_mask=mask)
     b = generate(tiny_model(arch), ids, named, attention_mask=mask)
     assert torch.equal(a.sequences, b.sequences)
-    assert_close("logits", torch.stack(a.logits), torch.stack(b.logits), 1e-4)
+    # rows that differ by a rounding error may differ by a code
+    assert_close("logits", torch.stack(a.logits), torch.stack(b.logits), 5e-4)
 
 
 # -- batches -------------------------------------------------------------------------------------------------------

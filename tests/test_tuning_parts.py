@@ -13,6 +13,7 @@ from hf_kvcache.tuning.allocate import Offer, allocate, hull, uniform
 from hf_kvcache.tuning.follow import Followed, divergence
 from hf_kvcache.tuning.menu import Choice, Menu
 from hf_kvcache.tuning.probes import Probe, Score, Text
+from hf_kvcache.tuning.rates import STEPS, WARM_UP, decode_rate
 from hf_kvcache.tuning.sensitivity import LayerTable, add_codecs, blame
 from hf_kvcache.tuning.tuner import Goal, Trial, Tuned, Tuner
 
@@ -111,6 +112,32 @@ def test_the_most_kl_is_a_goal_too(tmp_path, capsys):
     assert said["goal"]["max_kl"] == 0.02 and said["text"]["kl"] <= 0.02 and said["bytes_ratio"] < 0.5
     assert main(["tune", "--max-kl", "0", "--out", str(tmp_path / "no"), *options]) == 2
     assert "no cache on offer comes below a KL of 0" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_speed_is_a_goal_too(tmp_path, capsys, monkeypatch):
+    """A clock of bytes: the cache with the least loss of those that are fast enough, not the fastest one."""
+    rates = []
+
+    def rate(probe, cache):
+        rates.append(1e6 / probe.filled(cache).nbytes)
+        return rates[-1]
+
+    monkeypatch.setattr("hf_kvcache.tuning.tuner.decode_rate", rate)
+    options = ["--context", "256", "--pieces", "1", "--needles", "0", "--rounds", "2", "--policies", "keydiff"]
+    assert main(["tune", "--tokens-per-second", "7", "--out", str(tmp_path), *options]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["goal"]["tokens_per_second"] == 7
+    assert said["tokens_per_second"] == pytest.approx(min(r for r in rates if r >= 7), abs=0.01)
+    assert min(rates) < 7 < max(rates)
+    assert main(["tune", "--tokens-per-second", "1e9", "--out", str(tmp_path / "no"), *options]) == 2
+    said = capsys.readouterr().err
+    assert f"the fastest has {max(rates):.1f}" in said and not (tmp_path / "no").exists()
+
+
+def test_decoding_is_timed_behind_the_real_cache(model, probe):
+    cache = kv.QuantCache(4, window=16, config=model.config)
+    assert decode_rate(probe, cache) > 0
+    assert cache.get_seq_length() == len(probe.text.context) + WARM_UP + STEPS
 
 
 def test_a_goal_that_was_missed_is_no_result(model, monkeypatch):

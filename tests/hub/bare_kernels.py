@@ -31,7 +31,7 @@ def use_triton(kernel):
     dispatcher = sys.modules.get(f"{kernel.__name__}.kernels")
     if dispatcher is None:
         return
-    dispatcher._fast = lambda device: "triton"
+    dispatcher.fast_backend = lambda device: "triton"
     for path in Path(kernel.__file__).parent.glob("*_reference.py"):
         op = path.stem.removeprefix("kernels_").removesuffix("_reference")
         module = import_module(f"{kernel.__name__}.{path.stem}")

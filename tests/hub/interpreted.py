@@ -36,7 +36,7 @@ def run(where):
     options = dict(attention_mask=mask, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     logits = {}
     for backend in ("triton", "reference"):
-        kernels._fast = lambda device, backend=backend: backend
+        kernels.fast_backend = lambda device, backend=backend: backend
         with torch.no_grad():
             out = model.generate(ids, output_logits=True, eos_token_id=None, **options)
         logits[backend] = torch.stack(out.logits)

@@ -73,7 +73,8 @@ def reference(op):
 
 
 def test_every_op_has_a_repository():
-    assert OPS == sorted(path.name for path in (ROOT / "kernels").iterdir() if (path / "__init__.py").exists())
+    """Of those with a kernel for a GPU: C++ stays in the library."""
+    assert OPS == sorted(path.parent.name for path in (ROOT / "kernels").glob("*/triton_kernel.py"))
     assert OPS == sorted(CASES) and {*OPS} - {"merge_states"} == {*WRONG} == {*LIMITS}
 
 

@@ -112,15 +112,19 @@ def fix(distiller, rank, head_dim):
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"])
 def test_full_rank_is_the_teacher_and_less_is_not(arch, rope):
     model = projectable(arch)
-    plain = model(prompt(2, 12), use_cache=False).logits.log_softmax(-1)
+    with torch.no_grad():
+        plain = model(prompt(2, 12), use_cache=False).logits.log_softmax(-1)
     distiller, _ = distiller_of(model, rope)
-    assert torch.equal(distiller.teacher(prompt(2, 12)), plain)
+    # its attention may be another function, with gradients
+    torch.testing.assert_close(distiller.teacher(prompt(2, 12)), plain, rtol=1e-5, atol=1e-5)
     head_dim = next(iter(full_attentions(model).values())).head_dim
     fix(distiller, head_dim, head_dim)
     assert (distiller.student(prompt(2, 12)) - plain).abs().max() < 1e-3
     fix(distiller, head_dim // 4, head_dim)
     assert (distiller.student(prompt(2, 12)) - plain).abs().max() > 1e-2
-    assert torch.equal(model(prompt(2, 12), use_cache=False).logits.log_softmax(-1), plain), "sites must be gone"
+    with torch.no_grad():
+        again = model(prompt(2, 12), use_cache=False).logits.log_softmax(-1)
+    assert torch.equal(again, plain), "sites must be gone"
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])

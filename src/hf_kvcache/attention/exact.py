@@ -8,8 +8,9 @@ import torch
 
 from hf_kvcache import compat
 from hf_kvcache.attention.blockwise import attend_dense
-from hf_kvcache.attention.call import unserved
+from hf_kvcache.attention.call import as_tensor, unserved
 from hf_kvcache.attention.mask import as_additive, causal, without_bias
+from hf_kvcache.kernels import fast_backend
 from hf_kvcache.kernels.merge_states import with_sink
 
 
@@ -42,6 +43,23 @@ def exact_attention(module, query, key, value, mask, **options):
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, lse = attend_dense(query, key, value, scaling=scaling, mask=hides, is_causal=is_causal)
     return with_sink(out, lse, sinks)[0].transpose(1, 2).contiguous(), None
+
+
+def over_tensors(base, module, query, key, value, mask, options: dict):
+    """The attention function `base` over tensors, or our op where that would be `exact_attention` and it is faster.
+
+    Args:
+        base, module: an attention function, and the attention module that calls it.
+        query, key, value: `[B, H, S | N, D]`.
+        mask: a `KVMask`, a tensor or None.
+        options: further arguments of the call.
+    """
+    if base is exact_attention and fast_backend(query.device) == "native":
+        from hf_kvcache.attention.prompts import attend_tensors
+
+        if attended := attend_tensors(query, key, value, mask, options):
+            return attended
+    return base(module, query, key, value, as_tensor(mask), **options)
 
 
 def eager(module, query, key, value, mask, **options):

@@ -9,10 +9,9 @@ import torch
 
 from hf_kvcache import compat
 from hf_kvcache.attention.call import AttentionCall, as_tensor
-from hf_kvcache.attention.exact import eager, exact_attention
+from hf_kvcache.attention.exact import eager, exact_attention, over_tensors
 from hf_kvcache.attention.guest import guest_of
 from hf_kvcache.attention.mask import KVMask
-from hf_kvcache.attention.prompts import attend_tensors
 from hf_kvcache.attention.rows import attend_handed, attend_rows
 from hf_kvcache.handed import handed_out
 from hf_kvcache.view import KVView, ValueView
@@ -115,9 +114,7 @@ def _serve(base, fuses, module, query, key, value, mask, options):
             "it would have changed had it been a tensor; load the model with its own attn_implementation, such as "
             '"eager"'
         )
-    if base is exact_attention and (attended := attend_tensors(query, key, value, mask, options)):
-        return attended
-    return base(module, query, key, value, as_tensor(mask), **options)
+    return over_tensors(base, module, query, key, value, mask, options)
 
 
 def _serve_view(call: AttentionCall):

@@ -7,14 +7,17 @@ import torch
 from hf_kvcache.attention.call import AttentionCall, as_tensor
 from hf_kvcache.attention.fused import MAX_QUERIES, attend, reads_pages
 from hf_kvcache.attention.mask import for_heads, is_only_causal, resolve
-from hf_kvcache.attention.prompts import attend_prompt
+from hf_kvcache.kernels import fast_backend
 
 
 def attend_rows(call: AttentionCall):
     """Attend over the rows of `call.view`: the output `[B, S, Hq, D]`, and attention weights or None."""
     view, n_new = call.view, call.n_new
-    if (view.is_prefill or n_new > MAX_QUERIES) and (attended := attend_prompt(call)):
-        return attended
+    if (view.is_prefill or n_new > MAX_QUERIES) and fast_backend(view.device) == "native":
+        from hf_kvcache.attention.prompts import attend_prompt
+
+        if attended := attend_prompt(call):
+            return attended
     if view.is_prefill:
         return call.with_tensors(view.new_k, view.new_v, as_tensor(call.mask))
     if not call.fuses or call.unserved or call.options.get("dropout"):

@@ -2,13 +2,15 @@
 
     hf-kvcache tune --model M --text a.txt b.txt --bytes 0.125 --out tuned
     hf-kvcache tune --model M --text a.txt b.txt --max-kl 0.02 --out tuned
+    hf-kvcache tune --model M --text a.txt b.txt --tokens-per-second 30 --out tuned
 
 What every layer loses by bits, sparsity, low rank (where the model carries bases) and eviction is measured on pieces of
 the texts and on needles whose questions come after the cache has compressed; the bytes go where they save most. Then
 the whole cache is measured, what the sum of the parts got wrong is put right, and the best one is written to
 OUT/kv_cache_config.json: `--caches config:OUT` in `compare` and `eval`, `export --config OUT`, `KVCache.from_config`.
 
-Bytes are those of real caches at --context tokens, as a share of a dense cache's. Speed is no goal that can be set.
+Bytes are those of real caches at --context tokens, as a share of a dense cache's; speed is that of this machine at that
+length, for one text.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal = group.add_mutually_exclusive_group(required=True)
     goal.add_argument("--bytes", type=share, metavar="SHARE", help="most bytes, as a share of a dense cache's")
     goal.add_argument("--max-kl", type=weight, metavar="NATS", help="most KL of prose, nats per token")
+    goal.add_argument("--tokens-per-second", type=weight, metavar="N", help="least speed of decoding one text, here")
     group.add_argument(
         "--needle-weight",
         type=weight,
@@ -81,7 +84,8 @@ def run(args: argparse.Namespace) -> None:
     with progress() as advance:
         try:
             tuner = Tuner(model, texts, policies, names_for(model), advance)
-            found = tuner.tune(Goal(args.bytes, args.max_kl, args.needle_weight), args.rounds)
+            goal = Goal(args.bytes, args.max_kl, args.tokens_per_second, args.needle_weight)
+            found = tuner.tune(goal, args.rounds)
             about = _about(args, model, documents) | described(found)
             config = KVCacheConfig.from_cache(found.cache, **about)
         except (ValueError, ConfigError) as error:
@@ -161,10 +165,10 @@ def _about(args: argparse.Namespace, model, documents: list[str]) -> dict:
 
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
     attention = next(m for m in model.modules() if getattr(m, "layer_idx", None) is not None and hasattr(m, "scaling"))
-    goal = {"bytes": args.bytes} if args.bytes is not None else {"max_kl": args.max_kl}
+    goal = {name: getattr(args, name) for name in ("bytes", "max_kl", "tokens_per_second")}
     return {
         "made_by": f"hf-kvcache tune, hf_kvcache {__version__}",
-        "goal": goal | {"needle_weight": args.needle_weight},
+        "goal": {name: x for name, x in goal.items() if x is not None} | {"needle_weight": args.needle_weight},
         "model": {"name": args.model or "the embedded model"} | fingerprint(attention),
         "dtype": str(model.dtype).removeprefix("torch."),
         "texts": {

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from hf_kvcache import compat
 from hf_kvcache.attention.call import AttentionCall, as_tensor, unserved
+from hf_kvcache.attention.exact import over_tensors
 from hf_kvcache.attention.mask import as_boolean
 from hf_kvcache.attention.row_sides import sides_as_sparse_rows
 from hf_kvcache.dmc import flex
@@ -123,7 +124,7 @@ def attend_text(retrofit, module, query, key, value, mask, base, fuses, options)
     """
     if not retrofit.compresses:
         query = without_channel(module, query, retrofit) if retrofit.settings.clears_queries else query
-        return base(module, query, key, value, as_tensor(mask), **options)
+        return over_tensors(base, module, query, key, value, mask, options)
     refuse_unfused(module.layer_idx, fuses, options)
     call = retrofit.hooks.running
     if key.shape[2] != query.shape[2] or call is None:

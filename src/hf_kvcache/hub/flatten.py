@@ -22,7 +22,7 @@ NOT_SHIPPED = f"{PACKAGE}.hub.not_shipped"
 # what functions import for some caches only, or for what a repository is not there for: it comes along where it is
 # asked for, else the function raises an ImportError that names the library (`not_shipped`)
 OPTIONAL = {
-    # which tokens stay, how rows are encoded, and attention to what that leaves
+    # which tokens stay, how rows are encoded, and attention to what that leaves; prompts are for C++
     f"{PACKAGE}.policies.base",
     f"{PACKAGE}.codecs.base",
     f"{PACKAGE}.codecs.chain",
@@ -34,6 +34,7 @@ OPTIONAL = {
     f"{PACKAGE}.attention.latents",
     f"{PACKAGE}.attention.padding",
     f"{PACKAGE}.attention.pages",
+    f"{PACKAGE}.attention.prompts",
     f"{PACKAGE}.attention.sparse_rows",
     f"{PACKAGE}.hf_layers",
     f"{PACKAGE}.per_layer",

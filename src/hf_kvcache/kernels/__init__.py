@@ -90,7 +90,7 @@ def choose(op: str, device: torch.device, operands: tuple = ()) -> Choice:
         if why_not:
             raise BackendUnavailable(f"{op}: backend {wanted!r} was asked for but {why_not}")
         return Choice(wanted, "asked for")
-    fast = _fast(device)
+    fast = fast_backend(device)
     why_not = _obstacle(op, fast, device, operands)
     return Choice("reference", why_not) if why_not else Choice(fast, f"{device.type} tensors")
 
@@ -105,20 +105,21 @@ def select(op: str, device: torch.device, operands: tuple = (), name: str | None
     if _forced or os.environ.get("HF_KVCACHE_BACKEND"):
         return getattr(_module(op, choose(op, device, operands).backend), name or op)
     module = _able.get((op, device))
-    why_not = _of_operands(module, operands) if module is not None else _obstacle(op, _fast(device), device, operands)
+    why_not = _of_operands(module, operands) if module is not None else _obstacle(op, fast_backend(device), device, operands)
     if why_not is None:
         return getattr(module or _note_able(op, device), name or op)
     warn_once(f"{op} runs on the PyTorch reference: {why_not}")
     return getattr(_module(op, "reference"), name or op)
 
 
-def _fast(device: torch.device) -> str:
+def fast_backend(device: torch.device) -> str:
+    """The backend that is tried first on a device."""
     return "triton" if device.type == "cuda" else "native" if _IS_PACKAGE else "reference"
 
 
 def _note_able(op: str, device: torch.device) -> ModuleType:
     """The module of the fast backend, which can run `op` on `device`: from now on only operands are looked at."""
-    backend = _fast(device)
+    backend = fast_backend(device)
     module = _module(op, backend)
     # the reference takes whatever comes
     return module if backend == "reference" else _able.setdefault((op, device), module)

@@ -14,27 +14,32 @@ from hf_kvcache.tuning.allocate import allocate, uniform
 from hf_kvcache.tuning.follow import Followed
 from hf_kvcache.tuning.menu import Choice, Menu
 from hf_kvcache.tuning.probes import Probe, Score, Text, read_all
+from hf_kvcache.tuning.rates import decode_rate
 from hf_kvcache.tuning.sensitivity import N_SAMPLES, LayerTable, add_codecs, add_ratios, blame
 
 WINDOWS = (64, 32, 16)
 # a window takes at most this share of the budget
 WINDOW_SHARE = 1 / 6
 LEAST_FACTOR, MOST_FACTOR = 0.1, 30.0
+# shares of the bytes between which one is looked for that reaches another goal
+SHARES, HALVINGS = (0.03, 0.6), 5
 Advance = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for: one of the first two.
+    """What is asked for: one of the first three.
 
     Attributes:
         bytes_ratio: most bytes, as a share of a dense cache's.
         max_kl: most divergence of prose, nats per token.
+        tokens_per_second: least speed of decoding one text on this machine.
         needle_weight: what a nat at the answers of needles counts beside one of prose.
     """
 
     bytes_ratio: float | None = None
     max_kl: float | None = None
+    tokens_per_second: float | None = None
     needle_weight: float = 1.0
 
     def loss(self, by_kind: dict[str, float]) -> float:
@@ -70,6 +75,7 @@ class Tuned:
         score: by kind of text, of predictions through the real cache.
         dense: that of the dense model.
         trials: loss and bytes of everything that was measured, in order.
+        tokens_per_second: what it decodes one text with, where that was asked for.
     """
 
     trial: Trial
@@ -77,6 +83,7 @@ class Tuned:
     score: dict[str, Score]
     dense: dict[str, Score]
     trials: list[dict] = field(default_factory=list)
+    tokens_per_second: float | None = None
 
 
 class Tuner:
@@ -123,8 +130,10 @@ class Tuner:
         """Share out a budget, measure, put right what the sum of parts got wrong, and again.
 
         Raises:
-            ValueError: no cache on offer is as small, or diverges as little, as asked for.
+            ValueError: no cache on offer is as small, as fast, or diverges as little, as asked for.
         """
+        if goal.tokens_per_second is not None:
+            return self._fast(goal, n_rounds)
         if goal.bytes_ratio is None:
             return self._least(goal, n_rounds)
         trials = self._within(goal, goal.bytes_ratio, n_rounds)
@@ -159,8 +168,8 @@ class Tuner:
 
     def _least(self, goal: Goal, n_rounds: int) -> Tuned:
         """The smallest cache with less divergence than asked for; how large one has to be is found by halving."""
-        low, high, found = 0.03, 0.6, []
-        for _ in range(5):
+        (low, high), found = SHARES, []
+        for _ in range(HALVINGS):
             middle = (low * high) ** 0.5
             try:
                 trials = self._within(goal, middle, max(n_rounds - 2, 1))
@@ -180,14 +189,40 @@ class Tuner:
                 least = tuned.score["text"].kl
         raise ValueError(f"no cache on offer comes below a KL of {goal.max_kl}; the nearest has {least:.4f}")
 
+    def _fast(self, goal: Goal, n_rounds: int) -> Tuned:
+        """The cache that loses least of those that decode fast enough; how small it must be is found by halving."""
+        (low, high), found, fast, most = SHARES, [], [], 0.0
+        for _ in range(HALVINGS):
+            middle = (low * high) ** 0.5
+            try:
+                trials = self._within(goal, middle, max(n_rounds - 2, 1))
+            except ValueError:
+                low = middle
+                continue
+            found += trials
+            trial = min(trials, key=lambda trial: goal.loss(trial.kl))
+            self.advance("decoding")
+            rate = decode_rate(self._first, self._cache(trial))
+            most = max(most, rate)
+            is_fast = rate >= goal.tokens_per_second
+            if is_fast:
+                fast.append((trial, rate))
+            low, high = (middle, high) if is_fast else (low, middle)
+        if not fast:
+            raise ValueError(
+                f"no cache on offer decodes {goal.tokens_per_second:g} tokens per second; the fastest has {most:.1f}"
+            )
+        trial, rate = min(fast, key=lambda pair: goal.loss(pair[0].kl))
+        return replace(self._verified(trial, found), tokens_per_second=rate)
+
+    def _cache(self, trial: Trial) -> KVCache:
+        """An empty cache like that of a trial."""
+        return trial.menu.cache(trial.choices, self.layers, self.model.config)
+
     def _verified(self, best: Trial, trials: list[Trial]) -> Tuned:
         """A trial with the scores of the real cache."""
         self.advance("verifying")
-
-        def make() -> KVCache:
-            return best.menu.cache(best.choices, self.layers, self.model.config)
-
-        scores = [(probe, probe.score(probe.filled(make()))) for probe in self.probes]
+        scores = [(probe, probe.score(probe.filled(self._cache(best)))) for probe in self.probes]
         logged = [
             {
                 "policy": None if t.menu.policy is None else type(t.menu.policy).__name__,
@@ -197,7 +232,7 @@ class Tuner:
             for t in trials
         ]
         dense = _by_kind((probe, probe.dense) for probe in self.probes)
-        return Tuned(best, make(), _by_kind(scores), dense, logged)
+        return Tuned(best, self._cache(best), _by_kind(scores), dense, logged)
 
     def _window(self, bytes_ratio: float) -> int:
         """Newest tokens that stay dense: many where there is room."""
@@ -311,6 +346,8 @@ def _by_kind(found) -> dict[str, Score]:
 def described(tuned: Tuned) -> dict:
     """What a configuration says of how it was found."""
     about = {"bytes_ratio": round(tuned.trial.bytes_ratio, 5)}
+    if tuned.tokens_per_second is not None:
+        about["tokens_per_second"] = round(tuned.tokens_per_second, 2)
     for kind, score in tuned.score.items():
         dense = tuned.dense[kind]
         about[kind] = {"kl": round(score.kl, 5), "kl_rows": round(tuned.trial.kl[kind], 5)}
