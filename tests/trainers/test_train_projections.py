@@ -124,7 +124,7 @@ def test_full_rank_is_the_teacher_and_less_is_not(arch, rope):
     assert (distiller.student(prompt(2, 12)) - plain).abs().max() > 1e-2
     with torch.no_grad():
         again = model(prompt(2, 12), use_cache=False).logits.log_softmax(-1)
-    assert torch.equal(again, plain), "sites must be gone"
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
