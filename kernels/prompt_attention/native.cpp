@@ -1,4 +1,4 @@
-// prompt_attention on the CPU: many queries over dense rows, of which each sees those up to its own.
+// prompt_attention on the CPU: many queries over dense rows, of which each sees one more than the one before it.
 //
 // The rows of a KV head are packed once, in the order in which products read them: keys with channels outside and rows
 // inside, values as they are, both in steps of the inner channels that one product takes. An item of work is (batch,
@@ -27,7 +27,8 @@ struct Call {
     int64_t out, out_batch, out_head, out_row;
     int64_t lse;      // contiguous [B, Hq, S]
     int64_t is_real;  // contiguous bool [B, N]; address 0: all are
-    int64_t dtype, B, Hkv, G, S, N, D, Dv, threads;
+    int64_t dtype, B, Hkv, G, S, N, D, Dv, own;  // own: the row of the first query, which may be outside
+    int64_t threads;
     double scaling, softcap;  // softcap 0: none
 
     template <class T>
@@ -136,7 +137,7 @@ struct Item {
 
     int64_t kv_head() const { return head / (call.Hkv * call.G) * call.Hkv + head % (call.Hkv * call.G) / call.G; }
     // Rows that query `i` may see are before this one.
-    int64_t limit(int i) const { return call.N - call.S + first + i + 1; }
+    int64_t limit(int i) const { return std::clamp<int64_t>(call.own + first + i + 1, 0, call.N); }
 
     template <class T>
     void run() {

@@ -9,14 +9,14 @@ import torch
 from hf_kvcache.kernels import native
 from hf_kvcache.kernels.native import rows, rows_contiguous
 
-_CALL = struct.Struct("27q2d")
+_CALL = struct.Struct("28q2d")
 
 
 def unavailable(device) -> str | None:
     return native.unavailable("prompt_attention", device)
 
 
-def prompt_attention(q, k, v, *, scaling, is_real=None, softcap=None):
+def prompt_attention(q, k, v, *, scaling, is_real=None, softcap=None, own=None):
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     (B, Hq, S, D), (_, Hkv, N, Dv) = q.shape, v.shape
     # heads of a token side by side, as the model goes on with it
@@ -25,7 +25,8 @@ def prompt_attention(q, k, v, *, scaling, is_real=None, softcap=None):
     is_real = None if is_real is None else is_real.contiguous()
     fields = (
         *rows(q), *rows(k), *rows(v), *rows(out), lse.data_ptr(), 0 if is_real is None else is_real.data_ptr(),
-        native.DTYPES[q.dtype], B, Hkv, Hq // Hkv, S, N, D, Dv, torch.get_num_threads(), scaling, softcap or 0.0,
+        native.DTYPES[q.dtype], B, Hkv, Hq // Hkv, S, N, D, Dv, N - S if own is None else own,
+        torch.get_num_threads(), scaling, softcap or 0.0,
     )  # fmt: skip
     native.functions["prompt_attention"](_CALL.pack(*fields))
     return out, lse

@@ -13,16 +13,17 @@ def unavailable(device) -> None:
     return None
 
 
-def prompt_attention(q, k, v, *, scaling, is_real=None, softcap=None):
+def prompt_attention(q, k, v, *, scaling, is_real=None, softcap=None, own=None):
     S, N = q.shape[2], k.shape[2]
+    own = N - S if own is None else own
     outs, lses = [], []
     for first in range(0, S, QUERIES):
         at = slice(first, min(first + QUERIES, S))
-        own = torch.arange(N - S + at.start, N - S + at.stop, device=q.device).unsqueeze(1)
+        newest = torch.arange(own + at.start, own + at.stop, device=q.device).unsqueeze(1)
         state = OnlineSoftmax(q[:, :, at], k.shape[1], scaling, softcap, v.shape[-1])
-        for start in range(0, N - S + at.stop, ROWS):
+        for start in range(0, max(min(own + at.stop, N), 1), ROWS):
             rows = slice(start, min(start + ROWS, N))
-            sees = (torch.arange(rows.start, rows.stop, device=q.device) <= own)[None, None]
+            sees = (torch.arange(rows.start, rows.stop, device=q.device) <= newest)[None, None]
             state.add(k[:, :, rows], v[:, :, rows], sees if is_real is None else sees & is_real[:, None, None, rows])
         out, lse = state.result()
         outs.append(out)

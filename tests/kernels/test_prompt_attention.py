@@ -5,6 +5,7 @@ import torch
 from rooms import levels
 
 from hf_kvcache.kernels import native, use_backend
+from hf_kvcache.kernels.merge_states import merge_two
 from hf_kvcache.kernels.prompt_attention import prompt_attention
 
 REASON = native.why_no_compiler()
@@ -88,6 +89,21 @@ def test_native(isa, case, dtype):
     args, options = operands(case, dtype)
     with use_backend("native"):
         assert_close(prompt_attention(*args, **options), formula(*args, **options), dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_compiler)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_rows_are_merged(dtype, backend):
+    """A block says of which row the first query is, wherever that is: all of it is older, or some queries see nothing."""
+    (q, k, v), options = operands(CASES[5], dtype)
+    S, N = q.shape[2], k.shape[2]
+    with use_backend(backend):
+        found, ends = None, [0, 300, 800, 990, N]
+        for start, stop in zip(ends, ends[1:]):
+            own = options | {"is_real": options["is_real"][:, start:stop], "own": N - S - start}
+            part = prompt_attention(q, k[:, :, start:stop], v[:, :, start:stop], **own)
+            found = part if found is None else merge_two(found, part)
+    assert_close(found, formula(q, k, v, **options), dtype)
 
 
 @needs_compiler
