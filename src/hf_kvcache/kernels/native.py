@@ -35,6 +35,7 @@ OPS = (
     "quant_attention",
     "quant_pack",
     "ragged_attention",
+    "row_weights",
     "slot_step",
     "sparse_attention",
     "sparse_pack",
