@@ -1,5 +1,6 @@
 // row_weights on the CPU: scores of a block of queries with all rows stay near the core until they are weights.
 #include "attention.h"
+#include "transpose.h"
 
 namespace {
 
@@ -57,7 +58,7 @@ struct Rows {
     }
 };
 
-// Row `t` of `n` stands for those behind the last one, too: their positions hide them.
+// Keys of a panel as float32, channel by channel. The last row stands for those behind it, which positions hide.
 template <class T>
 void pack_panel(const T* k, int64_t stride, int64_t n, int64_t D, float* keys) {
     for (int start = 0; start < PANEL; start += LANES) {
@@ -147,16 +148,17 @@ inline void score(const Call& call, const Rows& rows, int64_t panel, Block& bloc
     const vfloat limit = simd::splat(float(call.softcap)), inverse = simd::splat(1.0f / float(call.softcap));
     for (int i = 0; i < TILE; i++) {
         const int32_t at = block.at[first + i];
+        const bool hides = rows.highest[panel] > at;
         for (int r = 0; r < REGISTERS; r++) {
             float* to = scores + (first + i) * block.stride + r * LANES;
             vfloat x = simd::load(to);
             if (call.softcap != 0) x = simd::tanh(x * inverse) * limit;
-            if (rows.highest[panel] > at) {
+            if (hides) {
                 vint positions;
                 std::memcpy(&positions, rows.positions + panel * PANEL + r * LANES, sizeof positions);
                 x = simd::select(positions <= at, x, simd::splat(-INF));
             }
-            if (call.softcap != 0 || rows.highest[panel] > at) simd::store(to, x);
+            if (call.softcap != 0 || hides) simd::store(to, x);
             block.best[first + i] = simd::max(x, block.best[first + i]);
         }
     }

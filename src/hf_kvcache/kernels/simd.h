@@ -228,38 +228,6 @@ inline V sum_each(const V* v) {
     return sum_pairs<LANES, 1>(v);
 }
 
-// lanes i of a: (i & STEP) ? b[i - STEP] : a[i], and of b: (i & STEP) ? b[i] : a[i + STEP]
-template <int STEP, class V>
-inline void exchange(V& a, V& b) {
-#if defined(__clang__)
-    const V x = a, y = b;
-    for (int i = 0; i < LANES; i++) {
-        a[i] = (i & STEP) ? y[i - STEP] : x[i];
-        b[i] = (i & STEP) ? y[i] : x[i + STEP];
-    }
-#else
-    vint low, high;
-    for (int i = 0; i < LANES; i++) {
-        low[i] = (i & STEP) ? LANES + i - STEP : i;
-        high[i] = (i & STEP) ? LANES + i : i + STEP;
-    }
-    const V x = a;
-    a = __builtin_shuffle(x, b, low);
-    b = __builtin_shuffle(x, b, high);
-#endif
-}
-
-// LANES registers, rows of a square, to its columns
-template <int STEP = 1, class V>
-inline void transpose(V* v) {
-    if constexpr (STEP < LANES) {
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++)
-            if (!(i & STEP)) exchange<STEP>(v[i], v[i + STEP]);
-        transpose<2 * STEP>(v);
-    }
-}
-
 inline float sum(vfloat v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps(v);
