@@ -18,9 +18,9 @@ class H2O(Policy):
     the query heads of its group. Weights are those over the rows that were kept at the time.
 
     Attention functions do not hand out their weights, so the scores of every call are computed a second time. Over
-    dense rows on a CPU that is one pass (`kernels/row_weights`): a quarter of what attention costs at prefill, once more
-    what it costs at a decoding step. Over packed rows, and on a GPU, it is `QK^T` twice, block by block, in PyTorch. 4
-    bytes per row and head hold the sums.
+    dense rows on a CPU that is one pass (`kernels/row_weights`): a quarter of what attention costs at prefill, and
+    about as much as it costs at a decoding step. Over packed rows, and on a GPU, it is `QK^T` twice, block by block, in
+    PyTorch. 4 bytes per row and head hold the sums.
 
     Attributes:
         recent_share: share of the budget, sinks apart, that goes to recent tokens (at least `n_recent` of them).
