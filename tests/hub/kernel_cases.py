@@ -126,6 +126,17 @@ def merge_step(kernel):
         yield segment
 
 
+def row_weights(kernel):
+    torch.manual_seed(6)
+    positions = torch.randperm(120)[:51].expand(B, H, 51).clone()
+    positions[0, :, :5] = -1
+    is_real = torch.tensor([[[False, True]], [[True, True]]])
+    for dtype in (torch.float32, torch.float16):
+        q, (k,) = queries(dtype), rows(51, dtype, 1)
+        for reduce in kernel.REDUCTIONS:
+            yield kernel.row_weights(q, k, positions, 90, q_is_real=is_real, reduce=reduce, **KNOBS)
+
+
 def slot_step(kernel):
     torch.manual_seed(4)
     delay, page = 2, 16
@@ -152,6 +163,7 @@ CASES = {
         quant_attention,
         quant_pack,
         ragged_attention,
+        row_weights,
         slot_step,
         sparse_attention,
         sparse_pack,
@@ -173,6 +185,7 @@ WRONG = {
     "ragged_attention": lambda kernel: kernel.ragged_attention(
         Q, kernel.SparseRows(K, None), kernel.SparseRows(K, None), K, K, scaling=1.0
     ),
+    "row_weights": lambda kernel: kernel.row_weights(Q, K, K[..., 0].int(), 7, scaling=1.0, reduce="mean"),
     "slot_step": lambda kernel: kernel.slot_step(Q, None, K, K, 0),
     "sparse_attention": lambda kernel: kernel.sparse_attention(
         Q, kernel.SparseRows(K[..., :32], None), kernel.SparseRows(K, None), scaling=1.0

@@ -11,6 +11,7 @@ from hf_kvcache.kernels.prompt_attention import prompt_attention
 from hf_kvcache.kernels.quant_attention import quant_attention
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.ragged_attention import ragged_attention
+from hf_kvcache.kernels.row_weights import row_weights
 from hf_kvcache.kernels.slot_step import slot_step
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.kernels.sparse_pack import sparse_pack
@@ -179,6 +180,15 @@ def steps():
             slot_step(torch.rand(2, 3) < 0.5, is_real, pending, lengths, t)
 
 
+def weights():
+    for n, D, G, S in ((1, 8, 1, 1), (31, 80, 7, 3), (64, 20, 4, 1), (500, 128, 2, 33), (129, 256, 3, 9)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            q, k = exact(2, 2 * G, S, D).to(dtype), exact(2, 2, n, D).to(dtype)
+            positions, is_real = torch.randint(-1, n + S, (2, 2, n)), torch.rand(2, 2, S) < 0.8
+            row_weights(q, k, positions, n, scaling=0.1)
+            row_weights(q, k, positions, n, scaling=0.1, softcap=5.0, q_is_real=is_real, reduce="max")
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(2)
@@ -191,4 +201,5 @@ if __name__ == "__main__":
         ragged()
         lowrank()
         steps()
+        weights()
     print("clean")

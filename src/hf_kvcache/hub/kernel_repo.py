@@ -33,6 +33,7 @@ WITH = {
     "quant_attention": ("merge_states", "quant_pack"),
     "quant_pack": (),
     "ragged_attention": ("merge_states", *_PACKS),
+    "row_weights": (),
     "slot_step": (),
     "sparse_attention": ("merge_states", *_PACKS),
     "sparse_pack": (),

@@ -127,7 +127,11 @@ def _note_able(op: str, device: torch.device) -> ModuleType:
 
 @cache
 def _module(op: str, backend: str):
-    return import_module(_DOT.join([__name__, op, "triton_kernel" if backend == "triton" else backend]))
+    return import_module(_name(op, backend))
+
+
+def _name(op: str, backend: str) -> str:
+    return _DOT.join([__name__, op, "triton_kernel" if backend == "triton" else backend])
 
 
 def _obstacle(op: str, backend: str, device: torch.device, operands: tuple) -> str | None:
@@ -137,6 +141,8 @@ def _obstacle(op: str, backend: str, device: torch.device, operands: tuple) -> s
     try:
         module = _module(op, backend)
     except ImportError as error:
+        if error.name == _name(op, backend):
+            return f"there is no {backend} kernel of this op"
         return f"{backend} is not installed ({error})"
     return module.unavailable(device) or _of_operands(module, operands)
 

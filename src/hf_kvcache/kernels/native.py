@@ -36,6 +36,7 @@ OPS = (
     "quant_attention",
     "quant_pack",
     "ragged_attention",
+    "row_weights",
     "slot_step",
     "sparse_attention",
     "sparse_pack",

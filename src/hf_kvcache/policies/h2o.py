@@ -17,9 +17,10 @@ class H2O(Policy):
     The score of a row is the sum of the attention weights that all queries since it came have given it, averaged over
     the query heads of its group. Weights are those over the rows that were kept at the time.
 
-    Attention functions do not hand out their weights, so the scores of every call are computed a second time: `QK^T`,
-    twice, block by block. That doubles or triples the cost of attention, at prefill and at every decoding step; 4
-    bytes per row and head hold the sums.
+    Attention functions do not hand out their weights, so the scores of every call are computed a second time. Over
+    dense rows on a CPU that is one pass (`kernels/row_weights`): a quarter of what attention costs at prefill, and
+    about as much as it costs at a decoding step. Over packed rows, and on a GPU, it is `QK^T` twice, block by block, in
+    PyTorch. 4 bytes per row and head hold the sums.
 
     Attributes:
         recent_share: share of the budget, sinks apart, that goes to recent tokens (at least `n_recent` of them).

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
+from hf_kvcache.kernels.row_weights import row_weights
 from hf_kvcache.policies.ragged import Ragged, best_of_all
-from hf_kvcache.policies.weights import queries_at_once
+from hf_kvcache.policies.weights import in_one_pass, queries_at_once
 
 LEVELS = ("model", "layer", "head")
 KEYS = 8192  # that are scored at a time
@@ -79,6 +80,12 @@ class KVzip(Ragged):
         Returns:
             float32 `[B, Hkv, n]`.
         """
+        if in_one_pass(q):
+            first, positions, asks = k.shape[2] - q.shape[2], torch.arange(k.shape[2]).expand(k.shape[:3]), None
+            if is_real is not None:
+                positions, asks = positions.masked_fill(~is_real.unsqueeze(1), -1), is_real[:, None, first:]
+            knobs = {"scaling": view.scaling, "softcap": view.softcap, "q_is_real": asks, "reduce": "max"}
+            return row_weights(q, k, positions, first, **knobs)[..., :n_rows]
         # what is calibrated knows policies
         from hf_kvcache.calibration.importance import reconstruction
 

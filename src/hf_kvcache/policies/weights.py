@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from hf_kvcache.kernels import forced_backend
+from hf_kvcache.kernels.row_weights import row_weights
+
 QUERIES = 256  # queries that are scored at a time, at most
 ROWS = 1024  # rows that are read at a time
 IN_CACHE = 1 << 20  # scores that stay close to a core of a CPU while they are turned into weights: half the time
@@ -22,11 +25,16 @@ def queries_at_once(n_heads: int, n_rows: int, device: torch.device) -> int:
     return min(max(IN_CACHE // (n_heads * n_rows), 8), QUERIES)
 
 
+def in_one_pass(queries: torch.Tensor) -> bool:
+    """Whether `row_weights` has a kernel where these queries are, so that its rows should be dense."""
+    return queries.device.type == "cpu" and forced_backend() != "triton"
+
+
 def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
     """What each kept row gets of the attention of some queries, summed over them, meaned over the heads of a group.
 
-    Weights are those of the softmax over the rows that are kept now. Many rows are read block by block, twice, so that
-    no tensor of all queries and all rows is ever made.
+    Weights are those of the softmax over the rows that are kept now. Dense rows on a CPU are read once (`row_weights`),
+    many others block by block, twice, so that no tensor of all queries and all rows is ever made.
 
     Args:
         queries: after RoPE, `[B, Hkv, G, S, D]`.
@@ -39,12 +47,16 @@ def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
     positions = view.positions  # [B, Hkv, N]
     # pads stand in front: a query before the first real token of its row is one
     start = torch.where(positions >= 0, positions, view.tokens_seen).amin(-1)  # [B, Hkv]
+    where = torch.arange(first, first + queries.shape[3], device=positions.device)
+    is_real = where >= start.unsqueeze(-1)  # [B, Hkv, S]
+    store = view.layer.store
+    if in_one_pass(queries) and not store.n_packed:
+        knobs = {"scaling": view.scaling, "softcap": view.softcap, "q_is_real": is_real}
+        return row_weights(queries.flatten(1, 2), store.dense["k"], positions, first, **knobs)
     mass = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
     at_once = queries_at_once(queries.shape[:3].numel(), min(positions.shape[2], ROWS), positions.device)
     for at in range(0, queries.shape[3], at_once):
         part = queries[:, :, :, at : at + at_once].float() * view.scaling
-        where = torch.arange(first + at, first + at + part.shape[3], device=positions.device)
-        is_real = (where >= start.unsqueeze(-1)).unsqueeze(2).unsqueeze(-1)  # [B, Hkv, 1, S, 1]
         total, (first_pass, second_pass) = None, _twice(part, first + at, view)
         for _, scores in first_pass:
             block = scores.logsumexp(-1, keepdim=True)  # [B, Hkv, G, S, 1]
@@ -52,7 +64,7 @@ def attention_mass(queries: torch.Tensor, first: int, view) -> torch.Tensor:
         # a query that sees nothing has no weights to give
         total = total.masked_fill(total == float("-inf"), float("inf"))
         for rows, scores in second_pass:
-            weights = (scores - total).exp() * is_real
+            weights = (scores - total).exp() * is_real[:, :, None, at : at + at_once, None]
             mass[:, :, rows] += weights.sum(3).mean(2)
     return mass
 
