@@ -30,8 +30,8 @@ def prompt_attention(
         scaling: factor on the scores.
         is_real: False for padding, which nobody sees, boolean `[B, N]`; None where there is none.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, section 2).
-        own: which row is that of the first query's token, `N - S` as a rule; query `i` sees the rows up to `own + i`. Of
-            a block of rows out of more it may be negative, or behind them all.
+        own: which row is that of the first query's token, `N - S` as a rule; query `i` sees the rows up to `own + i`.
+            Of a block of rows out of more it may be negative, or behind them all.
 
     Returns:
         The output `[B, Hq, S, Dv]` in the dtype of `q`, and the natural log-sum-exp of the scores, scaled and capped,

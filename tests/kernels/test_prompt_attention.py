@@ -94,7 +94,7 @@ def test_native(isa, case, dtype):
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_compiler)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_of_rows_are_merged(dtype, backend):
-    """A block says of which row the first query is, wherever that is: all of it is older, or some queries see nothing."""
+    """A block says which row is the first query's, wherever that is: all may be older, and some queries see nothing."""
     (q, k, v), options = operands(CASES[5], dtype)
     S, N = q.shape[2], k.shape[2]
     with use_backend(backend):

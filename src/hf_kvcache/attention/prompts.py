@@ -27,7 +27,9 @@ def attend_prompt(call: AttentionCall):
         # a layer need not have kept them
         return attend_tensors(call.query, view.new_k, view.new_v, call.mask, call.options)
     store, has_gone = view.layer.store, view.n_kept < view.tokens_seen
-    if store.is_ragged and store.n_packed or not _is_served(call.query, view.new_k, view.new_v, call.mask, call.options):
+    if store.is_ragged and store.n_packed:
+        return None
+    if not _is_served(call.query, view.new_k, view.new_v, call.mask, call.options):
         return None
     # rows that are left are older than those of the call, and seen
     if has_gone and (not is_only_causal(call.mask) or view.layer.has_padding or store.is_ragged):
