@@ -18,8 +18,8 @@ class H2O(Policy):
     the query heads of its group. Weights are those over the rows that were kept at the time.
 
     Attention functions do not hand out their weights, so the scores of every call are computed a second time. Over
-    dense rows on a CPU that is one pass (`kernels/row_weights`): a quarter of what attention costs at prefill, and
-    about as much as it costs at a decoding step. Over packed rows, and on a GPU, it is `QK^T` twice, block by block, in
+    dense rows on a CPU that is one pass (`kernels/row_weights`): a quarter of what attention costs at prefill, one to
+    three times as much at a decoding step. Over packed rows, and on a GPU, it is `QK^T` twice, block by block, in
     PyTorch. 4 bytes per row and head hold the sums.
 
     Attributes:
