@@ -20,6 +20,8 @@ class KVMask(TensorStandIn):
         padding: boolean `[B, T]`, True for real tokens, or None.
         n_columns: tokens that it is about.
         is_causal: whether nothing but order and padding decides who sees whom.
+        is_of_last: whether its queries are known to be those of the last of these tokens (a cache of fixed size has
+            columns for tokens that have not come yet).
     """
 
     # `generate` builds the mask of a compileable cache before the forward pass, which asks for its dimensions
@@ -28,6 +30,8 @@ class KVMask(TensorStandIn):
     def __init__(self, batch_size, q_length, kv_length, q_offset=0, attention_mask=None, **kwargs):
         self.padding, self.n_columns = attention_mask, kv_length
         self.is_causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+        sizes = q_length, kv_length, q_offset, kwargs.get("kv_offset", 0)
+        self.is_of_last = all(isinstance(n, int) for n in sizes) and q_offset + q_length == kv_length + sizes[3]
         arguments = kwargs | {
             "batch_size": batch_size,
             "q_length": q_length,

@@ -59,7 +59,7 @@ def attend_tensors(query: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor,
     """
     if not _is_served(query, k, v, mask, options) or query.shape[2] == 1:
         return None
-    if not (isinstance(mask.n_columns, int) and mask.n_columns == k.shape[2] >= query.shape[2]):
+    if not (mask.is_of_last and mask.n_columns == k.shape[2] >= query.shape[2]):
         return None
     is_real = None if mask.padding is None else _padding(mask, k.shape[0], k.shape[2])
     if is_real is None and mask.padding is not None:
