@@ -186,24 +186,18 @@ struct Item {
     void soften(int i, int64_t row, int n) {
         float* x = scores + i * ROWS;
         const int seen = int(std::clamp<int64_t>(limit(i) - row, 0, n));
-        const vfloat scaling = simd::splat(float(call.scaling));
-        const float softcap = float(call.softcap);
-        vfloat best = simd::splat(top[i]);
-        for (int j = 0; j < n; j += LANES) {
-            vfloat score = simd::load(x + j) * scaling;
-            if (softcap != 0.0f) score = simd::tanh(score * simd::splat(1.0f / softcap)) * simd::splat(softcap);
-            // a sum would let a NaN of padding through
-            if (bias) score = simd::select(simd::load(bias + row + j) == vfloat{}, score, simd::splat(-INF));
-            simd::store(x + j, score);
-            if (j + LANES > seen)
-                for (int t = std::max(j, seen); t < j + LANES; t++) x[t] = -INF;
-            best = simd::max(simd::load(x + j), best);
-        }
-        const float highest = simd::largest(best), base = highest == -INF ? 0.0f : highest;
+        const bool is_plain = call.softcap == 0 && !bias && call.scaling > 0;
+        if (!is_plain) finish(x, row, n);
+        for (int j = seen; j < n; j++) x[j] = -INF;
+        vfloat best = simd::splat(-INF);
+        for (int j = 0; j < n; j += LANES) best = simd::max(simd::load(x + j), best);
+        const float scaling = is_plain ? float(call.scaling) : 1.0f;
+        const float highest = std::max(simd::largest(best) * scaling, top[i]), base = highest == -INF ? 0.0f : highest;
+        const vfloat factor = simd::splat(scaling * simd::LOG2_E), shift = simd::splat(-base * simd::LOG2_E);
         vfloat sum = {};
         for (int j = 0; j < n; j += 2 * LANES) {
-            const vfloat a = simd::exp(simd::load(x + j) - simd::splat(base));
-            const vfloat b = simd::exp(simd::load(x + j + LANES) - simd::splat(base));
+            const vfloat a = simd::exp2(simd::fma(simd::load(x + j), factor, shift));
+            const vfloat b = simd::exp2(simd::fma(simd::load(x + j + LANES), factor, shift));
             sum += a + b;
             put_weights(weights + i * ROWS + j, a, b);
         }
@@ -214,6 +208,19 @@ struct Item {
                 float* o = out + i * packed.v_width + d;
                 simd::store(o, simd::load(o) * simd::splat(carry));
             }
+    }
+
+    // Products become scores that are scaled, capped and hidden.
+    void finish(float* x, int64_t row, int n) const {
+        const vfloat scaling = simd::splat(float(call.scaling));
+        const float softcap = float(call.softcap);
+        for (int j = 0; j < n; j += LANES) {
+            vfloat score = simd::load(x + j) * scaling;
+            if (softcap != 0.0f) score = simd::tanh(score * simd::splat(1.0f / softcap)) * simd::splat(softcap);
+            // a sum would let a NaN of padding through
+            if (bias) score = simd::select(simd::load(bias + row + j) == vfloat{}, score, simd::splat(-INF));
+            simd::store(x + j, score);
+        }
     }
 
     template <class T>

@@ -174,20 +174,20 @@ void weigh(const Call& call, const Block& block, int64_t i, float* found) {
     float* scores = block.scores + i * block.stride;
     const float top = simd::largest(block.best[i]);
     // a query that sees nothing keeps -inf: subtract 0 there, not -inf - -inf
-    const vfloat base = simd::splat(top == -INF ? 0.0f : top);
+    const vfloat factor = simd::splat(simd::LOG2_E), shift = simd::splat(top == -INF ? 0.0f : -top * simd::LOG2_E);
     vfloat sums = {};
     for (int64_t t = 0; t < block.n_panels * PANEL; t += LANES) {
-        const vfloat x = simd::exp(simd::load(scores + t) - base);
+        const vfloat x = simd::exp2(simd::fma(simd::load(scores + t), factor, shift));
         simd::store(scores + t, x);
         sums += x;
     }
     const float total = simd::sum(sums);
     if (total == 0) return;
-    const vfloat factor = simd::splat(1.0f / (call.largest ? total : total * float(call.G)));
+    const vfloat share = simd::splat(1.0f / (call.largest ? total : total * float(call.G)));
     for (int64_t a = 0; a < block.n_panels; a++) {
         float *to = found + int64_t(block.panels[a]) * PANEL, *from = scores + a * PANEL;
         for (int r = 0; r < PANEL; r += LANES)
-            simd::store(to + r, join(call, simd::load(from + r) * factor, simd::load(to + r)));
+            simd::store(to + r, join(call, simd::load(from + r) * share, simd::load(to + r)));
     }
 }
 

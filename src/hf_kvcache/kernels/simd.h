@@ -25,6 +25,7 @@ typedef float vfloat __attribute__((vector_size(LANES * 4)));
 typedef int32_t vint __attribute__((vector_size(LANES * 4)));
 
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float LOG2_E = 1.44269504f;
 
 // storage types of the operands; the arithmetic is always float
 struct bf16 {
@@ -252,7 +253,7 @@ inline vfloat exp(vfloat x) {
     const vfloat ln2_high = splat(0.693359375f), ln2_low = splat(-2.12194440e-4f), magic = splat(0x1.8p23f);
     // x is the second operand: a NaN survives the clamp
     const vfloat y = min(splat(88.7f), max(splat(-110.0f), x));
-    const vfloat shifted = fma(y, splat(1.44269504f), magic);
+    const vfloat shifted = fma(y, splat(LOG2_E), magic);
     const vfloat n = shifted - magic;
     vfloat r = fma(n, -ln2_high, y);
     r = fma(n, -ln2_low, r);
@@ -267,6 +268,24 @@ inline vfloat exp(vfloat x) {
     const vint whole = bit_cast<vint>(shifted) - bit_cast<vint>(magic), half = whole >> 1;
     const vfloat first = bit_cast<vfloat>((half + 127) << 23), second = bit_cast<vfloat>((whole - half + 127) << 23);
     return p * first * second;
+}
+
+// 2^x to 2 ulp for x <= 127; 2^-inf = 0 and NaN stays NaN
+inline vfloat exp2(vfloat x) {
+#if defined(__AVX512F__)
+    const vfloat n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    // where x is -inf the difference is NaN: the polynomial is not looked at
+    const vfloat r = _mm512_mask_sub_ps(vfloat{}, _mm512_cmp_ps_mask(x, splat(-INF), _CMP_NEQ_UQ), x, n);
+    vfloat p = splat(1.5353362e-4f);
+    p = fma(p, r, splat(1.3398874e-3f));
+    p = fma(p, r, splat(9.6184373e-3f));
+    p = fma(p, r, splat(5.5503324e-2f));
+    p = fma(p, r, splat(2.4022648e-1f));
+    p = fma(p, r, splat(6.9314720e-1f));
+    return _mm512_scalef_ps(fma(p, r, splat(1.0f)), n);
+#else
+    return exp(x * splat(0.69314718f));
+#endif
 }
 
 inline vfloat tanh(vfloat x) {
