@@ -19,6 +19,12 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 VERSIONS = ("torch", "transformers")
+# what is attended to in the suite of that name
+PROMPTS = {
+    "whole": "{tokens:,} tokens",
+    "padded": "{tokens:,} tokens, left-padded",
+    "chunk": "{tokens:,} tokens after {before:,}",
+}
 # policies that act on the control run at the bytes of a retrofit, as columns
 BESIDE = ("H2O", "TOVA", "sliding window", "window, merging", "KeyDiff, merging")
 
@@ -81,6 +87,11 @@ def attention() -> str:
 def scaling() -> str:
     rows = load("scaling")["rows"]
     return pivot("cache", rows, "cache", "tokens", lambda row: f"{row['x stock']:.1f}", "{:,} tokens".format)
+
+
+def prompts() -> str:
+    rows = [row | {"prompt": f"{row['shape']}, {PROMPTS[row['call']].format(**row)}"} for row in load("prompts")["rows"]]
+    return pivot("prompt", rows, "prompt", "dtype", lambda row: f"{row['x sdpa']:.1f}")
 
 
 def generate() -> str:
@@ -258,6 +269,7 @@ def host_time() -> str:
 BLOCKS: dict[str, tuple[Callable[[], str], str, str]] = {
     "compare": (compare, "compare-embedded", "hf-kvcache compare --all"),
     "attention": (attention, "attention", "python benchmarks/run.py attention"),
+    "prompts": (prompts, "prompts", "python benchmarks/run.py prompts"),
     "scaling": (scaling, "scaling", "python benchmarks/run.py scaling"),
     "host-time": (host_time, "host-time", "python benchmarks/host_time.py --base TREE"),
     "generate": (generate, "generate", "python benchmarks/run.py generate prefill"),
