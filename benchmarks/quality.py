@@ -50,6 +50,10 @@ CACHES = (
     "keydiff:ratio=0.5+quant:bits=4",
     "kvzip:ratio=0.5+quant:bits=4",
     "kvzip:ratio=0.25+quant:bits=4",
+    "quant:bits=8",
+    "kvzip:ratio=0.5",
+    "kvzip:ratio=0.125+quant:bits=4",
+    "kvzip:ratio=0.25+quant:bits=2",
     "quanto:bits=4",
     "h2o:ratio=0.25",
 )
