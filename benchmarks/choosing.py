@@ -43,8 +43,8 @@ def choices(front: Front | None) -> list[Point]:
 
 
 def best(points: list[Point], level: int) -> Point | None:
-    """The best score of a level, of equal ones the smallest."""
-    own = [point for point in points if point.level == level]
+    """The best score of caches that are as small as a level asks for, or smaller; of equal ones the smallest."""
+    own = [point for point in points if point.level >= level]
     return max(own, key=lambda point: (point.score.mean, -point.bytes_ratio), default=None)
 
 
