@@ -79,9 +79,9 @@ class Questioning:
                     self._answer(setting, spec, q, cache, logits, n_padding, n_asked=0, **known)
                 for q in questions if setting == "unknown" else ():
                     ids = self._tokens([row.prompt.questions[q] for row in self.batch.rows])
-                    fork = _fork(cache, reading, spec)
-                    said = feed(self.model, fork, ids, n_padding)
-                    self._answer(setting, spec, q, fork, said, n_padding, n_asked=ids.shape[1], **known)
+                    forked = fork(cache, reading, spec)
+                    said = feed(self.model, forked, ids, n_padding)
+                    self._answer(setting, spec, q, forked, said, n_padding, n_asked=ids.shape[1], **known)
             except Exception as error:
                 self._fail(spec, {setting: questions}, error)
 
@@ -119,7 +119,7 @@ class Questioning:
         return f"{self.batch.task.name} · {self.batch.length:,} · {which} · {' + '.join(settings)} · {spec.text}"
 
 
-def _fork(cache, reading: Reading, spec: CacheSpec):
+def fork(cache, reading: Reading, spec: CacheSpec):
     """A copy of a cache that has read a text, to be changed."""
     try:
         return copy.deepcopy(cache)
