@@ -11,7 +11,7 @@ Texts are read and compressed before anything is known of what comes, and the sa
   decode   with --decode N the model goes on greedily after the prose: what it says again and again
   bytes    of the caches, really measured, as a share of the dense cache's
 
-A limit holds for the mean over texts. It passes where the 95 % interval lies below the limit, fails where it lies above,
+A limit is of the mean over texts. That passes where its 95 % interval lies below the limit, fails where it lies above,
 and is undecided in between, or where the dense model itself cannot do what is asked: more texts or others are needed.
 Exit code 0: passed; 1: failed or undecided; 2: a mistake in the arguments.
 """
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=weight,
         default=0.05,
         metavar="NATS",
-        help="most KL of prose, nats per token; 0.05 is a text that the model writes, 5 %% more perplexing to it "
+        help="most KL of prose, nats per token; 0.05 makes what the dense model would write 5 %% more perplexing "
         "(default: %(default)s)",
     )
     group.add_argument(
@@ -116,7 +116,7 @@ def _say_seen(spec, documents: list[str]) -> None:
     """Warn of a cache that was tuned on the texts that it is checked on."""
     about = getattr(getattr(spec, "config", None), "about", None) or {}
     if about.get("texts", {}).get("digest") == digest_of(documents):
-        print("hf-kvcache check: this cache was tuned on the same texts; others tell more: --text FILE", file=sys.stderr)
+        print("hf-kvcache check: this cache was tuned on these texts; others tell more: --text FILE", file=sys.stderr)
 
 
 def _texts(args: argparse.Namespace, model, tokenizer, documents: list[str]) -> tuple[list[list[int]], list]:
@@ -165,11 +165,7 @@ def _blame(args: argparse.Namespace, model, spec, windows, needles, found) -> li
     texts = [Text("text", w[: args.context], w[args.context :], list(range(N_NEXT))) for w in windows]
     if not windows:
         lost = [text for text, one in zip(needles, found, strict=True) if one.score < one.dense_score]
-        asked = [(text.context, text.asked[0]) for text in lost]
-        texts = [
-            Text("needle", context, one.ids + one.said, list(range(len(one.ids) - 1, len(one.ids) + len(one.said) - 1)))
-            for context, one in asked
-        ]
+        texts = [Text("needle", text.context, *one.with_answer()) for text in lost for one in text.asked]
     try:
         return culprits(model, texts[:N_BLAMED], lambda: spec.build(model.config))
     except NobodyToBlame as error:
@@ -178,19 +174,21 @@ def _blame(args: argparse.Namespace, model, spec, windows, needles, found) -> li
 
 def _show(about: dict, verdict: str, verdicts: list, blamed: list | str, as_json: bool) -> None:
     from dataclasses import asdict
+    from textwrap import fill
 
     if as_json:
-        blame = blamed if isinstance(blamed, str) else [asdict(culprit) for culprit in blamed]
-        print(json.dumps(about | {"verdict": verdict, "checks": [asdict(v) for v in verdicts], "blame": blame}, indent=1))
+        checks = [asdict(one) for one in verdicts]
+        blame = blamed if isinstance(blamed, str) else [asdict(one) for one in blamed]
+        print(json.dumps(about | {"verdict": verdict, "checks": checks, "blame": blame}, indent=1))
         return
-    print(
+    lines = [
         f"{about['cache']} behind {about['model']} ({about['dtype']}, {about['device']}), {about['context']:,} tokens "
         f"read: {about['pieces']} pieces of prose, {about['needles']} texts with needles"
-    )
+    ]
     for one in verdicts:
-        print(f"{one.verdict or '':<10} {one.name:<8} {one.says}")
-        if one.todo:
-            print(f"{'':<20}{one.todo}")
-    for culprit in [f"nobody can be blamed: {blamed}"] if isinstance(blamed, str) else blamed:
-        print(f"{'to blame':<20}{culprit}")
-    print(f"{verdict.upper()}")
+        todo = f"; {one.todo}" if one.todo else ""
+        lines.append(f"{one.verdict or '':<10} {one.name:<8} {one.says}{todo}")
+    blamed = [f"nobody can be blamed: {blamed}"] if isinstance(blamed, str) else blamed
+    lines += [f"{'':<10} {'blame':<8} {one}" for one in blamed]
+    for line in [*lines, verdict]:
+        print(fill(line, 118, subsequent_indent=" " * 20))

@@ -34,6 +34,11 @@ class Asked:
     said: list[int]
     n_new: int
 
+    def with_answer(self) -> tuple[list[int], list[int]]:
+        """Question and right answer, and the places in them whose predictions are of the answer."""
+        n_ids = len(self.ids)
+        return self.ids + self.said, list(range(n_ids - 1, n_ids - 1 + len(self.said)))
+
 
 @dataclass(frozen=True)
 class NeedleText:

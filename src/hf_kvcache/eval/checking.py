@@ -101,7 +101,9 @@ class Check:
         advance: called with a description before every text.
     """
 
-    def __init__(self, model, tokenizer, spec: CacheSpec, settings, advance: Callable[[str], None] = lambda stage: None):
+    def __init__(
+        self, model, tokenizer, spec: CacheSpec, settings, advance: Callable[[str], None] = lambda stage: None
+    ):
         self.model, self.tokenizer, self.spec, self.settings = model, tokenizer, spec, settings
         self.dense, self.advance = parse("dynamic"), advance
 
@@ -203,9 +205,7 @@ class _Through:
     ends_finite: bool
 
 
-def deviation(
-    expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor, is_finite: bool = True
-) -> Deviation:
+def deviation(expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor, is_finite: bool = True) -> Deviation:
     """Compare logits `[n, vocab]`.
 
     Args:

@@ -88,9 +88,14 @@ def texts_needed(estimate: Estimate, limit: float) -> int | None:
         return max(2 * estimate.n, 4)
     half = estimate.high - estimate.mean if estimate.mean <= limit else estimate.mean - estimate.low
     distance = abs(estimate.mean - limit)
-    # widths go with the root of the number
-    n = ceil(estimate.n * (half / distance) ** 2) if distance else None
-    return None if n is None or n > MOST_TIMES * estimate.n else max(n, estimate.n + 1)
+    if not distance:
+        return None
+    if estimate.kind == "bonett-price" and estimate.mean == 0:
+        # where nothing has changed, widths go with the number; else with its root
+        n = ceil((estimate.n + 2) * half / distance) - 2
+    else:
+        n = ceil(estimate.n * (half / distance) ** 2)
+    return None if n > MOST_TIMES * estimate.n else max(n, estimate.n + 1)
 
 
 def _todo(estimate: Estimate, limit: float, option: str) -> str:
