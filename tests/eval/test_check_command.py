@@ -25,13 +25,11 @@ def check(capsys, *args):
 
 
 def test_a_harmless_cache_passes(capsys):
-    code, said, checks, _ = check(
-        capsys, "--cache", "quant:bits=8", "--pieces", "3", "--needles", "26", "--decode", "8"
-    )
+    code, said, checks, _ = check(capsys, "--cache", "quant:bits=8", "--pieces", "3", "--needles", "26")
     assert code == 0 and said["verdict"] == "passed" and said["blame"] == []
     assert (said["cache"], said["model"], said["dtype"]) == ("quant:bits=8", "the embedded model", "float32")
     assert [said[name] for name in ("context", "pieces", "needles", "seed")] == [256, 3, 26, 0]
-    assert list(checks) == ["numbers", "prose", "needles", "decode", "bytes"]
+    assert list(checks) == ["numbers", "prose", "needles", "bytes"]
     assert (
         checks["prose"]["estimate"]["n"] == 3 and checks["prose"]["estimate"]["high"] < checks["prose"]["limit"] == 0.05
     )
@@ -40,12 +38,20 @@ def test_a_harmless_cache_passes(capsys):
 
 
 def test_what_is_evicted_is_missed_and_somebody_to_blame(capsys):
-    code, said, checks, _ = check(capsys, "--cache", "streaming:ratio=0.02", "--pieces", "2", "--needles", "4")
+    few = "--context", "512", "--pieces", "2", "--needles", "8"
+    code, said, checks, _ = check(capsys, "--cache", "streaming:ratio=0.02", "--max-kl", "9", *few)
     assert code == 1 and said["verdict"] == checks["needles"]["verdict"] == "failed"
-    assert checks["needles"]["measured"]["dense_found"] == 8 and checks["needles"]["measured"]["kl"] > 1
+    assert checks["needles"]["measured"]["dense_found"] == 16 and checks["needles"]["measured"]["kl"] > 1
     first, *others = said["blame"]
     assert first["side"] == "tokens" and first["kl_without"] < first["kl"] / 2
     assert all(first["kl_without"] <= other["kl_without"] for other in others)
+
+
+def test_what_the_model_says_by_itself(capsys):
+    few = "--pieces", "2", "--needles", "0"
+    code, _, checks, _ = check(capsys, "--cache", "dense", *few, "--decode", "16", "--max-repeats", "80")
+    assert code == 0 and checks["decode"]["verdict"] == "passed" and checks["decode"]["measured"]["agreed"] == 16
+    assert checks["decode"]["measured"]["repeats"] == checks["decode"]["measured"]["dense_repeats"]
 
 
 def test_a_tight_limit_names_layers_and_sides(capsys):
@@ -71,13 +77,15 @@ def test_a_model_that_cannot_do_it_is_named(capsys, monkeypatch):
         raise ValueError
 
     monkeypatch.setattr(retrieval.Ledger, "from_tokenizer", no_ledger)
-    code, _, checks, _ = check(capsys, "--cache", "dense", "--pieces", "2", "--needles", "2")
+    code, _, checks, _ = check(capsys, "--cache", "dense", "--context", "512", "--pieces", "2", "--needles", "2")
     assert code == 1 and checks["needles"]["says"].startswith("your dense model finds 0 of 4: this says nothing")
 
 
 def test_rows_that_are_no_numbers_fail(capsys, monkeypatch):
     update = presets.DenseCache.update
-    monkeypatch.setattr(presets.DenseCache, "update", lambda self, k, v, *rest: update(self, k * math.nan, v, *rest))
+    monkeypatch.setattr(
+        presets.DenseCache, "update", lambda self, k, v, *args, **more: update(self, k * math.nan, v, *args, **more)
+    )
     code, said, checks, _ = check(capsys, "--cache", "dense", "--pieces", "2", "--needles", "1")
     assert code == 1 and checks["numbers"]["verdict"] == "failed" and "on 3 of 3 texts" in checks["numbers"]["says"]
     assert said["blame"] == [] and checks["prose"]["estimate"] is None

@@ -234,6 +234,6 @@ def deviation(expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor
 
 
 def _repeats(said: list[int]) -> float | None:
-    """Share of the sequences of four tokens that have come before; None for fewer than five tokens."""
+    """Share of the sequences of four tokens that have come before; None where nothing was said."""
     grams = [tuple(said[i : i + N_GRAM]) for i in range(len(said) - N_GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else None
+    return 1 - len(set(grams)) / len(grams) if grams else (0.0 if said else None)

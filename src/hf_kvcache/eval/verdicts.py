@@ -34,7 +34,7 @@ class Limits:
 
     kl: float = 0.05
     loss: float = 10.0
-    repeats: float = 20.0
+    repeats: float = 30.0
     bytes_ratio: float | None = None
 
 
