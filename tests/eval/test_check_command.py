@@ -26,7 +26,7 @@ def check(capsys, *args):
 
 def test_a_harmless_cache_passes(capsys):
     code, said, checks, _ = check(capsys, "--cache", "quant:bits=8", "--pieces", "3", "--needles", "26")
-    assert code == 0 and said["verdict"] == "passed" and said["blame"] == []
+    assert code == 0 and said["verdict"] == "passed" and said["blame"] == [] and said["not_blamed"] is None
     assert (said["cache"], said["model"], said["dtype"]) == ("quant:bits=8", "the embedded model", "float32")
     assert [said[name] for name in ("context", "pieces", "needles", "seed")] == [256, 3, 26, 0]
     assert list(checks) == ["numbers", "prose", "needles", "bytes"]
@@ -62,6 +62,12 @@ def test_a_tight_limit_names_layers_and_sides(capsys):
     assert "failed     prose" in out and "failed     bytes" in out and "needles  " not in out
     blamed = [line for line in out.splitlines() if " blame " in line]
     assert len(blamed) == 6 and all(" keys: KL " in line or " values: KL " in line for line in blamed)
+
+
+def test_transformers_own_caches_are_not_taken_apart(capsys):
+    pytest.importorskip("hqq")
+    code, said, _, _ = check(capsys, "--cache", "hqq:bits=2", "--pieces", "2", "--needles", "0", "--max-kl", "0.0001")
+    assert code == 1 and said["blame"] == [] and "caches of this package" in said["not_blamed"]
 
 
 def test_few_texts_decide_nothing(capsys):

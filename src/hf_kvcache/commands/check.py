@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
 from hf_kvcache.commands import UserError
 from hf_kvcache.commands.common import add_model_arguments, load_model, parse_specs
@@ -83,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from hf_kvcache.eval.verdicts import FAILED, PASSED, Limits, judge, overall
 
-    (spec,) = parse_specs([args.cache or f"config:{args.config}"])
+    (spec,) = parse_specs([f"config:{args.config}" if args.cache is None else args.cache])
     documents = read_documents(args)
     _say_seen(spec, documents)
     model, tokenizer = load_model(args)
@@ -93,10 +94,10 @@ def run(args: argparse.Namespace) -> int:
         limits = Limits(args.max_kl, args.max_loss, args.max_repeats, args.max_bytes)
         verdicts = judge(pieces, found, limits)
         failed = {verdict.name for verdict in verdicts if verdict.verdict == FAILED}
-        blamed = []
+        blamed, why_not = [], None
         if "numbers" not in failed and failed & {"prose", "needles"}:
             advance("who is to blame")
-            blamed = _blame(args, model, spec, windows if "prose" in failed else [], needles, found)
+            blamed, why_not = _blame(args, model, spec, windows if "prose" in failed else [], needles, found)
     about = {
         "model": args.model or "the embedded model",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -108,14 +109,19 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
     }
     verdict = overall(verdicts)
-    _show(about, verdict, verdicts, blamed, args.json)
+    if args.json:
+        lists = {"checks": verdicts, "blame": blamed}
+        lists = {name: [asdict(one) for one in of] for name, of in lists.items()}
+        print(json.dumps(about | {"verdict": verdict} | lists | {"not_blamed": why_not}, indent=1))
+    else:
+        _show(about, verdicts, blamed, why_not, verdict)
     return 0 if verdict == PASSED else 1
 
 
 def _say_seen(spec, documents: list[str]) -> None:
     """Warn of a cache that was tuned on the texts that it is checked on."""
-    about = getattr(getattr(spec, "config", None), "about", None) or {}
-    if about.get("texts", {}).get("digest") == digest_of(documents):
+    texts = getattr(getattr(spec, "config", None), "about", {}).get("texts")
+    if isinstance(texts, dict) and texts.get("digest") == digest_of(documents):
         print("hf-kvcache check: this cache was tuned on these texts; others tell more: --text FILE", file=sys.stderr)
 
 
@@ -155,32 +161,27 @@ def _measure(args: argparse.Namespace, model, tokenizer, spec, windows, needles,
         raise UserError(str(error)) from error
 
 
-def _blame(args: argparse.Namespace, model, spec, windows, needles, found) -> list | str:
-    """Sides of layers, or why nobody can be blamed."""
+def _blame(args: argparse.Namespace, model, spec, windows, needles, found) -> tuple[list, str | None]:
+    """Sides of layers, and why none can be blamed."""
     from hf_kvcache.tuning.culprits import NobodyToBlame, culprits
     from hf_kvcache.tuning.probes import Text
 
     if spec.is_peer or spec.is_learned:
-        return "only caches of this package are looked into, and not retrofitted models"
+        return [], "only caches of this package are taken apart, and no retrofitted models"
     texts = [Text("text", w[: args.context], w[args.context :], list(range(N_NEXT))) for w in windows]
     if not windows:
         lost = [text for text, one in zip(needles, found, strict=True) if one.score < one.dense_score]
         texts = [Text("needle", text.context, *one.with_answer()) for text in lost for one in text.asked]
     try:
-        return culprits(model, texts[:N_BLAMED], lambda: spec.build(model.config))
+        return culprits(model, texts[:N_BLAMED], lambda: spec.build(model.config)), None
     except NobodyToBlame as error:
-        return str(error)
+        return [], str(error)
 
 
-def _show(about: dict, verdict: str, verdicts: list, blamed: list | str, as_json: bool) -> None:
-    from dataclasses import asdict
+def _show(about: dict, verdicts: list, blamed: list, why_not: str | None, verdict: str) -> None:
+    """Lines for people, the verdict last."""
     from textwrap import fill
 
-    if as_json:
-        checks = [asdict(one) for one in verdicts]
-        blame = blamed if isinstance(blamed, str) else [asdict(one) for one in blamed]
-        print(json.dumps(about | {"verdict": verdict, "checks": checks, "blame": blame}, indent=1))
-        return
     lines = [
         f"{about['cache']} behind {about['model']} ({about['dtype']}, {about['device']}), {about['context']:,} tokens "
         f"read: {about['pieces']} pieces of prose, {about['needles']} texts with needles"
@@ -188,7 +189,7 @@ def _show(about: dict, verdict: str, verdicts: list, blamed: list | str, as_json
     for one in verdicts:
         todo = f"; {one.todo}" if one.todo else ""
         lines.append(f"{one.verdict or '':<10} {one.name:<8} {one.says}{todo}")
-    blamed = [f"nobody can be blamed: {blamed}"] if isinstance(blamed, str) else blamed
+    blamed = [f"no layer can be told: {why_not}"] if why_not else blamed
     lines += [f"{'':<10} {'blame':<8} {one}" for one in blamed]
     for line in [*lines, verdict]:
         print(fill(line, 118, subsequent_indent=" " * 20))
