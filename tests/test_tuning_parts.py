@@ -4,12 +4,15 @@ import json
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import hf_kvcache as kv
 from hf_kvcache.cache_config import KVCacheConfig
 from hf_kvcache.cli import main
+from hf_kvcache.codecs import Dense
 from hf_kvcache.models import embedded_model
 from hf_kvcache.tuning.allocate import Offer, allocate, hull, uniform
+from hf_kvcache.tuning.culprits import NobodyToBlame, culprits
 from hf_kvcache.tuning.follow import Followed, divergence
 from hf_kvcache.tuning.menu import Choice, Menu
 from hf_kvcache.tuning.probes import Probe, Score, Text
@@ -81,6 +84,31 @@ def test_layers_share_the_blame(model, probe):
     assert found.kl == pytest.approx(real.kl, rel=0.05, abs=1e-5)
     assert sum(found.shares) == pytest.approx(found.kl, rel=0.4)
     assert divergence(probe.expected, probe.expected).item() == 0
+
+
+def test_what_a_dense_side_would_save_is_what_it_saves(model, probe):
+    """Foreseen from rows, KL and bytes are those of a cache in which that side stays dense."""
+
+    def make(**options):
+        return kv.KVCache(codec=kv.Quantize(2), window=16, config=model.config, **options)
+
+    found = culprits(model, [probe.text], make)
+    assert [one.kl_without for one in found] == sorted(one.kl_without for one in found)
+    assert {one.side for one in found} == {"keys", "values"} and found[0].kl_without < found[0].kl
+    before = probe.filled(make()).nbytes
+    for one in found[:2]:
+        pair = (Dense(), kv.Quantize(2)) if one.side == "keys" else (kv.Quantize(2), Dense())
+        better = probe.filled(make(per_layer={one.layer: {"codec": pair}}))
+        n_dense = sum(k.nbytes + v.nbytes for k, v in probe.rows)
+        assert (better.nbytes - before) / n_dense == pytest.approx(one.bytes_ratio, rel=0.1)
+        assert probe.score(better).kl == pytest.approx(one.kl_without, rel=0.1)
+
+
+def test_nobody_is_blamed_where_rows_are_not_there(model, probe):
+    with pytest.raises(NobodyToBlame, match="different numbers of rows"):
+        culprits(model, [probe.text], lambda: kv.KVCache(kv.AdaKV(ratio=0.5), window=16, config=model.config))
+    with pytest.raises(NobodyToBlame, match="DynamicCache"):
+        culprits(model, [probe.text], DynamicCache)
 
 
 def test_a_cache_of_choices(model, probe):

@@ -18,6 +18,7 @@ COMMANDS = (
     "eval",
     "report",
     "tune",
+    "check",
     "generate",
     "calibrate",
     "train",

@@ -147,7 +147,7 @@ def test_what_cannot_be_copied_is_compressed_once_more(small, answered, monkeypa
 
 
 def test_a_setting_that_fails_fails_alone(small, monkeypatch):
-    monkeypatch.setattr(questioning, "_fork", lambda *args: 1 / 0)
+    monkeypatch.setattr(questioning, "fork", lambda *args: 1 / 0)
     lines = Lines(None, ABOUT)
     evaluate(*small, replace(PLAN, n_instances=1), SETTINGS, lines)
     assert {line.setting for line in lines if line.error} == {"unknown"} and len(lines) == 18

@@ -24,6 +24,14 @@ def share(text: str) -> float:
     return value
 
 
+def points(text: str) -> float:
+    """A number above 0 and up to 100."""
+    value = _finite(text)
+    if not 0 < value <= 100:
+        raise ArgumentTypeError(f"{text} is not a number of points, above 0 and up to 100")
+    return value
+
+
 def weight(text: str) -> float:
     """A finite number from 0 up."""
     value = _finite(text)

@@ -124,6 +124,13 @@ def texts_of(args: argparse.Namespace, tokenizer, documents: list[str]):
         raise UserError(str(error)) from error
 
 
+def digest_of(documents: list[str]) -> str:
+    """What tells one set of texts from another."""
+    import hashlib
+
+    return hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
+
+
 def progress():
     """A line on standard error that says what is being done: `with progress() as advance: advance("...")`."""
     from contextlib import contextmanager
@@ -158,12 +165,9 @@ def _policy(name: str):
 
 
 def _about(args: argparse.Namespace, model, documents: list[str]) -> dict:
-    import hashlib
-
     from hf_kvcache import __version__
     from hf_kvcache.fingerprint import fingerprint
 
-    digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()[:16]
     attention = next(m for m in model.modules() if getattr(m, "layer_idx", None) is not None and hasattr(m, "scaling"))
     goal = {name: getattr(args, name) for name in ("bytes", "max_kl", "tokens_per_second")}
     return {
@@ -172,7 +176,7 @@ def _about(args: argparse.Namespace, model, documents: list[str]) -> dict:
         "model": {"name": args.model or "the embedded model"} | fingerprint(attention),
         "dtype": str(model.dtype).removeprefix("torch."),
         "texts": {
-            "digest": digest,
+            "digest": digest_of(documents),
             "context": args.context,
             "pieces": args.pieces,
             "needles": args.needles,

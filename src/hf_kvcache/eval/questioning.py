@@ -79,7 +79,7 @@ class Questioning:
             if setting in failed:
                 continue
             try:
-                own = cache if use == uses[-1] else _fork(cache, reading, spec)
+                own = cache if use == uses[-1] else fork(cache, reading, spec)
                 if setting == "turns":
                     self._take_turns(spec, own, known)
                 elif setting == "known":
@@ -126,7 +126,7 @@ class Questioning:
         return f"{self.batch.task.name} · {self.batch.length:,} · {which} · {' + '.join(settings)} · {spec.text}"
 
 
-def _fork(cache, reading: Reading, spec: CacheSpec):
+def fork(cache, reading: Reading, spec: CacheSpec):
     """A copy of a cache that has read a text, to be changed."""
     try:
         return copy.deepcopy(cache)
