@@ -90,7 +90,8 @@ def scaling() -> str:
 
 
 def prompts() -> str:
-    rows = [row | {"prompt": f"{row['shape']}, {PROMPTS[row['call']].format(**row)}"} for row in load("prompts")["rows"]]
+    rows = load("prompts")["rows"]
+    rows = [row | {"prompt": f"{row['shape']}, {PROMPTS[row['call']].format(**row)}"} for row in rows]
     return pivot("prompt", rows, "prompt", "dtype", lambda row: f"{row['x sdpa']:.1f}")
 
 

@@ -133,6 +133,17 @@ def test_the_command(tmp_path, capsys):
     assert "pyramidkv" in capsys.readouterr().err
 
 
+def test_a_model_with_bases_is_offered_ranks(tmp_path, capsys):
+    bases = tmp_path / "bases"
+    made = ["--rank", "0.5", "--samples", "4", "--length", "256", "--allocator", "uniform", "--out", str(bases)]
+    assert main(["calibrate", "lowrank", *made]) == 0
+    options = ["--context", "256", "--pieces", "1", "--needles", "0", "--rounds", "2", "--policies"]
+    assert main(["tune", "--adapter", str(bases), "--bytes", "0.4", "--out", str(tmp_path), *options]) == 0
+    capsys.readouterr()
+    # some bases have fewer directions than half of them: so much is not offered
+    assert any("LowRank" in repr(codec) for codec in kv.KVCache.from_config(tmp_path).all_codecs)
+
+
 def test_the_most_kl_is_a_goal_too(tmp_path, capsys):
     options = ["--context", "256", "--pieces", "1", "--needles", "0", "--rounds", "2", "--policies", "keydiff"]
     assert main(["tune", "--max-kl", "0.02", "--out", str(tmp_path), *options]) == 0

@@ -96,12 +96,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def names_for(model) -> list[str]:
-    """Codecs that layers of a model may have: latents where it carries bases."""
+    """Codecs that layers of a model may have: latents of as many directions as all bases have that it carries."""
     from hf_kvcache.adapters.modules import attached_basis
-    from hf_kvcache.tuning.menu import BITS, RANKS, SPARSE
+    from hf_kvcache.codecs.lowrank import channels_of
+    from hf_kvcache.tuning.menu import BITS, RANKS, SPARSE, share_of
 
-    carries = any(attached_basis(module, "k") is not None for module in model.modules())
-    return [*BITS, *SPARSE, *(RANKS if carries else ())]
+    found = [attached_basis(module, side) for module in model.modules() for side in "kv"]
+    bases = [basis for basis, _ in filter(None, found)]
+    fits = [name for name in RANKS if all(channels_of(share_of(name), b.width) <= b.rank for b in bases)]
+    return [*BITS, *SPARSE, *(fits if bases else ())]
 
 
 def read_documents(args: argparse.Namespace) -> list[str]:

@@ -44,7 +44,12 @@ def codec_of(name: str) -> Codec:
     integers = Quantize(int(bits.rstrip("c")), axis="channel" if bits.endswith("c") else "token")
     if part.startswith("sparse"):
         return Sparse(float(part.removeprefix("sparse"))) >> integers
-    return LowRank(float(part.removeprefix("rank"))) >> integers if part else integers
+    return LowRank(share_of(name)) >> integers if part else integers
+
+
+def share_of(name: str) -> float:
+    """The share of the directions in the name of a rank."""
+    return float(name.partition(":")[0].removeprefix("rank"))
 
 
 @dataclass(frozen=True)
