@@ -167,18 +167,8 @@ class Tuner:
         return [trial for search in found for trial in search.trials]
 
     def _least(self, goal: Goal, n_rounds: int) -> Tuned:
-        """The smallest cache with less divergence than asked for; how large one has to be is found by halving."""
-        (low, high), found = SHARES, []
-        for _ in range(HALVINGS):
-            middle = (low * high) ** 0.5
-            try:
-                trials = self._within(goal, middle, max(n_rounds - 2, 1))
-            except ValueError:
-                low = middle
-                continue
-            found += trials
-            is_good = min(trial.kl["text"] for trial in trials) <= goal.max_kl
-            low, high = (low, middle) if is_good else (middle, high)
+        """The smallest cache with less divergence than asked for."""
+        found = self._halved(goal, n_rounds, lambda trials: min(trial.kl["text"] for trial in trials) <= goal.max_kl)
         least = min((trial.kl["text"] for trial in found), default=float("nan"))
         for trial in sorted(found, key=lambda trial: trial.bytes_ratio):
             if trial.kl["text"] <= goal.max_kl:
@@ -190,30 +180,43 @@ class Tuner:
         raise ValueError(f"no cache on offer comes below a KL of {goal.max_kl}; the nearest has {least:.4f}")
 
     def _fast(self, goal: Goal, n_rounds: int) -> Tuned:
-        """The cache that loses least of those that decode fast enough; how small it must be is found by halving."""
-        (low, high), found, fast, most = SHARES, [], [], 0.0
-        for _ in range(HALVINGS):
-            middle = (low * high) ** 0.5
-            try:
-                trials = self._within(goal, middle, max(n_rounds - 2, 1))
-            except ValueError:
-                low = middle
-                continue
-            found += trials
+        """The cache that loses least of those that decode fast enough."""
+        rated: list[tuple[Trial, float]] = []
+
+        def is_slow(trials: list[Trial]) -> bool:
             trial = min(trials, key=lambda trial: goal.loss(trial.kl))
             self.advance("decoding")
-            rate = decode_rate(self._first, self._cache(trial))
-            most = max(most, rate)
-            is_fast = rate >= goal.tokens_per_second
-            if is_fast:
-                fast.append((trial, rate))
-            low, high = (middle, high) if is_fast else (low, middle)
+            rated.append((trial, decode_rate(self._first, self._cache(trial))))
+            return rated[-1][1] < goal.tokens_per_second
+
+        found = self._halved(goal, n_rounds, is_slow)
+        fast = [pair for pair in rated if pair[1] >= goal.tokens_per_second]
         if not fast:
+            most = max((rate for _, rate in rated), default=float("nan"))
             raise ValueError(
                 f"no cache on offer decodes {goal.tokens_per_second:g} tokens per second; the fastest has {most:.1f}"
             )
         trial, rate = min(fast, key=lambda pair: goal.loss(pair[0].kl))
         return replace(self._verified(trial, found), tokens_per_second=rate)
+
+    def _halved(self, goal: Goal, n_rounds: int, is_larger: Callable[[list[Trial]], bool]) -> list[Trial]:
+        """Trials of the shares of bytes that halving looks at.
+
+        Args:
+            is_larger: whether the trials of a share are larger than they have to be, or than they may be.
+        """
+        (low, high), found = SHARES, []
+        for _ in range(HALVINGS):
+            middle = (low * high) ** 0.5
+            try:
+                trials = self._within(goal, middle, max(n_rounds - 2, 1))
+            except ValueError:
+                # nothing on offer is as small
+                low = middle
+                continue
+            found += trials
+            low, high = (low, middle) if is_larger(trials) else (middle, high)
+        return found
 
     def _cache(self, trial: Trial) -> KVCache:
         """An empty cache like that of a trial."""
