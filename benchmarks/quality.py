@@ -5,7 +5,8 @@
 
 In bfloat16, as such models are run, so that byte shares are those that users see. Every piece goes on from the answers
 in benchmarks/results/, and adds its own when it ends. Rounds of a few instances of every task come one after the other,
-so that all rows are complete to the same depth whenever it stops.
+so that all rows are complete to the same depth whenever it stops. Two processes of one thread each, which have tasks,
+--out and --result of their own, do more than one of two; `--also RESULT --minutes 0` then takes up what another found.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def main() -> None:
     known = about(SETTINGS, model, options.model) | {"adapter": options.adapter}
     lines = Lines(options.out / "eval.jsonl", known)
     result = options.result or RESULTS / f"quality-{options.model}-{'quick-' * options.quick}cpu.json"
-    pieces = cells.unpack_into(lines, result) if result.exists() else []
+    pieces = []
+    for path in [*filter(Path.exists, [result]), *options.also]:
+        pieces += [piece for piece in cells.unpack_into(lines, path) if piece not in pieces]
     most, n_before, begun = options.instances, len(lines), monotonic()
     deadline = begun + 60 * options.minutes
 
@@ -105,6 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder of lines (default: %(default)s)")
     parser.add_argument("--result", type=Path, help="file that answers are kept in (default: in benchmarks/results/)")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], metavar="JSON", help="results to take answers from")
     parser.add_argument("--minutes", type=float, default=100, help="of one piece (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three tasks, 12 instances of each")
     parser.add_argument("--model", default="smollm2")
