@@ -17,6 +17,7 @@ from hf_kvcache.identity import Identity
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.layer_settings import PerLayer
 from hf_kvcache.offloading import Offloading
+from hf_kvcache.row_shapes import in_one_dtype
 from hf_kvcache.saving import Saving
 from hf_kvcache.view import KVView, ValueView
 from hf_kvcache.warn import warn_once
@@ -120,6 +121,8 @@ class KVCache(Identity, PerLayer, Lending, Offloading, Saving, Accounting, Cache
             self._prefetch_ahead(layer_idx, key_states.device)
         if not isinstance(layer, KVLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
+        if key_states.dtype != value_states.dtype:
+            key_states, value_states = in_one_dtype(key_states, value_states)
         view = layer.append(key_states, value_states)
         view.cache = self
         return view, ValueView(view)

@@ -9,6 +9,14 @@ from hf_kvcache.codecs.fitted import refit
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def in_one_dtype(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values in autocast's dtype, or in the wider one: autocast leaves keys in float32 after RoPE."""
+    kind = k.device.type
+    is_on = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if is_on else torch.promote_types(k.dtype, v.dtype)
+    return k.to(dtype), v.to(dtype)
+
+
 def check_rows(layer, k: torch.Tensor, v: torch.Tensor) -> None:
     """Refuse keys `[B, Hkv, S, D]` and values `[B, Hkv, S, Dv]` that a layer cannot append; the first ones shape it.
 

@@ -29,6 +29,22 @@ CACHES = {
 }
 
 
+@pytest.mark.parametrize("implementation", ["hf_kvcache", "sdpa"])
+@pytest.mark.parametrize("name", ["dense", "quant", "sparse", "ragged"])
+def test_autocast(name, implementation):
+    """Keys and queries are float32 after RoPE, values are not: rows are held in autocast's dtype."""
+    model, (ids, mask, _) = tiny_model("llama", implementation), padded([111, 90])
+    if name == "ragged" and implementation == "sdpa":
+        mask = torch.ones_like(mask)
+    cache, exact = CACHES[name][0](model.config), CACHES[name][0](model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = replay(model, cache, ids, SIZES, mask)
+    expected = replay(model, exact, ids, SIZES, mask)
+    assert ours.dtype == torch.bfloat16 and cache.nbytes < 0.75 * exact.nbytes
+    pair = torch.stack([x[mask.bool()].float().flatten() for x in (ours, expected)])
+    assert torch.corrcoef(pair)[0, 1] > 0.98
+
+
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
 @pytest.mark.parametrize("name", CACHES)

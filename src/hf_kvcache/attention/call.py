@@ -63,6 +63,9 @@ class AttentionCall:
         fuses: bool = True,
         **options,
     ):
+        if query is not None and query.dtype != view.new_k.dtype:
+            # autocast leaves queries in float32 after RoPE
+            query = query.to(view.new_k.dtype)
         self.view, self.query, self.mask, self.module = view, query, mask, module
         self.base, self.fuses, self.options = base, fuses, options
         self.n_new = view.new_k.shape[2]

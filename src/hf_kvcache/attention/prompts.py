@@ -71,6 +71,9 @@ def _is_served(query, k, v, mask, options: dict) -> bool:
     """Whether the op does all that a call asks for, and has more than the reference for it."""
     if query is None or type(mask) is not KVMask or not mask.is_causal or torch.compiler.is_compiling():
         return False
+    # under autocast keys are float32 after RoPE and values bfloat16, which sdpa sees to
+    if not query.dtype == k.dtype == v.dtype or query.shape[-1] != k.shape[-1] or query.shape[1] % k.shape[1]:
+        return False
     is_trained = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     if is_trained or options.get("dropout") or unserved(query, options):
         return False
