@@ -58,7 +58,7 @@ CACHES = (
     "quanto:bits=4",
     "h2o:ratio=0.25",
 )
-LENGTH, INSTANCES, ROUND, BATCH = 2048, 100, 50, 16
+LENGTH, INSTANCES, ROUND, BATCH = 2048, 100, 50, 12
 # the longest answer that is right takes about fifty tokens: four numbers of seven digits, or a UUID digit by digit
 SETTINGS = Settings(max_new_tokens=64)
 IN = ("unknown", "known")

@@ -52,6 +52,7 @@ class Questioning:
         begun, every = Reading(self.model, contexts, self.settings), list(range(len(self.batch.n_new)))
         if later := [setting for setting in settings if setting != "known"]:
             yield begun, later, every
+            begun.let_go()
         if "known" in settings:
             for q in every:
                 whole = contexts.followed_by(self._tokens([row.prompt.questions[q] for row in self.batch.rows]))

@@ -48,6 +48,10 @@ class Reading:
         finish(cache)
         return cache, logits, filled
 
+    def let_go(self) -> None:
+        """Forget what only caches that read twice need: it is as large as all the rest."""
+        self._recorded = None
+
     def _replay(self, prefill: Prefill, cache) -> torch.Tensor:
         if not reads_twice(cache):
             replay(prefill, cache)
