@@ -26,7 +26,13 @@ from hf_kvcache.tuning.probes import Probe, needle_texts, prose_texts
 from hf_kvcache.tuning.tuner import WINDOWS, Goal, Tuner, described
 
 GOALS = (0.25, 0.125, 0.0625)
-POLICIES = {"keydiff": kv.KeyDiff, "snapkv": kv.SnapKV, "streaming": kv.Streaming}
+POLICIES = {
+    "keydiff": kv.KeyDiff,
+    "snapkv": kv.SnapKV,
+    "h2o": kv.H2O,
+    "streaming": kv.Streaming,
+    "kvzip": kv.KVzip,
+}
 SEEN, UNSEEN = 0, 1_000  # seeds of needles
 
 
