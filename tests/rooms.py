@@ -45,6 +45,19 @@ def levels(*same: str) -> list:
     return [best, *(pytest.param(name, marks=pytest.mark.slow) for name in others if name not in same)]
 
 
+def on_levels(*same: str):
+    """A fixture, the instruction set that native code is built for: those of `levels`."""
+
+    @pytest.fixture(params=levels(*same))
+    def isa(request, monkeypatch):
+        monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
+        native.forget()
+        yield request.param
+        native.forget()
+
+    return isa
+
+
 def is_whole(config: pytest.Config) -> bool:
     """Whether the tests of a run include the slow ones."""
     return "not slow" not in config.option.markexpr

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from rooms import levels
+from rooms import on_levels
 from test_native import CPU, DTYPES, REASON, assert_close, both, queries, some_mask
 
-from hf_kvcache.kernels import choose, native, use_backend
+from hf_kvcache.kernels import choose, use_backend
 from hf_kvcache.kernels.lowrank_attention import KeyExpansion, Latents, lowrank_attention
 from hf_kvcache.kernels.lowrank_attention.reference import _unpacked
 from hf_kvcache.kernels.quant_pack import quant_pack
@@ -18,12 +18,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 # for this op the levels between are avx512
-@pytest.fixture(params=levels("avx512_vbmi2", "avx512_vnni"))
-def isa(request, monkeypatch):
-    monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    native.forget()
-    yield request.param
-    native.forget()
+isa = on_levels("avx512_vbmi2", "avx512_vnni")
 
 
 def in_a_buffer(x, spare=37):

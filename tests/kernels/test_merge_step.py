@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rooms import levels
+from rooms import on_levels
 
 from hf_kvcache.dmc.merging import merge
 from hf_kvcache.kernels import BackendUnavailable, choose, native, use_backend
@@ -17,12 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@pytest.fixture(params=levels())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    native.forget()
-    yield request.param
-    native.forget()
+isa = on_levels()
 
 
 def operands(B, H, w, D, dtype, segment_dtype, n_zero=None):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from rooms import levels
+from rooms import on_levels
 
 from hf_kvcache.kernels import native, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
@@ -20,12 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 # for these ops the two levels above avx512_vnni are avx512_vnni
-@pytest.fixture(params=levels("avx512_vbmi2"))
-def isa(request, monkeypatch):
-    monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    native.forget()
-    yield request.param
-    native.forget()
+isa = on_levels("avx512_vbmi2")
 
 
 def assert_close(name, ref, out, dtype):

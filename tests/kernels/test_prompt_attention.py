@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rooms import levels
+from rooms import on_levels
 
 from hf_kvcache.kernels import native, use_backend
 from hf_kvcache.kernels.merge_states import merge_two
@@ -14,12 +14,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(params=levels())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    native.forget()
-    yield request.param
-    native.forget()
+# the levels between are avx512 here
+isa = on_levels("avx512_vbmi2", "avx512_vnni")
 
 
 def formula(q, k, v, scaling, is_real=None, softcap=None):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from rooms import levels
+from rooms import on_levels
 from test_native import CPU, DTYPES, REASON, a_view, assert_close, both, queries, some_mask
 
-from hf_kvcache.kernels import choose, native, use_backend
+from hf_kvcache.kernels import choose, use_backend
 from hf_kvcache.kernels.dense_attention import dense_attention
 from hf_kvcache.kernels.merge_states import merge_two
 from hf_kvcache.kernels.quant_pack import quant_pack
@@ -17,12 +17,7 @@ from hf_kvcache.kernels.sparse_pack import sparse_pack
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-@pytest.fixture(params=levels())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    native.forget()
-    yield request.param
-    native.forget()
+isa = on_levels()
 
 
 def block_table(lengths, page, spare=2):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rooms import levels
+from rooms import on_levels
 
 from hf_kvcache.kernels import Choice, choose, native, use_backend
 from hf_kvcache.kernels.row_weights import REDUCTIONS, reference, row_weights
@@ -15,12 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 # the levels above avx512 are avx512 here
-@pytest.fixture(params=levels("avx512_vbmi2", "avx512_vnni", "avx512"))
-def isa(request, monkeypatch):
-    monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    native.forget()
-    yield request.param
-    native.forget()
+isa = on_levels("avx512_vbmi2", "avx512_vnni", "avx512")
 
 
 def operands(B, Hkv, G, S, N, D, dtype=torch.float32):

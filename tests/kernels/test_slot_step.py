@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rooms import levels
+from rooms import on_levels
 
 from hf_kvcache.dmc.store import TrainedStore
 from hf_kvcache.kernels import native, use_backend
@@ -15,12 +15,7 @@ needs_compiler = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BACKENDS = ["reference", pytest.param("native", marks=needs_compiler)]
 
 
-@pytest.fixture(params=levels())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    native.forget()
-    yield request.param
-    native.forget()
+isa = on_levels()
 
 
 def empty(B, H, delay):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from rooms import levels
+from rooms import on_levels
 from test_native import CPU, DTYPES, REASON, assert_close, both, queries, some_mask
 
-from hf_kvcache.kernels import choose, native, use_backend
+from hf_kvcache.kernels import choose, use_backend
 from hf_kvcache.kernels.quant_pack import quant_pack
 from hf_kvcache.kernels.sparse_attention import SparseRows, sparse_attention
 from hf_kvcache.kernels.sparse_pack import sparse_pack
@@ -15,12 +15,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 # for these ops avx512_vnni is avx512
-@pytest.fixture(params=levels("avx512_vnni"))
-def isa(request, monkeypatch):
-    monkeypatch.setenv("HF_KVCACHE_ISA", request.param)
-    native.forget()
-    yield request.param
-    native.forget()
+isa = on_levels("avx512_vnni")
 
 
 def rows(x, form, spare=37):
