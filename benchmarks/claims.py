@@ -36,6 +36,7 @@ class Claim:
         source: where they stand.
         margin: of scores; negative where the claim is that little is lost.
         reason: what we found out about a contradiction.
+        least: the smallest ratio that is claimed.
     """
 
     better: str
@@ -45,6 +46,7 @@ class Claim:
     source: str
     margin: float = 0.0
     reason: str = ""
+    least: float = 0.0
 
 
 CLAIMS = (
@@ -67,6 +69,7 @@ CLAIMS = (
         "95.5 of 95.7 with half kept, 94.9 with 1/5",
         "kvpress, KVzip, RULER 4K, Llama-3.1-8B",
         margin=-0.02,
+        least=0.2,
     ),
     Claim(
         "keydiff:ratio={r}",
@@ -142,7 +145,7 @@ def verdicts(scores: dict[tuple[str, int], Scores]) -> list[Verdict]:
     found = []
     for claim in CLAIMS:
         own = []
-        for ratio in RATIOS if "{r}" in claim.better else ("",):
+        for ratio in (r for r in RATIOS if float(r) >= claim.least) if "{r}" in claim.better else ("",):
             better, worse = claim.better.format(r=ratio), claim.worse.format(r=ratio)
             for length in sorted({length for _, length in scores}):
                 difference = _difference(scores, claim.setting, length, better, worse)
