@@ -57,7 +57,7 @@ CLAIMS = (
         "known",
         "35.5 > 34.6, LongBench",
         "Ada-KV, arXiv 2407.11550",
-        reason="sharing among three KV heads: with floor=1, without it, 37.5 % of 24 needles as SnapKV, with 0.2 29.2 %",
+        reason="sharing among three KV heads: with floor=1, without it, 37.5 % of 24 needles like SnapKV, else 29.2",
     ),
     Claim(
         "adakv:ratio={r},scorer=expected_attention",
