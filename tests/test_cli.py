@@ -213,7 +213,10 @@ NONSENSE = {
     ("calibrate lowrank", "--measured"): WHOLE,
     **{("tune", option): WHOLE for option in ("--context", "--pieces", "--rounds")},
     **{("tune", option): ("-1", "0.5", "nan", "first", "") for option in ("--needles", "--seed")},
-    **{("tune", option): ("-1", "-0.5", "nan", "inf", "some", "") for option in ("--max-kl", "--needle-weight")},
+    **{
+        ("tune", option): ("-1", "-0.5", "nan", "inf", "some", "")
+        for option in ("--max-kl", "--needle-weight", "--tokens-per-second")
+    },
     ("tune", "--bytes"): ("-1", "0", "1.5", "nan", "inf", "some", ""),
     **{("check", option): WHOLE for option in ("--context", "--pieces")},
     **{("check", option): ("-1", "0.5", "nan", "first", "") for option in ("--needles", "--seed", "--decode")},

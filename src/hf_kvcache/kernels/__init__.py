@@ -104,8 +104,11 @@ def select(op: str, device: torch.device, operands: tuple = (), name: str | None
     """
     if _forced or os.environ.get("HF_KVCACHE_BACKEND"):
         return getattr(_module(op, choose(op, device, operands).backend), name or op)
-    module, fast = _able.get((op, device)), fast_backend(device)
-    why_not = _of_operands(module, operands) if module is not None else _obstacle(op, fast, device, operands)
+    module = _able.get((op, device))
+    if module is None:
+        why_not = _obstacle(op, fast_backend(device), device, operands)
+    else:
+        why_not = _of_operands(module, operands)
     if why_not is None:
         return getattr(module or _note_able(op, device), name or op)
     warn_once(f"{op} runs on the PyTorch reference: {why_not}")
