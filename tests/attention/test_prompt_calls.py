@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 import hf_kvcache as kv
 from hf_kvcache import kernels
 from hf_kvcache.attention import prompts
+from hf_kvcache.attention.interface import kv_mask
 from hf_kvcache.kernels import native
 
 REASON = native.why_no_compiler()
@@ -27,6 +28,16 @@ CACHES = {
     # heads of different lengths need masks of their own
     "ragged": (lambda config: kv.EvictionCache("adakv", budget=60, n_recent=8, window=8, config=config), 1),
 }
+
+
+@pytest.mark.parametrize("n_wrong", [120, 100])
+def test_a_mask_about_other_tokens_is_refused(n_wrong):
+    """In a long chunk as in a short one, with padding, which could be cut to size, as without."""
+    model, cache = tiny_model("llama"), kv.KVCache(config=tiny_model("llama").config)
+    replay(model, cache, padded([70])[0], [70])
+    mask = kv_mask(1, 40, n_wrong, q_offset=n_wrong - 40, attention_mask=torch.ones(1, n_wrong, dtype=torch.bool))
+    with pytest.raises(ValueError, match=f"covers {n_wrong} tokens"):
+        model(padded([40])[0], **kv.compat.cache_argument(cache), attention_mask=mask)
 
 
 @pytest.mark.parametrize("implementation", ["hf_kvcache", "sdpa"])

@@ -121,6 +121,15 @@ def test_an_unknown_question_is_asked_of_a_copy(small, monkeypatch):
     assert by_key(alone) == by_key(both)
 
 
+def test_the_order_of_settings_changes_nothing(small):
+    """The last use of a cache may change it, whichever that is: a conversation before questions has one of its own."""
+    found = []
+    for settings in (("unknown", "turns"), ("turns", "unknown")):
+        found.append(Lines(None, ABOUT))
+        evaluate(*small, replace(PLAN, n_instances=1, settings=settings, specs=SPECS[:2]), SETTINGS, found[-1])
+    assert by_key(found[0]) == by_key(found[1])
+
+
 @pytest.mark.parametrize("text", ["dynamic", "quant:bits=4,window=8", "snapkv:ratio=0.5", "adakv:ratio=0.5"])
 def test_a_copy_of_a_cache_is_a_cache_of_its_own(small, text):
     model, tokenizer = small

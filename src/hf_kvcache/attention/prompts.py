@@ -31,6 +31,9 @@ def attend_prompt(call: AttentionCall):
         return None
     if not _is_served(call.query, view.new_k, view.new_v, call.mask, call.options):
         return None
+    # a mask about other tokens is refused elsewhere
+    if not has_gone and not (call.mask.is_of_last and call.mask.n_columns == view.tokens_seen):
+        return None
     # rows that are left are older than those of the call, and seen
     if has_gone and (not is_only_causal(call.mask) or view.layer.has_padding or store.is_ragged):
         return None
