@@ -18,6 +18,7 @@ from time import monotonic
 
 import cells
 import torch
+from wide_linear import widen
 
 from hf_kvcache.commands.common import load_model
 from hf_kvcache.commands.numbers import positive
@@ -73,9 +74,10 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model, tokenizer = load_model(options)
+    widened = widen(model)
     tasks = tuple(tasks_named(options.tasks or (QUICK_TASKS if options.quick else TASKS)))
     specs = tuple(with_baseline([parse(text) for text in options.caches]))
-    known = about(SETTINGS, model, options.model) | {"adapter": options.adapter}
+    known = about(SETTINGS, model, options.model) | {"adapter": options.adapter, "float32 products": widened}
     lines = Lines(options.out / "eval.jsonl", known)
     result = options.result or RESULTS / f"quality-{options.model}-{'quick-' * options.quick}cpu.json"
     pieces = []
