@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from wide_linear import widen
 
 import hf_kvcache as kv
 from hf_kvcache.bench.environment import environment
@@ -67,6 +68,7 @@ def load(where: str):
 
     path = resolve(where)
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="hf_kvcache").eval()
+    widen(model)
     return model, AutoTokenizer.from_pretrained(path)
 
 
@@ -87,7 +89,7 @@ def tune(options, model, tokenizer, work: Path) -> None:
         return
     texts = prose_texts(tokenizer, documents(options.train), options.context, 64, options.tune_texts)
     texts += needle_texts(tokenizer, options.context, options.tune_texts, SEEN)
-    policies = [kv.KeyDiff(ratio=1.0), kv.SnapKV(ratio=1.0)]
+    policies = [kv.KeyDiff(ratio=1.0), kv.SnapKV(ratio=1.0), kv.KVzip(ratio=1.0)]
     tuner = Tuner(model, texts, policies, [*BITS, *SPARSE], lambda stage: print(stage, flush=True))
     for goal in missing:
         found = tuner.tune(Goal(goal))
@@ -96,7 +98,7 @@ def tune(options, model, tokenizer, work: Path) -> None:
 
 def uniform_caches(options, model, probe: Probe) -> dict[str, dict]:
     """Uniform caches by name: how to make them, their bytes, and the goal that they were made for."""
-    dense, n = sum(k.nbytes + v.nbytes for k, v in probe.rows), len(probe.text.context)
+    dense, n = probe.nbytes, len(probe.text.context)
     codecs = {f"{b} bits": (kv.Quantize(int(b)), kv.Quantize(int(b))) for b in BITS}
     codecs |= {name.replace(":", ", ") + " bits": (codec_of(name),) * 2 for name in SPARSE}
     found = {}
@@ -152,7 +154,7 @@ def score(options, model, tokenizer, work: Path) -> None:
                 config = KVCacheConfig.load(config_of(work, goal))
                 caches[f"tuned {goal}"] = {"make": lambda config=config: config.build(model.config)}
                 size = probe.filled(config.build(model.config)).nbytes
-                caches[f"tuned {goal}"]["bytes_ratio"] = size / sum(k.nbytes + v.nbytes for k, v in probe.rows)
+                caches[f"tuned {goal}"]["bytes_ratio"] = size / probe.nbytes
         with lines.open("a") as file:
             for name, cache in caches.items():
                 if (i, name) not in known:

@@ -1,6 +1,7 @@
 """What single layers lose, and bytes shared out among them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from hf_kvcache.models import embedded_model
 from hf_kvcache.tuning.allocate import Offer, allocate, hull, uniform
 from hf_kvcache.tuning.culprits import NobodyToBlame, culprits
 from hf_kvcache.tuning.follow import Followed, divergence
-from hf_kvcache.tuning.menu import Choice, Menu
+from hf_kvcache.tuning.menu import RATIOS, Choice, Menu, menus_of
 from hf_kvcache.tuning.probes import Probe, Score, Text
 from hf_kvcache.tuning.rates import STEPS, WARM_UP, decode_rate
-from hf_kvcache.tuning.sensitivity import LayerTable, add_codecs, blame
+from hf_kvcache.tuning.sensitivity import LayerTable, add_codecs, add_ratios, blame
 from hf_kvcache.tuning.tuner import Goal, Trial, Tuned, Tuner
 
 A, B, C = (Choice(1.0, name, name) for name in "248")
@@ -99,16 +100,49 @@ def test_what_a_dense_side_would_save_is_what_it_saves(model, probe):
     for one in found[:2]:
         pair = (Dense(), kv.Quantize(2)) if one.side == "keys" else (kv.Quantize(2), Dense())
         better = probe.filled(make(per_layer={one.layer: {"codec": pair}}))
-        n_dense = sum(k.nbytes + v.nbytes for k, v in probe.rows)
-        assert (better.nbytes - before) / n_dense == pytest.approx(one.bytes_ratio, rel=0.1)
+        assert (better.nbytes - before) / probe.nbytes == pytest.approx(one.bytes_ratio, rel=0.1)
         assert probe.score(better).kl == pytest.approx(one.kl_without, rel=0.1)
 
 
-def test_nobody_is_blamed_where_rows_are_not_there(model, probe):
-    with pytest.raises(NobodyToBlame, match="different numbers of rows"):
-        culprits(model, [probe.text], lambda: kv.KVCache(kv.AdaKV(ratio=0.5), window=16, config=model.config))
+@pytest.mark.parametrize("policy", [kv.AdaKV, kv.KVzip])
+def test_heads_of_different_lengths_are_read_as_the_cache_reads_them(model, probe, policy):
+    cache = probe.filled(kv.KVCache(policy(ratio=0.4), kv.Quantize(4, axis="token"), window=16, config=model.config))
+    found = blame(probe, cache)
+    counts = torch.cat([layer.store.packed.counts.flatten() for layer in cache.layers])
+    assert len(counts.unique()) > 1
+    assert found.kl == pytest.approx(probe.score(cache).kl, rel=0.02)
+
+
+def test_heads_of_different_lengths_are_blamed(model, probe):
+    found = culprits(model, [probe.text], lambda: kv.KVCache(kv.AdaKV(ratio=0.5), window=16, config=model.config))
+    assert {one.side for one in found} == {"tokens"} and found[0].kl_without < found[0].kl
+
+
+def test_nobody_is_blamed_where_rows_are_not_shown(model, probe):
     with pytest.raises(NobodyToBlame, match="DynamicCache"):
         culprits(model, [probe.text], DynamicCache)
+
+
+def test_tokens_that_a_policy_shares_out_itself(model, probe):
+    """Layers then choose codecs alone, one menu for each ratio of all; bytes that are foreseen are real."""
+    menus = menus_of(kv.KVzip(ratio=1.0), 16, ("8", "2", "rank0.5:4"))
+    assert [menu.ratios for menu in menus] == [(ratio,) for ratio in RATIOS]
+    # latents of all heads are not rows of one
+    menu = next(menu for menu in menus if menu.ratios == (0.35,))
+    assert menu.names == ("8", "2") and len(menu.choices()) == 4
+    text = probe.text
+    followed = Followed(model, probe.rows, len(text.context), text.follow, text.scored)
+    grads, tables = followed.samples(4), [LayerTable() for _ in probe.rows]
+    add_codecs(tables, replace(menu, policy=None), probe, followed, grads, 1.0)
+    add_ratios(tables, menu, probe, followed.let_go(), grads, 1.0)
+    choices = [Choice(0.35, "8", "2"), *[Choice(0.35, "2", "2")] * (len(tables) - 1)]
+    cache = menu.cache(choices, range(len(tables)), model.config)
+    assert cache.policy == kv.KVzip(ratio=0.35) and sorted(cache.per_layer) == [0]
+    probe.filled(cache)
+    for table, choice, layer in zip(tables, choices, cache.layers, strict=True):
+        assert table.loss(choice) > table.keys["2"] or choice.keys != "2"
+        # the last token is fed after the second pass
+        assert table.nbytes(choice) == pytest.approx(layer.nbytes, rel=0.02)
 
 
 def test_a_cache_of_choices(model, probe):
@@ -129,8 +163,8 @@ def test_the_command(tmp_path, capsys):
     assert config.about["goal"]["bytes"] == 0.3 and config.about["trials"]
     assert main(["tune", "--bytes", "0.001", "--out", str(tmp_path), *options]) == 2
     assert "smallest" in capsys.readouterr().err
-    assert main(["tune", "--bytes", "0.3", "--out", str(tmp_path), *options[:-1], "pyramidkv"]) == 2
-    assert "pyramidkv" in capsys.readouterr().err
+    assert main(["tune", "--bytes", "0.3", "--out", str(tmp_path), *options[:-1], "duo"]) == 2
+    assert "duo" in capsys.readouterr().err
 
 
 def test_a_model_with_bases_is_offered_ranks(tmp_path, capsys):

@@ -8,7 +8,7 @@ from cases import SIZES, assert_close, new_model, prompt, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, LlamaConfig
 
-from hf_kvcache.calibration import logits_behind, observe
+from hf_kvcache.calibration import fit_bases, logits_behind, observe
 from hf_kvcache.calibration.text import token_batches
 from hf_kvcache.compat import cache_argument
 from hf_kvcache.view import KVView
@@ -40,7 +40,7 @@ def projections(model, ids, layer):
 def test_rows_and_gradients_are_those_of_the_projections(layer):
     model = new_model(LlamaConfig(**SIZES))
     ids = prompt(1, 50)
-    seen = observe(model, [ids], group_sizes=GROUPS, with_gradients=True, n_skip=4)[layer]
+    seen = observe(model, [ids], group_sizes=GROUPS, with_gradients=True, n_sink=4)[layer]
     for side, (rows, gradients) in projections(model, ids, layer).items():
         for moments, expected in ((seen.rows[side], rows), (seen.gradients[side], gradients)):
             expected = expected[4:].unflatten(1, (moments.total.shape[0], -1)).transpose(0, 1).double()  # [G, n, s*D]
@@ -68,7 +68,7 @@ def test_after_rope_keys_are_those_that_a_cache_gets():
     ids = prompt(1, 50)
     cache = DynamicCache()
     model(ids, **cache_argument(cache))
-    seen = observe(model, [ids], rope="post", group_sizes=GROUPS, n_skip=0)
+    seen = observe(model, [ids], rope="post", group_sizes=GROUPS, n_sink=0)
     keys = cache.layers[1].keys[0].double()
     assert_close("second moments", seen[1].rows["k"].second, keys.transpose(1, 2) @ keys, 1e-3)
 
@@ -78,11 +78,21 @@ def test_every_batch_counts_and_weights_stay_as_they_were():
     model.train()
     model.lm_head.weight.requires_grad_()
     before = [p.detach().clone() for p in model.parameters()]
-    seen = observe(model, [prompt(2, 30), prompt(1, 20)], group_sizes=GROUPS, with_gradients=True, n_skip=0)
+    seen = observe(model, [prompt(2, 30), prompt(1, 20)], group_sizes=GROUPS, with_gradients=True, n_sink=0)
     assert seen[0].rows["k"].count == seen[0].gradients["v"].count == 80
     assert seen[0].queries.count == 2 * 80
     assert model.training and model.lm_head.weight.requires_grad
     assert all(p.grad is None and torch.equal(p, old) for p, old in zip(model.parameters(), before))
+
+
+def test_the_first_tokens_stay_as_they_are():
+    """As in a cache: a basis that never saw a model's sinks would take them away."""
+    model = tiny_model("llama")
+    ids = prompt(1, 40)
+    bases = fit_bases(model, [prompt(1, 120)], rank=0.25, allocator="uniform")
+    ours, theirs = logits_behind(model, ids, bases.of, "pre", n_sink=8), model(ids).logits
+    assert_close("logits", ours[:, :8], theirs[:, :8], 1e-5)
+    assert (ours - theirs)[:, 8:].abs().amax(-1).min() > 1e-3
 
 
 def test_logits_behind_nothing_are_the_model_s():

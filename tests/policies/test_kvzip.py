@@ -7,8 +7,9 @@ import torch
 from cases import assert_close, assert_same_state, generate, padded, prompt, tiny_model
 
 import hf_kvcache as kv
+from hf_kvcache.cache_config import KVCacheConfig
 from hf_kvcache.compat import cache_argument
-from hf_kvcache.hub.spec import spec_of
+from hf_kvcache.hub.export import export
 
 LEVELS = ["model", "layer", "head"]
 KNOBS = dict(n_sink=2, window=4)
@@ -239,7 +240,7 @@ def test_a_failed_pass_leaves_a_cache_that_goes_on(monkeypatch):
     assert_same_state(cache, prefilled(model, ids, kv.EvictionCache("kvzip", ratio=0.4, **KNOBS)))
 
 
-def test_what_cannot_work_is_said():
+def test_what_cannot_work_is_said(tmp_path):
     model, ids = tiny_model(), prompt(2, 60)
     cache = kv.EvictionCache("kvzip", ratio=0.4, **KNOBS)
     with pytest.raises(ValueError, match=r"KVzip reads a prompt twice.*hf_kvcache.prefill"):
@@ -262,4 +263,11 @@ def test_what_cannot_work_is_said():
         with pytest.raises(ValueError, match="KVzip chooses by itself"):
             kv.AdaKV(ratio=0.4, scorer=scorer)
     with pytest.raises(ValueError, match="KVzip reads a prompt twice.*exported"):
-        spec_of(kv.EvictionCache("kvzip", ratio=0.4))
+        export(model, kv.EvictionCache("kvzip", ratio=0.4), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_holds_it():
+    cache = kv.KVCache(kv.KVzip(ratio=0.4), kv.Quantize(4, axis="token"))
+    again = KVCacheConfig.from_cache(cache).build()
+    assert again.policy == cache.policy and again.codec == cache.codec

@@ -20,6 +20,7 @@ from hf_kvcache.text_positions import cover
 from hf_kvcache.view import KVView
 
 BasisOf = Callable[[int, str], Basis | None]
+N_SINK = 4  # first tokens of a text, which a low-rank cache leaves dense
 
 
 @dataclass
@@ -42,9 +43,9 @@ class Passing(KVLayer):
 
     needs_model = True
 
-    def __init__(self, layer_idx: int, basis_of: BasisOf | None = None, rope: str = "pre"):
+    def __init__(self, layer_idx: int, basis_of: BasisOf | None = None, rope: str = "pre", n_sink: int = N_SINK):
         super().__init__(layer_idx)
-        self._basis_of, self._kind = basis_of, rope
+        self._basis_of, self._kind, self._n_sink = basis_of, rope, n_sink
         self._projections: dict[str, LowRank] = {}
 
     def append(self, k, v):
@@ -67,6 +68,7 @@ class Passing(KVLayer):
         if positions is None:
             positions = torch.arange(call.n_new, device=self.device).unsqueeze(0)
         self._positions = positions.unsqueeze(1).int()
+        self._is_sink = (self._positions < self._n_sink).unsqueeze(-1)
         self._is_real = call.is_real
         cover(self, positions)
         self._project()
@@ -78,7 +80,8 @@ class Passing(KVLayer):
             if side in self._projections:
                 codec = self._projections[side]
                 encoded = codec.encode(rows, None, self._positions)
-                rows = codec.decode(encoded, rows.dtype, self.head_dim, self._positions)
+                made = codec.decode(encoded, rows.dtype, self.head_dim, self._positions)
+                rows = torch.where(self._is_sink, rows, made)
                 setattr(self._view, name, rows)
             self.show(side, rows)
 
@@ -97,13 +100,13 @@ class Passing(KVLayer):
 class _Watcher(Passing):
     """A layer that counts its rows and forgets them."""
 
-    def __init__(self, layer_idx, basis_of, rope: str, group_sizes: dict[str, int | str], n_skip: int):
-        super().__init__(layer_idx, basis_of, rope)
+    def __init__(self, layer_idx, basis_of, rope: str, n_sink: int, group_sizes: dict[str, int | str]):
+        super().__init__(layer_idx, basis_of, rope, n_sink)
         self.seen = LayerMoments()
-        self._group_sizes, self._n_skip = group_sizes, n_skip
+        self._group_sizes = group_sizes
 
     def _project(self):
-        counted = self._positions[:, 0].expand(self.batch_size, -1) >= self._n_skip
+        counted = ~self._is_sink[:, 0, :, 0].expand(self.batch_size, -1)
         self._is_real = counted if self._is_real is None else counted & self._is_real
         super()._project()
 
@@ -153,9 +156,11 @@ class Through(KVCache):
 
 
 @torch.no_grad()
-def logits_behind(model: torch.nn.Module, ids: torch.Tensor, basis_of: BasisOf, rope: str) -> torch.Tensor:
-    """Logits `[B, T, vocabulary]` of a model whose attention sees what bases make of every row."""
-    cache = Through(Passing, basis_of, rope)
+def logits_behind(
+    model: torch.nn.Module, ids: torch.Tensor, basis_of: BasisOf, rope: str, n_sink: int = N_SINK
+) -> torch.Tensor:
+    """Logits `[B, T, vocabulary]` where attention sees what bases make of all rows but the first `n_sink`."""
+    cache = Through(Passing, basis_of, rope, n_sink)
     return model(ids.to(model.device), **cache_argument(cache), use_cache=True).logits
 
 
@@ -166,7 +171,7 @@ def observe(
     rope: str = "pre",
     group_sizes: dict[str, int | str],
     with_gradients: bool = False,
-    n_skip: int = 4,
+    n_sink: int = N_SINK,
     basis_of: BasisOf | None = None,
     weights: Iterable[torch.nn.Parameter] = (),
     on_batch: Callable[[], None] = lambda: None,
@@ -179,7 +184,7 @@ def observe(
         rope: whether keys are counted before RoPE ("pre") or after it ("post").
         group_sizes: KV heads per group, by side "k" and "v".
         with_gradients: also run backward, for the moments of the gradients (labels are the next tokens).
-        n_skip: first tokens of a text that are left out, as a cache leaves its sinks dense.
+        n_sink: first tokens of a text, which are not counted, nor changed by bases, as a cache leaves its sinks dense.
         basis_of: the basis of a layer and side behind which attention sees the rows; they are counted as they were.
         weights: parameters that get gradients, too (those of every batch are added up in `.grad`).
         on_batch: called after every batch.
@@ -191,7 +196,7 @@ def observe(
         ValueError: several processes share the model.
     """
     refuse_shards(model, "calibration")
-    observer = Through(_Watcher, basis_of, rope, group_sizes, n_skip)
+    observer = Through(_Watcher, basis_of, rope, n_sink, group_sizes)
     with _frozen(model, weights), torch.set_grad_enabled(with_gradients):
         for ids in batches:
             ids = ids.to(model.device)

@@ -24,7 +24,7 @@ from hf_kvcache.commands import UserError
 from hf_kvcache.commands.common import add_model_arguments, check_writable, load_model, read_text
 from hf_kvcache.commands.numbers import count, positive, share, weight
 
-POLICIES = ("keydiff", "snapkv")
+POLICIES = ("keydiff", "snapkv", "kvzip")
 NEXT = 64  # tokens of a piece of prose that are predicted
 
 
@@ -162,8 +162,8 @@ def _policy(name: str):
     except ValueError as error:
         raise UserError(f"--policies: {error}") from error
     plain = isinstance(kind, type) and issubclass(kind, Policy)
-    if not plain or kind.takes_budget != "yes" or kind.is_ragged or kind.sets_layer_budgets or kind.is_trained:
-        raise UserError(f"--policies: {name} takes no budgets by layer that are alike for all heads")
+    if not plain or kind.takes_budget != "yes" or kind.is_trained:
+        raise UserError(f"--policies: {name} has no share of the tokens that could be set")
     return kind(ratio=1.0)
 
 

@@ -171,7 +171,7 @@ def export(
         raise ValueError(f"family={family!r} must be a lower-case word: the model type begins with it")
     base, plain, config = _bases(model)
     adapter, tensors = carried(model, cache)
-    spec = spec_of(cache)
+    spec = _exported_spec(cache)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     files = files_of(roots_of(cache, adapter, model.config), __version__)
@@ -224,6 +224,14 @@ def export(
     return directory
 
 
+def _exported_spec(cache: KVCache) -> dict:
+    """What `spec_of` says of a cache that `generate` alone can fill."""
+    if cache.policy is not None and cache.policy.reads_twice:
+        name = type(cache.policy).__name__
+        raise ValueError(f"{name} reads a prompt twice, by hf_kvcache.prefill, which what is exported does not call")
+    return spec_of(cache)
+
+
 def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
     """Write a repository whose `generate` gives any model a cache like this one.
 
@@ -251,7 +259,7 @@ def export_generate(cache: KVCache, directory: str | os.PathLike) -> Path:
         "version": __version__,
         "imports": imports,
         "mentions": mentions,
-        "spec": pformat(spec_of(cache), width=120),
+        "spec": pformat(_exported_spec(cache), width=120),
     }
     files["generate.py"] = _GENERATE.format(
         **values, all=", ".join(f'"{name}"' for name in sorted([*parts, "generate"]))

@@ -15,18 +15,13 @@ def spec_of(cache: KVCache) -> dict:
         `KVCache` as they are, and only what is not their default.
 
     Raises:
-        ValueError: it is offloaded, which goes with a machine and not with a model, or wants prompts from `prefill`.
+        ValueError: it is offloaded, which goes with a machine and not with a model.
     """
     if cache.offloading:
         raise ValueError("offloading=True goes with a machine; leave it out of what is exported")
     plain = KVCache()
     spec = {name: getattr(cache, name) for name in _PLAIN if getattr(cache, name) != getattr(plain, name)}
     if cache.policy is not None:
-        if cache.policy.reads_twice:
-            raise ValueError(
-                f"{type(cache.policy).__name__} reads a prompt twice, by hf_kvcache.prefill, which what is exported "
-                "does not call"
-            )
         spec["policy"] = cache.policy.spec()
     for name in ("codec", "edge_codec"):
         if getattr(cache, name) is not None:

@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-import torch
-
 from hf_kvcache.cache import KVCache
-from hf_kvcache.tuning.follow import Followed, divergence
+from hf_kvcache.tuning.follow import Followed, Rows, divergence
 from hf_kvcache.tuning.probes import Probe, Text
 from hf_kvcache.tuning.sensitivity import blame
 
@@ -53,7 +51,7 @@ def culprits(model, texts: Sequence[Text], make: Callable[[], KVCache]) -> list[
         make: returns a new cache.
 
     Raises:
-        NobodyToBlame: the model cannot be listened to, or the cache keeps other numbers of rows in other heads.
+        NobodyToBlame: the model cannot be listened to, or the cache does not show its rows.
     """
     cases = [_Case(model, text, make()) for text in texts]
     shares = [fmean(shares) for shares in zip(*(case.shares for case in cases), strict=True)]
@@ -78,7 +76,7 @@ class _Case:
             raise NobodyToBlame(self.probe.why_not)
         self.cache = self.probe.filled(cache)
         try:
-            self.rows = [layer.store.logical_rows() for layer in self.cache.layers]
+            self.rows = [Rows.of(layer) for layer in self.cache.layers]
             found = blame(self.probe, self.cache)
         except (AttributeError, ValueError) as error:
             raise NobodyToBlame(str(error)) from error
@@ -90,9 +88,8 @@ class _Case:
 
     def kl_without(self, i: int, side: str) -> float:
         """Divergence if this side of a layer stayed dense."""
-        (k, v), (dense_k, dense_v) = self.rows[i], self.probe.rows[i]
-        rows = [*self.rows]
-        rows[i] = (k if side == "values" else dense_k, v if side == "keys" else dense_v)
+        own, dense, rows = self.rows[i], self.probe.rows[i], [*self.rows]
+        rows[i] = Rows(own.k if side == "values" else dense.k, own.v if side == "keys" else dense.v)
         text = self.probe.text
         followed = Followed(self.probe.model, rows, len(text.context), text.follow, text.scored)
         return divergence(self.probe.expected, followed.logp.detach()).item()
@@ -100,14 +97,14 @@ class _Case:
     def surplus(self, i: int, side: str) -> float:
         """Bytes that a side would take more if it stayed dense, as a share of a dense cache's."""
         layer, dense = self.cache.layers[i], self.probe.rows
-        n_dense = sum(k.nbytes + v.nbytes for k, v in dense)
+        n_dense = sum(rows.nbytes for rows in dense)
         if side == "tokens":
-            return (sum(rows.nbytes for rows in dense[i]) - layer.nbytes) / n_dense
+            return (dense[i].nbytes - layer.nbytes) / n_dense
         width = layer.head_dim if side == "keys" else layer.v_head_dim
         packed = layer.store.codec_of(side[0]).nbytes_per_token(width, layer.dtype.itemsize)
         per_row = width * layer.dtype.itemsize - packed
         return per_row * layer.store.n_packed * layer.n_kv_heads / n_dense
 
     def _keeps_all(self, i: int) -> bool:
-        rows: tuple[torch.Tensor, torch.Tensor] = self.rows[i]
-        return rows[0].shape[2] == self.probe.rows[i][0].shape[2]
+        rows = self.rows[i]
+        return rows.is_there is None and rows.k.shape[2] == self.probe.rows[i].k.shape[2]

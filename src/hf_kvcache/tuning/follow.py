@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import log_softmax
@@ -17,7 +18,33 @@ from hf_kvcache.compat import cache_argument
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.view import KVView
 
-Rows = tuple[torch.Tensor, torch.Tensor]  # keys after RoPE and values, `[1, Hkv, N, D]`
+
+class Rows(NamedTuple):
+    """Rows of the context in one layer, in any order.
+
+    Attributes:
+        k, v: keys after RoPE and values, `[1, Hkv, N, D]`.
+        is_there: False behind the last row of a head that has fewer than others, boolean `[1, Hkv, N]`; None where all
+            heads have as many.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    is_there: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: KVLayer) -> Rows:
+        """Those that a layer holds, decoded."""
+        store = layer.store
+        if not store.is_ragged:
+            return cls(*store.logical_rows())
+        k, v = (torch.cat(parts, 2) for parts in zip(*store.blocks(layer.tokens_seen), strict=True))
+        return cls(k, v, store.positions >= 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values."""
+        return self.k.nbytes + self.v.nbytes
 
 
 @dataclass(frozen=True)
@@ -42,19 +69,22 @@ class Heard:
 
     def attend(self, rows: Rows) -> torch.Tensor:
         """What attention returns over other rows of the context, `[1, S, Hq, D]`."""
-        return attend(self.query, rows, (self.k, self.v), self.scaling, self.softcap)
+        return attend(self.query, rows, Rows(self.k, self.v), self.scaling, self.softcap)
 
 
 def attend(q: torch.Tensor, rows: Rows, new: Rows, scaling: float, softcap: float | None = None) -> torch.Tensor:
     """Causal attention in float32 over rows that all queries see, and new ones: `[1, S, Hq, D]`."""
-    k, v = (torch.cat(pair, 2).float() for pair in zip(rows, new, strict=True))
+    k, v = (torch.cat(pair, 2).float() for pair in zip(rows[:2], new[:2], strict=True))
     n_new, group = q.shape[2], q.shape[1] // k.shape[1]
     q = q.float().unflatten(1, (-1, group)).flatten(2, 3)  # [1, Hkv, G * S, D]
     scores = (q @ k.mT * scaling).unflatten(2, (group, n_new))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     hidden = torch.ones(n_new, n_new, dtype=torch.bool, device=q.device).triu(1)
-    scores = torch.cat([scores[..., :-n_new], scores[..., -n_new:].masked_fill(hidden, float("-inf"))], -1)
+    seen, own = scores[..., :-n_new], scores[..., -n_new:].masked_fill(hidden, float("-inf"))
+    if rows.is_there is not None:
+        seen = seen.masked_fill(~rows.is_there[:, :, None, None], float("-inf"))
+    scores = torch.cat([seen, own], -1)
     out = scores.softmax(-1).flatten(2, 3) @ v  # [1, Hkv, G * S, D]
     return out.unflatten(2, (group, n_new)).flatten(1, 2).transpose(1, 2)
 
@@ -83,10 +113,10 @@ class _Given(KVLayer):
             raise ValueError(f"layer {self.layer_idx}: this model's attention asks for more than rows and a softcap")
 
     def attend(self, call):
-        new = call.view.new_k, call.view.new_v
+        new = Rows(call.view.new_k, call.view.new_v)
         out = attend(call.query, self._rows, new, call.scaling, call.softcap)
         leaf = torch.zeros_like(out).requires_grad_()
-        kept = (t.detach() for t in (call.query, *new, out))
+        kept = (t.detach() for t in (call.query, new.k, new.v, out))
         self.heard = Heard(*kept, leaf, call.scaling, call.softcap)
         return (out + leaf).to(call.query.dtype), None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import LowRank, Quantize, Sparse
@@ -60,13 +60,24 @@ class Menu:
         policy: with any ratio, or None.
         n_dense: newest rows that stay dense.
         names: codecs of both sides; keys of layers that keep all tokens have those of bits per channel, too.
-        ratios: shares of the tokens that layers with the policy may keep.
+        ratios: shares of the tokens that layers with the policy may keep; one where it `is_shared`.
     """
 
     policy: Policy | None
     n_dense: int
     names: tuple[str, ...] = (*BITS, *SPARSE)
     ratios: tuple[float, ...] = RATIOS
+
+    def __str__(self) -> str:
+        if self.policy is None:
+            return "all tokens"
+        name = type(self.policy).__name__
+        return f"{name} {self.ratios[0]}" if self.is_shared else name
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the policy shares tokens out among layers (PyramidKV, KVzip), which then choose codecs alone."""
+        return self.policy is not None and self.policy.sets_layer_budgets
 
     @property
     def keys_of_all(self) -> tuple[str, ...]:
@@ -75,7 +86,7 @@ class Menu:
 
     def choices(self) -> list[Choice]:
         """All of them."""
-        kept = [(KEEP_ALL, self.keys_of_all)]
+        kept = [] if self.is_shared else [(KEEP_ALL, self.keys_of_all)]
         kept += [(ratio, self.names) for ratio in self.ratios] if self.policy is not None else []
         return [Choice(ratio, k, v) for ratio, keys in kept for k in keys for v in self.names]
 
@@ -105,3 +116,18 @@ class Menu:
         if choice.ratio < KEEP_ALL:
             policy = with_budget(self.policy, ratio=choice.ratio)
         return KVCache(policy, per_layer={layer_idx: {"codec": choice.pair}}, window=self.n_dense, config=config)
+
+
+def menus_of(policy: Policy | None, n_dense: int, names: Sequence[str]) -> list[Menu]:
+    """The menus with one policy: one, or one for every ratio where layers have no ratios of their own."""
+    menu = Menu(policy, n_dense, tuple(name for name in names if _is_taken(name, policy)))
+    return [replace(menu, ratios=(ratio,)) for ratio in RATIOS] if menu.is_shared else [menu]
+
+
+def _is_taken(name: str, policy: Policy | None) -> bool:
+    """Whether a policy can evict rows of a codec."""
+    try:
+        KVCache(policy, (codec_of(name),) * 2)
+    except ValueError:
+        return False
+    return True

@@ -15,13 +15,16 @@ from torch.nn.functional import log_softmax, nll_loss
 
 from hf_kvcache.cache import KVCache
 from hf_kvcache.compat import cache_argument
+from hf_kvcache.eval.asking import feed
 from hf_kvcache.eval.prompts import Prompter
 from hf_kvcache.eval.reading import finish
 from hf_kvcache.eval.replay import NotReplayed, Prefill, check_replay, hand_on_layer, record, replay
+from hf_kvcache.eval.replay_twice import Recorded
 from hf_kvcache.eval.tasks import TASKS
 from hf_kvcache.eval.texts import Texts
 from hf_kvcache.layer import KVLayer
-from hf_kvcache.long_prompts import begin
+from hf_kvcache.long_prompts import begin, reads_twice
+from hf_kvcache.tuning.follow import Rows
 
 NEEDLES = ("niah_single_2", "niah_multikey_1")
 N_QUESTIONS = 2
@@ -132,17 +135,23 @@ class Probe:
         self.model, self.text = model, text
         self.counts_bytes = text.kind == "text"
         self.prefill: Prefill | None = None
+        self._texts, self._recorded = Texts.of([text.context], model.device), None
         try:
-            self.prefill = record(model, Texts.of([text.context], model.device))
+            self.prefill = record(model, self._texts)
         except NotReplayed as error:
             # every cache then reads for itself
             self.why_not = str(error)
         self.expected = log_softmax(self._logits(self.filled(KVCache(config=model.config))), -1)
 
     @property
-    def rows(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the context, dense, of every layer."""
-        return [(handed.k, handed.v) for handed in self.prefill.layers]
+    def rows(self) -> list[Rows]:
+        """Those of the context, dense, of every layer."""
+        return [Rows(handed.k, handed.v) for handed in self.prefill.layers]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a dense cache."""
+        return sum(rows.nbytes for rows in self.rows)
 
     @property
     def dense(self) -> Score:
@@ -160,12 +169,22 @@ class Probe:
         try:
             if self.prefill is None:
                 raise NotReplayed
-            check_replay(cache)
-            replay(self.prefill, cache)
+            check_replay(cache, twice=True)
+            if reads_twice(cache):
+                feed(self.model, cache, self._second_pass.fill(cache))
+            else:
+                replay(self.prefill, cache)
         except NotReplayed:
             read(self.model, cache, self.text.context)
         finish(cache)
         return cache
+
+    @property
+    def _second_pass(self) -> Recorded:
+        """What stands for the model where the context is read twice."""
+        if self._recorded is None:
+            self._recorded = Recorded(self.model, self.prefill, self._texts)
+        return self._recorded
 
     def score(self, cache) -> Score:
         """Feed what follows through a filled cache, which has seen it afterwards."""

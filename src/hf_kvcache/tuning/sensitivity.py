@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from hf_kvcache.tuning.allocate import Offer
-from hf_kvcache.tuning.follow import Followed, divergence
+from hf_kvcache.tuning.follow import Followed, Rows, divergence
 from hf_kvcache.tuning.menu import KEEP_ALL, Choice, Menu
 from hf_kvcache.tuning.probes import Probe
 
@@ -30,7 +30,7 @@ class LayerTable:
     Attributes:
         keys, values: loss by name of codec.
         tokens: loss by ratio.
-        fixed, packed: bytes beside packed rows, and packed rows of all heads, by ratio.
+        fixed, packed: bytes beside packed rows, and packed rows of all heads with room for more, by ratio.
         per_row: bytes of one packed row of one head by side and name.
     """
 
@@ -71,10 +71,11 @@ def add_codecs(
             # every name of the other side comes along once
             other = values[n % len(values)]
             layer = probe.filled_layer(menu.one_layer(i, Choice(KEEP_ALL, keys, other), probe.model.config), i)
-            k, v = layer.store.logical_rows()
-            table.keys[keys] = table.keys.get(keys, 0.0) + weight * _loss(heard, (k, dense[1]), grads[i], probe)
+            own = Rows.of(layer)
+            found = weight * _loss(heard, Rows(own.k, dense.v), grads[i], probe)
+            table.keys[keys] = table.keys.get(keys, 0.0) + found
             if n < len(values):
-                found = weight * _loss(heard, (dense[0], v), grads[i], probe)
+                found = weight * _loss(heard, Rows(dense.k, own.v), grads[i], probe)
                 table.values[other] = table.values.get(other, 0.0) + found
             if probe.counts_bytes:
                 _note_bytes(table, layer, keys, other, KEEP_ALL)
@@ -84,10 +85,14 @@ def add_ratios(
     tables: Sequence[LayerTable], menu: Menu, probe: Probe, followed: Followed, grads, weight: float
 ) -> None:
     """Add what eviction loses in every layer, `weight` times."""
-    for i, table in enumerate(tables):
-        for ratio in menu.ratios:
-            layer = probe.filled_layer(menu.one_layer(i, Choice(ratio, LIGHT, LIGHT), probe.model.config), i)
-            found = _loss(followed.heard[i], layer.store.logical_rows(), grads[i], probe)
+    for ratio in menu.ratios:
+        light = Choice(ratio, LIGHT, LIGHT)
+        # what shares out tokens among layers is asked of all of them together
+        config, every = probe.model.config, range(len(tables))
+        whole = probe.filled(menu.cache([light] * len(tables), every, config)) if menu.is_shared else None
+        for i, table in enumerate(tables):
+            layer = whole.layers[i] if whole else probe.filled_layer(menu.one_layer(i, light, config), i)
+            found = _loss(followed.heard[i], Rows.of(layer), grads[i], probe)
             table.tokens[ratio] = table.tokens.get(ratio, 0.0) + weight * found
             if probe.counts_bytes:
                 _note_bytes(table, layer, LIGHT, LIGHT, ratio)
@@ -97,7 +102,9 @@ def _note_bytes(table: LayerTable, layer, keys: str, values: str, ratio: float) 
     store = layer.store
     for side, name, width in (("k", keys, layer.head_dim), ("v", values, layer.v_head_dim)):
         table.per_row[side, name] = store.codec_of(side).nbytes_per_token(width, layer.dtype.itemsize)
-    table.packed[ratio] = store.n_packed * layer.n_kv_heads
+    # pages are allocated whole
+    n_rows = store.packed.n_pages * store.packed.page if store.is_ragged else store.n_packed * layer.n_kv_heads
+    table.packed[ratio] = n_rows
     per_row = table.per_row["k", keys] + table.per_row["v", values]
     table.fixed[ratio] = layer.nbytes - table.packed[ratio] * per_row
 
@@ -126,7 +133,7 @@ def blame(probe: Probe, cache) -> Blame:
     A layer's share is half its change of attention times the gradient of the divergence: were the divergence a square,
     they would add up to it.
     """
-    rows = [layer.store.logical_rows() for layer in cache.layers]
+    rows = [Rows.of(layer) for layer in cache.layers]
     text = probe.text
     followed = Followed(probe.model, rows, len(text.context), text.follow, text.scored)
     kl = divergence(probe.expected, followed.logp)

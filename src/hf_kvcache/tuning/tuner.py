@@ -12,7 +12,7 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.tuning.allocate import allocate, uniform
 from hf_kvcache.tuning.follow import Followed
-from hf_kvcache.tuning.menu import Choice, Menu
+from hf_kvcache.tuning.menu import Choice, Menu, menus_of
 from hf_kvcache.tuning.probes import Probe, Score, Text, read_all
 from hf_kvcache.tuning.rates import decode_rate
 from hf_kvcache.tuning.sensitivity import N_SAMPLES, LayerTable, add_codecs, add_ratios, blame
@@ -124,7 +124,7 @@ class Tuner:
     @property
     def nbytes_dense(self) -> int:
         """Bytes of a dense cache of the first text."""
-        return sum(k.nbytes + v.nbytes for k, v in self._first.rows)
+        return self._first.nbytes
 
     def tune(self, goal: Goal, n_rounds: int = 4) -> Tuned:
         """Share out a budget, measure, put right what the sum of parts got wrong, and again.
@@ -148,7 +148,7 @@ class Tuner:
     def _within(self, goal: Goal, bytes_ratio: float, n_rounds: int) -> list[Trial]:
         """Trials of at most so many bytes."""
         n_dense = self._window(bytes_ratio)
-        menus = [Menu(policy, n_dense, self.names) for policy in (None, *self.policies)]
+        menus = [menu for policy in (None, *self.policies) for menu in menus_of(policy, n_dense, self.names)]
         found, reasons = [], []
         for menu in menus:
             search = _Search(self, menu, goal, bytes_ratio)
@@ -263,11 +263,11 @@ class Tuner:
                 add_codecs(codecs["tables"], replace(menu, policy=None), probe, *own, self.weight_of(probe, goal))
         if menu.policy is None:
             return codecs["tables"]
-        key = repr(menu.policy), menu.n_dense, goal.needle_weight
+        key = repr(menu.policy), menu.ratios, menu.n_dense, goal.needle_weight
         if key not in self._tables:
             self._tables[key] = [table.without_policy() for table in codecs["tables"]]
             for n, (probe, own) in enumerate(zip(self.probes, self._followed, strict=True)):
-                self.advance(f"{type(menu.policy).__name__}, text {n + 1} of {len(self.probes)}")
+                self.advance(f"{menu}, text {n + 1} of {len(self.probes)}")
                 add_ratios(self._tables[key], menu, probe, *own, self.weight_of(probe, goal))
         return self._tables[key]
 
@@ -318,8 +318,7 @@ class _Search:
 
     def _measure(self, choices: list[Choice]) -> Trial:
         tuner, shares, kls = self.tuner, [0.0] * len(self.tables), []
-        name = "all tokens" if self.menu.policy is None else type(self.menu.policy).__name__
-        tuner.advance(f"{name}, cache {len(self.trials) + 1}")
+        tuner.advance(f"{self.menu}, cache {len(self.trials) + 1}")
         bytes_ratio = 0.0
         for probe in tuner.probes:
             cache = self._filled(choices, probe)
