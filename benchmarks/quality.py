@@ -20,6 +20,7 @@ import cells
 import torch
 from wide_linear import widen
 
+from hf_kvcache.adapters import attach
 from hf_kvcache.commands.common import load_model
 from hf_kvcache.commands.numbers import positive
 from hf_kvcache.eval.compare import with_baseline
@@ -74,10 +75,15 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model, tokenizer = load_model(options)
+    for folder in options.adapters:
+        attach(model, folder)
     widened = widen(model)
     tasks = tuple(tasks_named(options.tasks or (QUICK_TASKS if options.quick else TASKS)))
     specs = tuple(with_baseline([parse(text) for text in options.caches]))
-    known = about(SETTINGS, model, options.model) | {"adapter": options.adapter, "float32 products": widened}
+    known = about(SETTINGS, model, options.model) | {
+        "adapter": "+".join(Path(folder).name for folder in options.adapters) or None,
+        "float32 products": widened,
+    }
     lines = Lines(options.out / "eval.jsonl", known)
     result = options.result or RESULTS / f"quality-{options.model}-{'quick-' * options.quick}cpu.json"
     pieces = []
@@ -94,7 +100,7 @@ def main() -> None:
 
     try:
         for n in range(min(ROUND, most), most + ROUND, ROUND):
-            plan = Plan(tasks, (options.length,), min(n, most), IN, specs, options.batch_size)
+            plan = Plan(tasks, (options.length,), min(n, most), tuple(options.settings), specs, options.batch_size)
             evaluate(model, tokenizer, plan, SETTINGS, lines, advance)
         print("all is answered")
     except (OutOfTime, KeyboardInterrupt):
@@ -114,7 +120,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=100, help="of one piece (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="three tasks, 12 instances of each")
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--adapter")
+    parser.add_argument("--adapters", nargs="+", default=[], metavar="DIR", help="to attach, each of another kind")
+    parser.add_argument("--settings", nargs="+", choices=IN, default=IN, help="(default: both)")
     parser.add_argument("--tasks", help="names with commas between them")
     parser.add_argument("--caches", nargs="+", default=CACHES, metavar="SPEC")
     parser.add_argument("--length", type=positive, default=LENGTH)
@@ -123,7 +130,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=positive)
     options = parser.parse_args()
     options.instances = options.instances or (12 if options.quick else INSTANCES)
-    for name, value in {"dtype": "bf16", "device": "cpu", "attn": "hf_kvcache", "tokenizer": None}.items():
+    for name, value in {"dtype": "bf16", "device": "cpu", "attn": "hf_kvcache", "adapter": None}.items():
         setattr(options, name, value)
     return options
 

@@ -129,8 +129,8 @@ def filled(model, ids, text, **settings):
         ("adakv:ratio=0.25", "replayed"),
         ("keydiff:ratio=0.25+sparse:sparsity=0.5,bits=8", "replayed"),
         ("lowrank:rank=0.5,exact_prefill=false", "direct: exact_prefill=False"),
-        ("locret:ratio=0.25", "direct: Locret goes by what happens within the forward pass"),
-        ("chunkkv:ratio=0.25,scorer=locret", "direct: Locret goes by what happens within the forward pass"),
+        ("locret:ratio=0.25", "replayed"),
+        ("chunkkv:ratio=0.25,scorer=locret", "replayed"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*fitted to the prompt")
@@ -153,7 +153,7 @@ def test_the_context_is_read_once_for_all_caches(small, monkeypatch):
     monkeypatch.setattr("hf_kvcache.eval.replay.feed", lambda *args: read.append("once") or feed(*args))
     monkeypatch.setattr("hf_kvcache.eval.reading.feed", lambda *args: read.append("again") or feed(*args))
     reading = Reading(model, Texts(ids), Settings())
-    for text in ("dynamic", "quant:bits=4", "locret:ratio=0.5", "snapkv:ratio=0.5"):
+    for text in ("dynamic", "quant:bits=4", "locret:ratio=0.5", "lowrank:exact_prefill=false", "snapkv:ratio=0.5"):
         cache = reading.fill(parse(text))[0]
         assert cache.get_seq_length() == ids.shape[1]
     assert read == ["once", "again"]

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from hf_kvcache import compat
+from hf_kvcache.adapters.modules import RETAIN_CHILD, attached_heads
 from hf_kvcache.attention.call import AttentionCall
 from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.observe import Passing, Through
@@ -21,6 +22,7 @@ from hf_kvcache.eval.texts import Texts
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.long_prompts import reads_twice
 from hf_kvcache.policies.base import Policy
+from hf_kvcache.policies.locret import Locret
 from hf_kvcache.policies.wrapper import Wrapper
 from hf_kvcache.view import KVView
 
@@ -39,6 +41,7 @@ class Handed:
         k, v: rows of the text, `[B, Hkv, T, D]`, keys after RoPE.
         query: `[B, Hq, T, D]` after RoPE.
         mask, module, base, fuses, options: as in `AttentionCall`.
+        scores: what the retaining heads of the layer said of the rows, `[B, Hkv, T]`; None where it has none.
     """
 
     k: torch.Tensor
@@ -49,12 +52,29 @@ class Handed:
     base: Callable
     fuses: bool
     options: dict
+    scores: torch.Tensor | None = None
 
     @classmethod
     def of(cls, call: AttentionCall) -> Handed:
         """What this call was made with, its new rows only."""
-        rows = call.view.new_k, call.view.new_v, call.query
-        return cls(*rows, call.mask, call.module, call.base, call.fuses, call.options)
+        rows, heads = (call.view.new_k, call.view.new_v, call.query), attached_heads(call.module)
+        scores = None if heads is None else heads.scores().detach()
+        return cls(*rows, call.mask, call.module, call.base, call.fuses, call.options, scores)
+
+
+class _Heads:
+    """Stands for an attention module that is not running, whose retaining heads say again what they have said."""
+
+    is_active = True
+
+    def __init__(self, handed: Handed):
+        self._handed = handed
+
+    def __getattr__(self, name):
+        return self if name == RETAIN_CHILD else getattr(self._handed.module, name)
+
+    def scores(self) -> torch.Tensor:
+        return self._handed.scores
 
 
 @dataclass(frozen=True)
@@ -148,8 +168,9 @@ def _joined(before: Handed, later: Handed) -> Handed:
         raise NotReplayed("attention gets positions in some calls only")
     options = before.options if ours is None else before.options | {"position_ids": torch.cat([ours, theirs], -1)}
     mask = None if later.mask is None else later.mask.of_all_tokens()
-    k, v, query = (torch.cat([getattr(x, name) for x in (before, later)], 2) for name in ("k", "v", "query"))
-    return replace(before, k=k, v=v, query=query, mask=mask, options=options)
+    names = ("k", "v", "query", *(() if before.scores is None else ("scores",)))
+    rows = {name: torch.cat([getattr(x, name) for x in (before, later)], 2) for name in names}
+    return replace(before, **rows, mask=mask, options=options)
 
 
 def first_tokens(prefill: Prefill, n: int) -> Prefill:
@@ -163,12 +184,14 @@ def first_tokens(prefill: Prefill, n: int) -> Prefill:
     layers = []
     for handed in prefill.layers:
         check_arguments(handed)
-        k, v, query = (rows[:, :, :n] for rows in (handed.k, handed.v, handed.query))
+        k, v, query, scores = (
+            None if rows is None else rows[:, :, :n] for rows in (handed.k, handed.v, handed.query, handed.scores)
+        )
         options, positions = handed.options, handed.options.get("position_ids")
         if positions is not None:
             options = options | {"position_ids": positions[..., :n]}
         mask = None if handed.mask is None else handed.mask.of_first_tokens(n)
-        layers.append(replace(handed, k=k, v=v, query=query, mask=mask, options=options))
+        layers.append(replace(handed, k=k, v=v, query=query, mask=mask, options=options, scores=scores))
     return replace(prefill, layers=layers)
 
 
@@ -201,7 +224,8 @@ def check_replay(cache, twice: bool = False) -> None:
     policy = cache.policy
     while isinstance(policy, Wrapper):
         policy = policy.scorer
-    if policy is not None and (policy.is_trained or type(policy).on_forward is not Policy.on_forward):
+    heard = Policy.on_forward, Locret.on_forward
+    if policy is not None and (policy.is_trained or type(policy).on_forward not in heard):
         raise NotReplayed(f"{type(policy).__name__} goes by what happens within the forward pass")
 
 
@@ -226,7 +250,7 @@ def hand_on_layer(handed: Handed, cache, layer_idx: int) -> None:
     if isinstance(view, KVView):
         rest = handed.query, handed.mask, handed.module, handed.base, handed.fuses
         call = AttentionCall(view, *rest, **handed.options)
-        view.is_read, view.module = True, call.module
+        view.is_read, view.module = True, call.module if handed.scores is None else _Heads(handed)
         cache.meet(call)
         view.layer.prepare(call)
         view.layer.compress(call)
