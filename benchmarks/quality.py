@@ -76,7 +76,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     model, tokenizer = load_model(options)
     for folder in options.adapters:
-        attach(model, folder)
+        attach(model, folder, Path(folder).name)
     widened = widen(model)
     tasks = tuple(tasks_named(options.tasks or (QUICK_TASKS if options.quick else TASKS)))
     specs = tuple(with_baseline([parse(text) for text in options.caches]))

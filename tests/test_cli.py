@@ -224,6 +224,7 @@ NONSENSE = {
     ("check", "--max-kl"): ("-1", "-0.5", "nan", "inf", "some", ""),
     ("check", "--max-bytes"): ("-1", "0", "1.5", "nan", "inf", "some", ""),
     ("calibrate lowrank", "--length"): WHOLE,
+    ("calibrate lowrank", "--prose-share"): ("-0.1", "1.01", "nan", "inf", "half", ""),
     ("calibrate lowrank", "--rank"): ("-0.5", "0", "1.01", "nan", "inf", "half", ""),
     ("calibrate lowrank", "--group-size-k"): WHOLE,
     ("calibrate lowrank", "--group-size-v"): WHOLE,

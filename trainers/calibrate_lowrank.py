@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hf_kvcache.commands import UserError
 from hf_kvcache.commands.common import add_model_arguments, check_writable, load_model, read_text
-from hf_kvcache.commands.numbers import count, heads, positive, share
+from hf_kvcache.commands.numbers import count, fraction, heads, positive, share
 
 ALLOCATORS = ("measured", "greedy", "uniform", "fisher", "condition")
 DIRECTIONS = ("gradient", "rows", "weights")
@@ -41,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2048,
         help="tokens of a text (default: %(default)s); with --rope post as many as contexts will have, because keys "
         "after RoPE turn with their positions",
+    )
+    text.add_argument(
+        "--prose-share",
+        type=fraction,
+        default=0.5,
+        metavar="SHARE",
+        help="of the samples, those that are text alone; in the others facts are hidden and asked for, without which "
+        "bases lose how a model finds something again (default: %(default)s)",
     )
     basis = parser.add_argument_group("bases")
     basis.add_argument("--rank", type=share, default=0.5, help="share of a dense cache's bytes (default: %(default)s)")
@@ -80,14 +88,14 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from hf_kvcache.calibration import fit_bases
-    from hf_kvcache.calibration.text import token_batches
+    from hf_kvcache.calibration.text import mixed_batches
 
     check_writable(args.out, "--out")
     model, tokenizer = load_model(args)
     ids = read_tokens(args, tokenizer)
     length = min(args.length, getattr(model.config, "max_position_embeddings", args.length))
     try:
-        batches = list(token_batches(ids, length, args.samples))
+        batches = mixed_batches(tokenizer, ids, length, args.samples, args.prose_share)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("")

@@ -5,6 +5,7 @@ from transformers import AutoTokenizer
 
 import hf_kvcache as kv
 from hf_kvcache.calibration.facts import KINDS, Facts
+from hf_kvcache.calibration.text import mixed_batches, token_batches
 from hf_kvcache.eval.tasks import vocabulary
 from hf_kvcache.models import embedded_prose
 
@@ -66,3 +67,16 @@ def test_too_short(facts):
         draw(facts, 0, n_tokens=16)
     with pytest.raises(ValueError, match="different words"):
         Facts(facts.tokenizer, facts.stream[:50])
+
+
+def test_samples_of_prose_and_of_facts(facts):
+    ids = torch.from_numpy(facts.stream).long()
+    found = mixed_batches(facts.tokenizer, ids, 200, 10, prose_share=0.4)
+    assert [tuple(one.shape) for one in found] == [(1, 200)] * 10
+    prose = {tuple(one[0].tolist()) for one in token_batches(ids, 200, 4)}
+    is_prose = [tuple(one[0].tolist()) in prose for one in found]
+    assert sum(is_prose) == 4 and is_prose != sorted(is_prose) != is_prose[::-1]
+    again = mixed_batches(facts.tokenizer, ids, 200, 10, prose_share=0.4)
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(found, mixed_batches(facts.tokenizer, ids, 200, 10, 0.4, 1)))
+    assert len(mixed_batches(facts.tokenizer, ids, 200, 3, prose_share=1.0)) == 3

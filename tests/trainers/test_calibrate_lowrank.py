@@ -33,7 +33,9 @@ def test_a_folder_of_texts(tmp_path, capsys):
         (tmp_path / f"{name}.txt").write_text("The miller looked at the river, and the river went by. " * 30)
     few = ["--samples", "1", "--length", "96", "--allocator", "measured", "--measured", "1"]
     out = ["--out", str(tmp_path / "adapter"), "--text", str(tmp_path)]
-    assert main(["calibrate", "lowrank", *out, *few]) == 0
+    assert main(["calibrate", "lowrank", *out, *few, "--prose-share", "0"]) == 2
+    assert "too few to name facts by" in capsys.readouterr().err
+    assert main(["calibrate", "lowrank", *out, *few, "--prose-share", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["calibration tokens"] == 96
 
 

@@ -80,7 +80,10 @@ class Facts:
         words = set(re.findall(r"(?<![\w'-])[a-z]{4,9}(?![\w'-])", tokenizer.decode(stream[:50_000])))
         self.words = sorted(words - {*vocabulary.ADJECTIVES, *vocabulary.NOUNS})
         if len(self.words) < 100:
-            raise ValueError(f"the text has {len(self.words)} different words, too few to name facts by: use more text")
+            raise ValueError(
+                f"the text has {len(self.words)} different words, too few to name facts by: use more text, or "
+                "--prose-share 1 for none"
+            )
 
     def prompt(self, n_tokens: int, n_answer: int, n_query: int, rng: np.random.Generator) -> Prompt:
         """A context of `n_tokens` tokens; the answer is every question with what is right to say.

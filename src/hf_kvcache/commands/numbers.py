@@ -24,6 +24,14 @@ def share(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1, both included."""
+    value = _finite(text)
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{text} is not a share, from 0 to 1")
+    return value
+
+
 def points(text: str) -> float:
     """A number above 0 and up to 100."""
     value = _finite(text)
