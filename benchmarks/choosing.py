@@ -165,7 +165,10 @@ def _asked() -> str:
 
 
 def spelled(cache: str) -> str:
-    """A cache in Python; as it is typed where it is not ours, or of an adapter."""
+    """A cache in Python, and the adapter that it goes by; as it is typed where it is not ours."""
+    cache, _, adapter = cache.partition(" @ ")
+    if adapter:
+        return f"{spelled(cache)}, adapter `{adapter}`"
     try:
         spec = parse(cache)
     except SpecError:

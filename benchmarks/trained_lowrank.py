@@ -26,7 +26,7 @@ SAMPLES, LENGTH = 12, 512
 CONTEXT, NEXT, SHOWN, STEP = 384, 128, 4, 16
 WINDOW = 64
 GREEDY = {"directions": "gradient", "allocator": "greedy"}
-# name -> share of the bytes and arguments of `fit_bases`
+# name -> share of the bytes, arguments of `fit_bases`, and of samples where they are not prose alone
 WAYS = {
     "half, gradients": {"rank": 0.5, **GREEDY},
     "half, gradients, values per head": {"rank": 0.5, **GREEDY, "group_size_v": 1},
@@ -40,6 +40,10 @@ WAYS = {
         "directions": "gradient",
         "allocator": "measured",
         "n_measured": 1,
+    },
+    "half, facts, keys joint": {
+        **{"rank": 0.5, **GREEDY, "group_size_k": "all"},
+        **{"prose_share": 0.25, "samples": 40, "length": 768},
     },
     "0.75, gradients": {"rank": 0.75, **GREEDY},
     "0.6, gradients": {"rank": 0.6, **GREEDY},
