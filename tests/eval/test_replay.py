@@ -9,6 +9,7 @@ from toy_tasks import small_model
 from transformers import DeepseekV3Config, DynamicCache
 
 import hf_kvcache as kv
+from hf_kvcache.adapters.modules import attached_heads
 from hf_kvcache.eval.asking import feed
 from hf_kvcache.eval.memory import cache_nbytes
 from hf_kvcache.eval.reading import Reading, finish
@@ -202,6 +203,15 @@ def test_a_cache_of_decisions_is_not_replayed():
     with pytest.raises(NotReplayed, match="KVzip reads a text twice"):
         check_replay(twice)
     check_replay(twice, twice=True)
+
+
+def test_a_model_with_heads_reads_twice(small):
+    """What stands for the model while a text is repeated has no heads that run."""
+    model, ids = small
+    ours, logits, said = filled(model, ids, "kvzip:ratio=0.25")
+    theirs, expected, _ = filled(model, ids, "kvzip:ratio=0.25", replays=False)
+    assert attached_heads(model.model.layers[0].self_attn) is not None and said == "replayed"
+    assert torch.allclose(logits, expected, atol=1e-4) and ours.nbytes == theirs.nbytes
 
 
 def test_too_little_memory_for_a_recording_is_no_failure(small, monkeypatch):

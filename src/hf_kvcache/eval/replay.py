@@ -57,7 +57,7 @@ class Handed:
     @classmethod
     def of(cls, call: AttentionCall) -> Handed:
         """What this call was made with, its new rows only."""
-        rows, heads = (call.view.new_k, call.view.new_v, call.query), attached_heads(call.module)
+        rows, heads = (call.view.new_k, call.view.new_v, call.query), attached_heads(call.view.module)
         scores = None if heads is None else heads.scores().detach()
         return cls(*rows, call.mask, call.module, call.base, call.fuses, call.options, scores)
 

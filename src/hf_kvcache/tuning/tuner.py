@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import exp
 from statistics import fmean
@@ -23,6 +24,8 @@ WINDOW_SHARE = 1 / 6
 LEAST_FACTOR, MOST_FACTOR = 0.1, 30.0
 # shares of the bytes between which one is looked for that reaches another goal
 SHARES, HALVINGS = (0.03, 0.6), 5
+# times that a ratio is looked for between the best and those next to it
+N_REFINED = 2
 Advance = Callable[[str], None]
 
 
@@ -151,20 +154,34 @@ class Tuner:
         menus = [menu for policy in (None, *self.policies) for menu in menus_of(policy, n_dense, self.names)]
         found, reasons = [], []
         for menu in menus:
-            search = _Search(self, menu, goal, bytes_ratio)
             try:
-                search.round()
+                found.append(_Search(self, menu, goal, bytes_ratio).round())
             except ValueError as error:
                 reasons.append(error)
-                continue
-            found.append(search)
         if not found:
             raise reasons[0]
+        for _ in range(N_REFINED):
+            found += self._between(found, goal, bytes_ratio)
         best = min(found, key=lambda search: goal.loss(search.trials[-1].kl))
         for _ in range(n_rounds - 1):
             best.round()
         best.round_of_equals()
         return [trial for search in found for trial in search.trials]
+
+    def _between(self, found: list[_Search], goal: Goal, bytes_ratio: float) -> list[_Search]:
+        """Where the best policy has one ratio for all layers: what is between that and those next to it."""
+        best = min(found, key=lambda search: goal.loss(search.trials[-1].kl)).menu
+        if not best.is_shared:
+            return []
+        ratio = best.ratios[0]
+        others = sorted(search.menu.ratios[0] for search in found if search.menu.policy == best.policy)
+        at, between = others.index(ratio), []
+        for other in others[max(at - 1, 0) : at] + others[at + 1 : at + 2]:
+            menu = replace(best, ratios=(round((ratio * other) ** 0.5, 4),))
+            # a larger share may not fit, whatever bits its rows have
+            with suppress(ValueError):
+                between.append(_Search(self, menu, goal, bytes_ratio).round())
+        return between
 
     def _least(self, goal: Goal, n_rounds: int) -> Tuned:
         """The smallest cache with less divergence than asked for."""
@@ -283,11 +300,18 @@ class _Search:
         # real bytes by those that were foreseen
         self.surplus = 1.0
 
-    def round(self) -> None:
-        """Share out, measure, and learn from that what layers lose together."""
+    def round(self) -> _Search:
+        """Share out, measure, and learn from that what layers lose together.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: not even the smallest caches fit.
+        """
         choices = self._choose(lambda offers, most: allocate(offers, most))
         if any(trial.choices == choices for trial in self.trials):
-            return
+            return self
         trial = self._measure(choices)
         for i, (table, choice) in enumerate(zip(self.tables, choices, strict=True)):
             foreseen = table.loss(choice)
@@ -295,6 +319,7 @@ class _Search:
                 found = min(max(trial.shares[i] / foreseen, LEAST_FACTOR), MOST_FACTOR)
                 # half way, in logarithms: a share holds for this cache, and the next will be another
                 self.factors[i] = (self.factors[i] * found) ** 0.5
+        return self
 
     def round_of_equals(self, n: int = 2) -> None:
         """Measure the best that all layers can have alike, so that nothing that is chosen is worse."""
