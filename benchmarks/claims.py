@@ -175,21 +175,19 @@ def verdicts(scores: dict[tuple[str, int], Scores]) -> list[Verdict]:
 
 
 def _difference(scores: dict, setting: str, length: int, better: str, worse: str) -> Estimate | None:
+    """The mean of the paired differences of the tasks that both caches were asked; None where there is none."""
     one, _, other = setting.partition(" > ")
     first, second = scores.get((one, length)), scores.get((other or one, length))
     if first is None or second is None:
         return None
     better, worse = _named(first, better), _named(second, worse)
-    if not other:
-        return first.difference(better, worse)
     differences = []
     for task in first.tasks:
         a, b = first.of(better, task), second.of(worse, task)
         both = [i for i in a if i in b]
-        if not both:
-            return None
-        differences.append(difference_of([a[i] for i in both], [b[i] for i in both]))
-    return mean_of_means(differences)
+        if both:
+            differences.append(difference_of([a[i] for i in both], [b[i] for i in both]))
+    return mean_of_means(differences) if differences else None
 
 
 def _named(scores: Scores, spec: str) -> str:
