@@ -1,6 +1,7 @@
 """The chooser, claims and presses: read off answers that were made up."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,19 @@ def test_claims_are_agreed_with_contradicted_or_open():
     assert found["locret:ratio=0.25", "snapkv:ratio=0.25", "unknown"].verdict == "agrees"
     assert found["kvzip:ratio={r}", "snapkv:ratio={r}", "unknown"].verdict == "not measured"
     assert {(claim.setting) for claim in CLAIMS} == {"known", "unknown", "known > unknown"}
+
+
+def test_claims_are_judged_by_tasks_that_both_were_asked():
+    """Half of the tasks at the same score is no difference, whatever a task does that one of them was not asked."""
+    from claims import verdicts
+
+    lines = [*answers("dynamic", 40, 1000, "unknown"), *answers("kvzip:ratio=0.25", 40, 250, "unknown")]
+    lines += answers("snapkv:ratio=0.25", 5, 250, "unknown")
+    more = [*answers("dynamic", 40, 1000, "unknown"), *answers("snapkv:ratio=0.25", 40, 250, "unknown")]
+    lines += [replace(line, task="b") for line in more]
+    scores = {("unknown", 128): Scores(lines, 1, LEAST_DENSE)}
+    (found,) = (row for row in verdicts(scores) if (row.better, row.worse[:6]) == ("kvzip:ratio=0.25", "snapkv"))
+    assert found.verdict == "agrees" and found.difference.mean == 35 / 40
 
 
 def test_presses_are_compared_answer_by_answer():
