@@ -96,8 +96,9 @@ def tune(options, model, tokenizer, work: Path) -> None:
         KVCacheConfig.from_cache(found.cache, **described(found)).save(config_of(work, goal))
 
 
-def uniform_caches(options, model, probe: Probe) -> dict[str, dict]:
-    """Uniform caches by name: how to make them, their bytes, and the goal that they were made for."""
+def uniform_caches(options, model, probe: Probe, file: Path) -> dict[str, dict]:
+    """Uniform caches by name: how to make them, and their bytes; `file` keeps the shares of the tokens that fit."""
+    shares = json.loads(file.read_text()) if file.exists() else {}
     dense, n = probe.nbytes, len(probe.text.context)
     codecs = {f"{b} bits": (kv.Quantize(int(b)), kv.Quantize(int(b))) for b in BITS}
     codecs |= {name.replace(":", ", ") + " bits": (codec_of(name),) * 2 for name in SPARSE}
@@ -117,7 +118,11 @@ def uniform_caches(options, model, probe: Probe) -> dict[str, dict]:
                 make = lambda r, k=POLICIES[policy], p=pair, w=window: kv.KVCache(  # noqa: E731
                     k(ratio=r), p, window=w, config=model.config
                 )
-                share = largest(lambda r, make=make, goal=goal: ratio(lambda: make(r)) <= goal)
+                key = f"{goal} {policy} {bits}"
+                if key not in shares:
+                    shares[key] = largest(lambda r, make=make, goal=goal: ratio(lambda: make(r)) <= goal)
+                    file.write_text(json.dumps(shares))
+                share = shares[key]
                 if share is None or share > 0.98:
                     continue
                 name = f"{policy} {share:.3f}" + ("" if bits is None else f" + {bits} bits, window {window}")
@@ -149,7 +154,7 @@ def score(options, model, tokenizer, work: Path) -> None:
     for i, text in enumerate(order):
         probe = Probe(model, text)
         if caches is None:
-            caches = uniform_caches(options, model, probe)
+            caches = uniform_caches(options, model, probe, work / "shares.json")
             for goal in options.goals:
                 config = KVCacheConfig.load(config_of(work, goal))
                 caches[f"tuned {goal}"] = {"make": lambda config=config: config.build(model.config)}
