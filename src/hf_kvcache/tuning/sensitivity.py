@@ -91,7 +91,7 @@ def add_ratios(
         config, every = probe.model.config, range(len(tables))
         whole = probe.filled(menu.cache([light] * len(tables), every, config)) if menu.is_shared else None
         for i, table in enumerate(tables):
-            layer = whole.layers[i] if whole else probe.filled_layer(menu.one_layer(i, light, config), i)
+            layer = whole.layers[i] if menu.is_shared else probe.filled_layer(menu.one_layer(i, light, config), i)
             found = _loss(followed.heard[i], Rows.of(layer), grads[i], probe)
             table.tokens[ratio] = table.tokens.get(ratio, 0.0) + weight * found
             if probe.counts_bytes:
