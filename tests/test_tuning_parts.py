@@ -127,6 +127,9 @@ def test_tokens_that_a_policy_shares_out_itself(model, probe):
     """Layers then choose codecs alone, one menu for each ratio of all; bytes that are foreseen are real."""
     menus = menus_of(kv.KVzip(ratio=1.0), 16, ("8", "2", "rank0.5:4"))
     assert [menu.ratios for menu in menus] == [(ratio,) for ratio in RATIOS]
+    with pytest.raises(ValueError):
+        # a codec that there is not is not one that the policy cannot have
+        menus_of(kv.KVzip(ratio=1.0), 16, ("8", "nine"))
     # latents of all heads are not rows of one
     menu = next(menu for menu in menus if menu.ratios == (0.35,))
     assert menu.names == ("8", "2") and len(menu.choices()) == 4
@@ -163,6 +166,9 @@ def test_the_command(tmp_path, capsys):
     assert config.about["goal"]["bytes"] == 0.3 and config.about["trials"]
     assert main(["tune", "--bytes", "0.001", "--out", str(tmp_path), *options]) == 2
     assert "smallest" in capsys.readouterr().err
+    assert main(["tune", "--bytes", "0.3", "--out", str(tmp_path), *options[:-1], "kvzip"]) == 0
+    assert "fill this cache by hf_kvcache.prefill; it cannot be exported" in capsys.readouterr().err
+    assert kv.KVCache.from_config(tmp_path).policy == kv.KVzip(ratio=kv.KVCache.from_config(tmp_path).policy.ratio)
     assert main(["tune", "--bytes", "0.3", "--out", str(tmp_path), *options[:-1], "duo"]) == 2
     assert "duo" in capsys.readouterr().err
 

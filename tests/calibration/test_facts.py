@@ -80,3 +80,6 @@ def test_samples_of_prose_and_of_facts(facts):
     assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
     assert not all(torch.equal(*pair) for pair in zip(found, mixed_batches(facts.tokenizer, ids, 200, 10, 0.4, 1)))
     assert len(mixed_batches(facts.tokenizer, ids, 200, 3, prose_share=1.0)) == 3
+    assert len(mixed_batches(facts.tokenizer, ids, 200, 3, prose_share=0.0)) == 3
+    # a short text is not drowned in facts: three samples of prose fit, not ten
+    assert len(mixed_batches(facts.tokenizer, ids[:650], 200, 20, prose_share=0.5)) == 6

@@ -95,6 +95,14 @@ def test_the_first_tokens_stay_as_they_are():
     assert (ours - theirs)[:, 8:].abs().amax(-1).min() > 1e-3
 
 
+def test_the_former_name_of_an_argument_still_works():
+    model, ids = tiny_model("llama"), prompt(1, 20)
+    with pytest.warns(UserWarning, match="n_sink"):
+        former = observe(model, [ids], group_sizes=GROUPS, n_skip=3)
+    now = observe(model, [ids], group_sizes=GROUPS, n_sink=3)
+    assert former[0].rows["k"].count == now[0].rows["k"].count == 17
+
+
 def test_logits_behind_nothing_are_the_model_s():
     model, ids = tiny_model("llama"), prompt(1, 40)
     assert_close("logits", logits_behind(model, ids, lambda layer, side: None, "pre"), model(ids).logits, 1e-6)

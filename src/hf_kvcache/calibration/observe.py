@@ -13,6 +13,7 @@ from hf_kvcache.codecs.basis import Basis, by_group
 from hf_kvcache.codecs.fitting import Moments
 from hf_kvcache.codecs.lowrank import LowRank
 from hf_kvcache.compat import cache_argument
+from hf_kvcache.former_names import argument
 from hf_kvcache.layer import KVLayer
 from hf_kvcache.layer_context import LayerContext
 from hf_kvcache.sharded_model import refuse_shards
@@ -164,6 +165,7 @@ def logits_behind(
     return model(ids.to(model.device), **cache_argument(cache), use_cache=True).logits
 
 
+@argument("n_skip", "n_sink")
 def observe(
     model: torch.nn.Module,
     batches: Iterable[torch.Tensor],

@@ -34,7 +34,7 @@ def mixed_batches(
         tokenizer: of the model.
         ids: the text `[n]`, at its end token cut into documents.
         length: tokens of a sample.
-        n_samples: how many of both kinds; of prose as many as fit side by side.
+        n_samples: how many of both kinds; fewer where fewer of prose fit side by side, whose share stays.
         prose_share: share of them that is prose alone.
         seed: of the facts and of the order.
 
@@ -43,9 +43,12 @@ def mixed_batches(
     """
     n_prose = round(n_samples * prose_share)
     found = list(token_batches(ids, length, n_prose)) if n_prose else []
+    n_facts = n_samples - n_prose
+    if len(found) < n_prose:
+        n_facts = round(n_facts * len(found) / n_prose)
     rng = np.random.default_rng(seed)
-    if n_prose < n_samples:
+    if n_facts:
         # what ends a text would end a turn
         facts = Facts(tokenizer, ids[ids != tokenizer.eos_token_id].numpy())
-        found += [facts.sequence(length, rng).ids.unsqueeze(0) for _ in range(n_samples - n_prose)]
+        found += [facts.sequence(length, rng).ids.unsqueeze(0) for _ in range(n_facts)]
     return [found[i] for i in rng.permutation(len(found))]

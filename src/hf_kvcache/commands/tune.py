@@ -72,6 +72,7 @@ def add_text_arguments(parser: argparse.ArgumentParser, n_prose: int = 4, n_need
 
 def run(args: argparse.Namespace) -> None:
     from hf_kvcache.cache_config import FILE, ConfigError, KVCacheConfig
+    from hf_kvcache.long_prompts import reads_twice
     from hf_kvcache.tuning.tuner import Goal, Tuner, described
 
     out = Path(args.out)
@@ -93,6 +94,13 @@ def run(args: argparse.Namespace) -> None:
     path = config.save(out)
     shown = {name: value for name, value in about.items() if name not in ("trials", "model")}
     print(json.dumps({"config": str(path)} | shown))
+    if reads_twice(found.cache):
+        name = type(found.cache.policy).__name__
+        print(
+            f"{name} reads a prompt twice: fill this cache by hf_kvcache.prefill; it cannot be exported "
+            "(what can: --policies keydiff snapkv)",
+            file=sys.stderr,
+        )
 
 
 def names_for(model) -> list[str]:

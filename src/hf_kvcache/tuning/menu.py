@@ -126,8 +126,9 @@ def menus_of(policy: Policy | None, n_dense: int, names: Sequence[str]) -> list[
 
 def _is_taken(name: str, policy: Policy | None) -> bool:
     """Whether a policy can evict rows of a codec."""
+    pair = (codec_of(name),) * 2
     try:
-        KVCache(policy, (codec_of(name),) * 2)
+        KVCache(policy, pair)
     except ValueError:
         return False
     return True
