@@ -7,6 +7,7 @@ In bfloat16, as such models are run, so that byte shares are those that users se
 in benchmarks/results/, and adds its own when it ends. Rounds of a few instances of every task come one after the other,
 so that all rows are complete to the same depth whenever it stops. Two processes of one thread each, which have tasks,
 --out and --result of their own, do more than one of two; `--also RESULT --minutes 0` then takes up what another found.
+What adapters make of caches has a file for each: `--adapters FOLDER --caches locret:ratio=0.25 --settings unknown`.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def main() -> None:
         "float32 products": widened,
     }
     lines = Lines(options.out / "eval.jsonl", known)
-    result = options.result or RESULTS / f"quality-{options.model}-{'quick-' * options.quick}cpu.json"
+    parts = ["quality", options.model, known["adapter"], "quick" if options.quick else None, "cpu"]
+    result = options.result or RESULTS / f"{'-'.join(filter(None, parts))}.json"
     pieces = []
     for path in [*filter(Path.exists, [result]), *options.also]:
         pieces += [piece for piece in cells.unpack_into(lines, path) if piece not in pieces]
