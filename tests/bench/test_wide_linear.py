@@ -33,7 +33,8 @@ def test_sums_are_rounded_once(dtype, bias):
 
 def test_only_layers_of_16_bits_where_there_are_no_products_of_them(monkeypatch):
     import wide_linear
-    from cases import tiny_model
+    from cases import SIZES, new_model
+    from transformers import LlamaConfig
 
     class Mkldnn:
         supported = False
@@ -42,7 +43,8 @@ def test_only_layers_of_16_bits_where_there_are_no_products_of_them(monkeypatch)
             return self.supported
 
     monkeypatch.setattr(torch.ops, "mkldnn", Mkldnn())
-    model, ids = tiny_model("llama"), torch.arange(3, 20)[None]
+    # one of its own: those of `tiny_model` are shared by all tests
+    model, ids = new_model(LlamaConfig(**SIZES)), torch.arange(3, 20)[None]
     assert not wide_linear.widen(model) and type(model.lm_head) is nn.Linear
     model = model.bfloat16()
     before = model(ids).logits
