@@ -10,11 +10,13 @@ from statistics import fmean
 
 from hf_kvcache.eval.lines import Line, Lines
 
-CELL = ("task", "length", "setting", "cache", "filled")
+CELL = ("task", "length", "setting", "cache", "filled", "question")
+# of a cell's lines
+MEANS = ("n_read", "n_asked", "nbytes")
 
 
 def pack(lines: Iterable[Line], pieces: list[dict]) -> dict:
-    """What lines of one question per instance say, but the answers themselves.
+    """What lines say, but the answers themselves.
 
     Args:
         lines: of an evaluation; failed ones are left out.
@@ -31,10 +33,7 @@ def pack(lines: Iterable[Line], pieces: list[dict]) -> dict:
             "instances": [line.instance for line in answered],
             "scores": [round(line.score, 4) for line in answered],
             "n_answer": [line.n_answer for line in answered],
-            "n_read": round(fmean(line.n_read for line in answered)),
-            "n_asked": round(fmean(line.n_asked for line in answered)),
-            "nbytes": round(fmean(line.nbytes for line in answered)),
-        }
+        } | {name: round(fmean(getattr(line, name) for line in answered)) for name in MEANS}
         packed.append(dict(zip(CELL, key, strict=True)) | columns)
     return {"pieces": pieces, "cells": packed}
 
@@ -51,9 +50,10 @@ def unpack_into(lines: Lines, path: Path) -> list[dict]:
             if piece[name] != lines.about[name]:
                 raise ValueError(f"{path} is of {name} {piece[name]!r}, not {lines.about[name]!r}")
     for cell in packed["cells"]:
-        common = {name: cell[name] for name in (*CELL, "n_read", "n_asked", "nbytes")}
+        # files of one question for each text do not name it
+        common = {"question": 0} | {name: cell[name] for name in (*CELL, *MEANS) if name in cell}
         for i, score, n in zip(cell["instances"], cell["scores"], cell["n_answer"], strict=True):
-            line = Line(**common, instance=i, question=0, score=score, n_answer=n, answer="")
+            line = Line(**common, instance=i, score=score, n_answer=n, answer="")
             if not lines.has(line.key):
                 lines.add(line)
     return packed["pieces"]

@@ -7,7 +7,8 @@ In bfloat16, as such models are run, so that byte shares are those that users se
 in benchmarks/results/, and adds its own when it ends. Rounds of a few instances of every task come one after the other,
 so that all rows are complete to the same depth whenever it stops. Two processes of one thread each, which have tasks,
 --out and --result of their own, do more than one of two; `--also RESULT --minutes 0` then takes up what another found.
-What adapters make of caches has a file for each: `--adapters FOLDER --caches locret:ratio=0.25 --settings unknown`.
+What adapters make of caches has a file for each: `--adapters FOLDER --caches locret:ratio=0.25 --settings unknown`. So
+have several questions about one text: `--questions 4 --settings unknown turns --batch-size 1 --tasks niah_multikey_1`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hf_kvcache.commands.numbers import positive
 from hf_kvcache.eval.compare import with_baseline
 from hf_kvcache.eval.lines import Lines
 from hf_kvcache.eval.report import about
-from hf_kvcache.eval.running import Plan, Settings, evaluate
+from hf_kvcache.eval.running import SETTINGS, Plan, Settings, evaluate
 from hf_kvcache.eval.specs import parse
 from hf_kvcache.eval.tasks import tasks_named
 
@@ -63,7 +64,7 @@ CACHES = (
 )
 LENGTH, INSTANCES, ROUND, BATCH = 2048, 100, 50, 12
 # the longest answer that is right takes about fifty tokens: four numbers of seven digits, or a UUID digit by digit
-SETTINGS = Settings(max_new_tokens=64)
+MAX_NEW_TOKENS = 64
 IN = ("unknown", "known")
 
 
@@ -81,12 +82,14 @@ def main() -> None:
     widened = widen(model)
     tasks = tuple(tasks_named(options.tasks or (QUICK_TASKS if options.quick else TASKS)))
     specs = tuple(with_baseline([parse(text) for text in options.caches]))
-    known = about(SETTINGS, model, options.model) | {
+    settings = Settings(options.questions, max_new_tokens=MAX_NEW_TOKENS)
+    known = about(settings, model, options.model) | {
         "adapter": "+".join(Path(folder).name for folder in options.adapters) or None,
         "float32 products": widened,
     }
     lines = Lines(options.out / "eval.jsonl", known)
-    parts = ["quality", options.model, known["adapter"], "quick" if options.quick else None, "cpu"]
+    asked = f"{options.questions}-questions" if options.questions > 1 else None
+    parts = ["quality", options.model, known["adapter"], asked, "quick" if options.quick else None, "cpu"]
     result = options.result or RESULTS / f"{'-'.join(filter(None, parts))}.json"
     pieces = []
     for path in [*filter(Path.exists, [result]), *options.also]:
@@ -103,7 +106,7 @@ def main() -> None:
     try:
         for n in range(min(ROUND, most), most + ROUND, ROUND):
             plan = Plan(tasks, (options.length,), min(n, most), tuple(options.settings), specs, options.batch_size)
-            evaluate(model, tokenizer, plan, SETTINGS, lines, advance)
+            evaluate(model, tokenizer, plan, settings, lines, advance)
         print("all is answered")
     except (OutOfTime, KeyboardInterrupt):
         print("to be gone on with: the same command")
@@ -123,7 +126,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="three tasks, 12 instances of each")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--adapters", nargs="+", default=[], metavar="DIR", help="to attach, each of another kind")
-    parser.add_argument("--settings", nargs="+", choices=IN, default=IN, help="(default: both)")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=IN, help="(default: %(default)s)")
+    parser.add_argument("--questions", type=positive, default=1, help="about every text")
     parser.add_argument("--tasks", help="names with commas between them")
     parser.add_argument("--caches", nargs="+", default=CACHES, metavar="SPEC")
     parser.add_argument("--length", type=positive, default=LENGTH)

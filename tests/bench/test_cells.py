@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,27 @@ def test_what_is_packed_says_the_same(tmp_path):
     # what is there already stays
     assert cells.unpack_into(lines, path) == [ABOUT] and [line.answer for line in lines][:2] == ["a word"] * 2
     assert len(json.dumps(cells.pack(lines, []))) < 1500
+
+
+def test_questions_about_one_text_stay_apart(tmp_path):
+    path, lines, back = tmp_path / "packed.json", Lines(None, ABOUT), Lines(None, ABOUT)
+    known = dict(n_read=90, n_answer=3, answer="a word", nbytes=100, filled="replayed")
+    for i, q in product(range(3), range(4)):
+        lines.add(Line("colours", 128, i, "turns", "dynamic", q, score=float(q < 2), n_asked=7 * (q + 1), **known))
+    path.write_text(json.dumps(cells.pack(lines, [ABOUT])))
+    cells.unpack_into(back, path)
+    assert {line.key: (line.score, line.n_asked) for line in back} == {
+        line.key: (line.score, line.n_asked) for line in lines
+    }
+
+
+def test_files_that_do_not_name_the_question_have_one(tmp_path):
+    path, back, packed = tmp_path / "packed.json", Lines(None, ABOUT), cells.pack(answered(), [ABOUT])
+    for cell in packed["cells"]:
+        del cell["question"]
+    path.write_text(json.dumps(packed))
+    cells.unpack_into(back, path)
+    assert [line.key for line in back] == [line.key for line in answered() if line.error is None]
 
 
 @pytest.mark.parametrize("name, value", [("model", "large"), ("dtype", "bfloat16"), ("settings", {"seed": 1})])
