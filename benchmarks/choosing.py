@@ -225,7 +225,6 @@ def _names(points: list[Point], most: int = 4) -> str:
 BLOCKS = {
     "choose-unknown": lambda: by_level("unknown"),
     "choose-known": lambda: by_level("known"),
-    "choose-turns": lambda: by_level("turns"),
     "choose-lossless": nearly_lossless,
     "choose-sixteenth": sixteenth,
     "choose-biases": key_biases,

@@ -14,6 +14,7 @@ from pathlib import Path
 import choosing
 import evaluation_tables
 import trained_table
+import turns_table
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
@@ -339,7 +340,7 @@ def filled(text: str, make: dict[str, Callable[[], str]] | None = None) -> str:
 
 # blocks of other pages, which have markers of other kinds, too
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "docs" / "choosing.md": choosing.BLOCKS,
+    ROOT / "docs" / "choosing.md": choosing.BLOCKS | turns_table.BLOCKS,
     ROOT / "docs" / "evaluation.md": evaluation_tables.BLOCKS | trained_table.BLOCKS,
     ROOT / "README.md": {"chooser": choosing.readme},
 }

@@ -22,7 +22,7 @@ def tables(monkeypatch):
     import tables
 
     yield tables
-    for name in ("tables", "choosing", "evaluation_tables", "trained_table"):
+    for name in ("tables", "choosing", "evaluation_tables", "trained_table", "turns_table"):
         sys.modules.pop(name, None)
 
 
