@@ -143,7 +143,7 @@ def save_model(model, dtype: torch.dtype, out: Path, tokenizer, is_adapter: bool
         config.base_model_name_or_path, config.inference_mode = model.name_or_path, True
         config.save_pretrained(out / "lora")
         save_file({name: p.detach().cpu().contiguous() for name, p in lora.items()}, out / "lora" / files.TENSORS)
-    save_adapter(model, out, **facts)
+    save_adapter(model, out, lora="lora" if lora else None, **facts)
 
 
 if __name__ == "__main__":

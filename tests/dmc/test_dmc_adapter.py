@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -366,6 +367,85 @@ def test_lora_merged_beneath_us(folder, model):
     assert (logits(wrapped) - both).abs().max() < 2e-5, "ours is the one that was activated last among ours"
 
 
+@pytest.fixture
+def with_lora(tmp_path):
+    """The folder of a retrofit and of the LoRA that was trained with it, and the logits of both."""
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(retrofit_of(), lora_config(), adapter_name="lora").eval()
+    wrapped.save_pretrained(tmp_path / "adapter")
+    return save_adapter(wrapped, tmp_path / "adapter", lora="lora"), logits(wrapped)
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_attach_brings_the_lora_that_was_trained_with_it(with_lora, model, is_wrapped):
+    folder, expected = with_lora
+    target = peft.get_peft_model(model, lora_config(), adapter_name="style") if is_wrapped else model
+    if is_wrapped:
+        for name, p in target.named_parameters():
+            if "lora_B" in name:
+                p.data.zero_()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="hf_kvcache")
+        attach(target, folder, "kv")
+    assert {"kv", "kv-lora"} <= set(model.peft_config)
+    assert torch.equal(logits(target.eval()), expected)
+    with pytest.raises(AdapterError, match="'kv-lora' already"):
+        attach(target, folder, "kv")
+
+
+def test_lora_in_a_subfolder_of_a_subfolder(with_lora, model):
+    folder, expected = with_lora
+    attach(model, folder.parent, "kv", subfolder=folder.name)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_retrofit_whose_lora_is_missing_is_refused(with_lora, model):
+    folder, _ = with_lora
+    (folder / "lora" / "adapter_model.safetensors").unlink()
+    before = logits(model)
+    with pytest.raises(AdapterError, match="safetensors is missing"):
+        attach(model, folder)
+    assert n_hooks(model) == 0 and torch.equal(logits(model), before)
+
+
+LORA_DAMAGE = {
+    "another-name": (lambda t: t | {"base_model.model.model.norm.weight": torch.zeros(32)}, "model.norm.weight"),
+    "one-less": (lambda t: dict(list(t.items())[1:]), "1 tensors in all"),
+    "nan": (lambda t: {name: x.fill_(float("nan")) for name, x in t.items()}, "NaN"),
+    "shape": (lambda t: {name: x[:1].contiguous() for name, x in t.items()}, "shapes"),
+}
+
+
+@pytest.mark.parametrize("damage", LORA_DAMAGE)
+def test_lora_of_strangers_is_refused_and_changes_nothing(damage, with_lora, model):
+    folder, _ = with_lora
+    change, message = LORA_DAMAGE[damage]
+    file = folder / "lora" / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    before, modules = logits(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(AdapterError, match=message):
+        attach(model, folder)
+    assert torch.equal(logits(model), before) and [name for name, _ in model.named_modules()] == modules
+
+
+def test_a_retrofit_that_is_refused_leaves_no_lora(with_lora):
+    folder, _ = with_lora
+    other = base_of(seed=1)
+    before, modules = logits(other), [name for name, _ in other.named_modules()]
+    with pytest.raises(AdapterError, match="weights"):
+        attach(other, folder)
+    assert torch.equal(logits(other), before)
+    assert [name for name, _ in other.named_modules()] == modules and not other._hf_peft_config_loaded
+
+
+def test_peft_says_that_there_is_lora(with_lora, model, monkeypatch):
+    folder, expected = with_lora
+    monkeypatch.setattr("hf_kvcache.warn._said", set())
+    with pytest.warns(UserWarning, match="was trained with LoRA, which the model lacks"):
+        wrapped = peft.PeftModel.from_pretrained(model, folder, adapter_name="kv")
+    assert not torch.equal(logits(wrapped), expected)
+
+
 def test_rows_that_were_trained_beside_a_lora(tmp_path):
     """What a trainer does: a plain retrofit, LoRA around it, and two folders."""
     torch.manual_seed(0)
@@ -405,6 +485,7 @@ DAMAGE = {
     "layers-more": (dict(layers=[0, 1, 2]), "missing"),
     "layers-unsorted": (dict(layers=[1, 0]), "layers"),
     "ratio": (dict(achieved_ratio=-1), "achieved_ratio"),
+    "lora": (dict(lora="../lora"), "lora"),
     "version": (dict(format_version=2), "format_version 2"),
 }
 

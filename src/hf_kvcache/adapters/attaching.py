@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from importlib import import_module
 
@@ -14,6 +13,7 @@ from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.files import CONFIG, Place, find, read_config
 from hf_kvcache.adapters.in_memory import Adapter
 from hf_kvcache.adapters.kinds import Kind
+from hf_kvcache.adapters.lora import inject, trained_with
 from hf_kvcache.adapters.lowrank_files import LOWRANK
 from hf_kvcache.adapters.modules import attentions
 from hf_kvcache.adapters.retaining_files import RETAINING
@@ -31,6 +31,7 @@ def attach(
     """Put an adapter on a model, for caches to find: what `model.load_adapter(directory, name)` would do.
 
     What the model computes stays as it is, but under a retrofit (DMC, DMS), which merges or drops tokens from now on.
+    LoRA that a retrofit was trained with is loaded, too, as an adapter called `<name>-lora`.
     Which of its other parameters are trained stays as it is, too.
 
     Args:
@@ -58,7 +59,13 @@ def attach(
     names = *kind.fields, "base_model_name_or_path", "fingerprint", "hf_kvcache_version"
     own = {key: config[key] for key in names if key in config}
     config = config_cls(task_type="CAUSAL_LM", inference_mode=True, **own)
-    _put(model.get_base_model() if hasattr(model, "get_base_model") else model, config, tensors, name, trainable)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(config, "lora", None) is None:
+        _put(model, config, tensors, name, trainable)
+        return
+    inner = "/".join(filter(None, [hub.get("subfolder"), config.lora]))
+    with trained_with(model, adapter, hub | {"subfolder": inner}, f"{name}-lora", trainable):
+        _put(model, config, tensors, name, trainable)
 
 
 def kind_of(source: str | os.PathLike, **hub) -> Kind:
@@ -73,17 +80,9 @@ def kind_of(source: str | os.PathLike, **hub) -> Kind:
 
 def _put(model: torch.nn.Module, config, tensors: Mapping[Place, torch.Tensor], name: str, trainable: bool) -> None:
     """Put an adapter on a model, with a config of inference, so that no values are drawn; activate it."""
-    from peft import inject_adapter_in_model
-
     if name in getattr(model, "peft_config", {}):
         raise AdapterError(f"the model has an adapter {name!r} already; give this one another name")
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    with warnings.catch_warnings():
-        # PEFT wonders about a second method on the model, which is what this is for
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, model, name)
-    for parameter, requires_grad in trained:
-        parameter.requires_grad = requires_grad
+    inject(model, config, name)
     if trainable:
         config.inference_mode = False
         config.tie(model)

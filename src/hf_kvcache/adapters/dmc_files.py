@@ -7,6 +7,7 @@ differences to others.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -28,6 +29,10 @@ _BORROWED = (
 
 def _is_ratio(value) -> bool:
     return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _is_subfolder(value) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\w[\w.-]*", value, re.ASCII) is not None
 
 
 class RetrofitKind(Kind):
@@ -53,6 +58,7 @@ class RetrofitKind(Kind):
         "target_ratio": or_none(_is_ratio),
         "achieved_ratio": or_none(_is_ratio),
         "tokens_seen": or_none(is_index),
+        "lora": or_none(_is_subfolder),
     }
 
     def check_further(self, config, where):
@@ -104,15 +110,18 @@ def save_adapter(
     target_ratio: float | None = None,
     achieved_ratio: float | None = None,
     tokens_seen: int | None = None,
+    lora: str | None = None,
 ) -> Path:
     """Write what `retrofit` has put on a model as a PEFT adapter, which `attach` and PEFT put on the base model.
 
-    The base model must be as it was: its own weights are not saved. LoRA beside it is an adapter of its own.
+    The base model must be as it was: its own weights are not saved. LoRA that was trained with it is an adapter of its
+    own, in a subfolder; `attach` loads both where `lora` names it.
 
     Args:
         model: with `Retrofit`s of "rows" or "linear" decisions; bare or wrapped by PEFT.
         directory: created if need be; an earlier adapter there is replaced, atomically.
         target_ratio, achieved_ratio, tokens_seen: of the training, for the config.
+        lora: subfolder of `directory` that has, or will have, the LoRA without which the decisions are not worth much.
 
     Raises:
         AdapterError: the model is not retrofitted, or with decisions that are no adapter's.
@@ -132,6 +141,7 @@ def save_adapter(
         target_ratio=target_ratio,
         achieved_ratio=achieved_ratio,
         tokens_seen=tokens_seen,
+        lora=lora,
     )
     RETROFIT.check(config, "the adapter")
     rows = {i: dict(zip(PARTS, getattr(a.module, RETROFIT_CHILD).rows())) for i, a in found.items()}

@@ -21,6 +21,7 @@ from hf_kvcache.adapters.peft_types import peft_type, register
 from hf_kvcache.attention.interface import register_pass_throughs
 from hf_kvcache.dmc.hooks import Call, Deciding, Hooks
 from hf_kvcache.dmc.settings import Settings
+from hf_kvcache.warn import warn_once
 
 KV_DMC = peft_type(RETROFIT.peft_type)
 
@@ -45,6 +46,7 @@ class DMCConfig(tuner.ChildConfig):
     target_ratio: float | None = field(default=None, metadata={"help": "tokens per row that training asked for"})
     achieved_ratio: float | None = field(default=None, metadata={"help": "tokens per row that training got"})
     tokens_seen: int | None = field(default=None, metadata={"help": "in training"})
+    lora: str | None = field(default=None, metadata={"help": "subfolder of LoRA that was trained with it"})
 
     kind: ClassVar = RETROFIT
 
@@ -104,6 +106,11 @@ class DMCLayer(Deciding, tuner.ChildLayer):
 
     def hang(self, adapter_name, config, attention):
         register_pass_throughs()
+        if config.lora and not any(hasattr(module, "lora_A") for module in attention.modules()):
+            warn_once(
+                f"the adapter {adapter_name!r} was trained with LoRA, which the model lacks: hf_kvcache.attach loads "
+                f"both; PEFT and transformers load it from the subfolder {config.lora!r}, as an adapter of its own"
+            )
         # a new module trains, and would relax the decisions of a model that does not
         self.train(attention.training)
         self.hooks.hang(attention)
