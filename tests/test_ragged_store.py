@@ -7,6 +7,7 @@ import torch
 
 import hf_kvcache as kv
 from hf_kvcache.stores import PagedBuffer, RaggedStore
+from hf_kvcache.transfers import Landing
 
 B, H, D = 2, 3, 5
 
@@ -60,13 +61,13 @@ def assert_same(paged, lists):
 
 
 def assert_pages_are_owned_once(paged):
-    """Every page of the pool belongs to one head, or is free."""
+    """Every page of the pool but the first belongs to one head, or is free."""
     used = [
         page
         for own, count in zip(paged.table.flatten(0, 1).tolist(), paged.counts.flatten().tolist())
         for page in own[: -(-count // paged.page)]
     ]
-    assert sorted(used + paged.free.tolist()) == list(range(paged.n_pages))
+    assert sorted(used + paged.free.tolist()) == list(range(1, paged.n_pages))
     return len(used)
 
 
@@ -98,6 +99,38 @@ def test_any_sequence_of_operations_is_that_of_lists(page, seed):
         assert_same(paged, lists)
         n_used = assert_pages_are_owned_once(paged)
         assert n_used == sum(-(-len(head) // page) for row in lists.rows for head in row)
+
+
+@pytest.mark.parametrize("page", [16, 4])
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_are_the_same_where_nobody_waits_for_lengths(page, seed, monkeypatch):
+    """As on a device: lengths arrive at some time, or never; until then there are pages for all that there may be."""
+    pick = torch.Generator().manual_seed(seed)
+    monkeypatch.setattr(PagedBuffer, "is_at_hand", False)
+    monkeypatch.setattr(Landing, "has_arrived", property(lambda self: torch.rand((), generator=pick) < 0.3))
+    paged, lists, n_freed = PagedBuffer(["x", "n"], page), Lists(), 0
+    for step in range(40):
+        n = int(torch.randint(1, page + 2, (), generator=pick))
+        rows, is_kept = new_rows(n, 100 * seed + step), mask(n, step, 0.8) if step % 2 else None
+        before = paged.counts.sum()
+        paged.append(rows, is_kept, may_wait=False)
+        lists.append(rows, is_kept)
+        n_freed += paged.counts.sum() < before
+        if step % 3 == 2:
+            is_kept = mask(paged.n_tokens, step, 0.5)
+            paged.keep(is_kept, may_wait=False)
+            lists.keep(is_kept)
+        assert (paged.counts >= paged.lengths).all() and paged.is_estimate == (step > 0)
+        counts = [[len(head) for head in row] for row in lists.rows]
+        assert paged.lengths.tolist() == counts
+        read = paged.read("n", fill=-1)
+        for b, h in lists.heads():
+            assert read[b, h, : counts[b][h]].tolist() == [number for _, number in lists.rows[b][h]]
+        assert_pages_are_owned_once(paged)
+    assert n_freed, "no page came back without a look"
+    paged.look()
+    assert_same(paged, lists)
+    assert_pages_are_owned_once(paged)
 
 
 def test_restored_from_its_views():

@@ -305,7 +305,7 @@ class KVLayer(LayerContract):
 
     def _keep(self, view: KVView, kept: torch.Tensor) -> None:
         store, self.last_eviction_check = self.store, self.tokens_seen
-        if store.is_ragged and (kept | (view.positions < 0)).all():
+        if store.is_ragged and store.all_stay(kept, view.positions):
             return
         self.policy.merge_evicted(view, kept)
         store.keep(kept)

@@ -14,12 +14,12 @@ METHODS = ["dmc", "dms"]
 
 
 def in_use(packed):
-    """Pages of a buffer that heads own; every page is owned once or free."""
+    """Pages of a buffer that heads own; every page is owned once or free, but for the first one."""
     owned = []
     for b, row in enumerate(packed.lengths.tolist()):
         for h, n in enumerate(row):
             owned += packed.table[b, h, : -(-n // packed.page)].tolist()
-    assert sorted(owned + packed.free.tolist()) == list(range(packed.n_pages))
+    assert sorted(owned + packed.free.tolist()) == list(range(1, packed.n_pages))
     return len(owned)
 
 
@@ -125,7 +125,7 @@ def estimated(n_steps=100, page=4):
         grows = torch.rand(2, 2, generator=generator) < torch.tensor([[0.1, 0.9], [0.5, 0.3]])
         slot = torch.where(grows | (paged.lengths == 0), paged.lengths, paged.lengths - 1)
         paged.lengths += (slot == paged.lengths).int()
-        paged.put(rows, slot, True)
+        paged.put(rows, slot)
         for b in range(2):
             for h in range(2):
                 lists[b][h][int(slot[b, h]) :] = [float(step)]

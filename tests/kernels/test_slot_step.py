@@ -131,7 +131,7 @@ def test_rows_are_placed_as_the_buffer_does(n_padding):
         row = {"k": k[t], "v": v[t]}
         slot = reference.slot_step(alpha[..., t], real, pending, buffer.lengths, t)
         buffer.follow_lengths(row)
-        buffer.put(row, slot, real is None)
+        buffer.put(row, slot)
         with use_backend("reference"):
             place_rows(k[t], v[t], alpha[..., t], real, other_ring, lengths, t, *pages, table)
         n_written = [held.any(-1).sum() for held in pages]
@@ -152,7 +152,7 @@ def test_a_store_that_does_not_wait_holds_the_same(monkeypatch, delay):
     stores = TrainedStore(page=16), TrainedStore(page=16)
     k, v = rows(S, B, H, 8), -rows(S, B, H, 8)
     for is_at_hand, store in zip((True, False), stores, strict=True):
-        monkeypatch.setattr(TrainedStore, "is_at_hand", is_at_hand)
+        monkeypatch.setattr(PagedBuffer, "is_at_hand", is_at_hand)
         store.allocate(B, H, delay, alpha.device, torch.float32)
         store.head_dim = 8
         for t in range(S):

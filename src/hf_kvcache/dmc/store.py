@@ -12,7 +12,7 @@ from hf_kvcache.kernels.slot_step import place_rows, slot_step
 from hf_kvcache.stores.buffer import RowBuffer
 from hf_kvcache.stores.ragged import PAGE, RaggedStore
 
-REFRESH = 32  # steps between two looks at the lengths on a device that would have to be waited for
+REFRESH = 32  # steps after which a device is asked to send the lengths
 
 
 class TrainedStore(RaggedStore):
@@ -35,11 +35,6 @@ class TrainedStore(RaggedStore):
     def has_begun(self) -> torch.Tensor | None:
         """Which rows of the batch have seen a real token, boolean `[B]`; None when the store is new."""
         return None if self.packed.table is None else self.packed.lengths[:, 0] > 0
-
-    @property
-    def is_at_hand(self) -> bool:
-        """Whether looking at lengths costs nothing."""
-        return self.packed.lengths.device.type == "cpu"
 
     def allocate(self, batch: int, n_heads: int, delay: int, device, dtype) -> None:
         """Make an empty store ready for a batch."""
@@ -96,14 +91,14 @@ class TrainedStore(RaggedStore):
             position: in the text.
         """
         packed, rows = self.packed, self._encode_rows(k, v)
-        if self.is_at_hand:
+        if packed.is_at_hand:
             slot = slot_step(alpha, is_real, self.pending, packed.lengths, position)
             packed.follow_lengths(rows)
         else:
             # nobody waits for the device: pages are there for as many rows as there can be
             self._n_since_look += 1
             if self._n_since_look >= REFRESH:
-                packed.look()
+                packed.expect()
                 self._n_since_look = 0
             packed.make_room(rows)
             if self.keys.format == self.values.format == "dense":
@@ -112,7 +107,7 @@ class TrainedStore(RaggedStore):
                 place_rows(rows["k.rows"], rows["v.rows"], *where)
                 return
             slot = slot_step(alpha, is_real, self.pending, packed.lengths, position)
-        packed.put(rows, slot, is_real is None)
+        packed.put(rows, slot)
 
     # -- many tokens -------------------------------------------------------------------------------------------------
 

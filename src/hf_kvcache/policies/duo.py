@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hf_kvcache.policies.ragged import Ragged
+from hf_kvcache.transfers import sent_to
 
 
 @dataclass
@@ -47,6 +48,6 @@ class Duo(Ragged):
         return torch.zeros(view.positions.shape, device=view.device)
 
     def select(self, scores, positions, tokens_seen, n_fixed, is_final=True):
-        gates = self.shard.local_shard(torch.tensor(self.gates[self.place], device=positions.device), 0)
+        gates = sent_to(positions.device, self.shard.local_shard(torch.tensor(self.gates[self.place]), 0))
         is_wanted = (gates >= self.threshold).view(1, -1, 1).expand(positions.shape)
         return self.keep_only(is_wanted, positions, tokens_seen, n_fixed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -26,6 +27,8 @@ class Threshold(Wrapper, Ragged):
     share: float | None = None
 
     takes_budget = "maybe"
+    # whether scores of this text have been seen not to be negative
+    _has_looked: ClassVar[bool] = False
 
     def __post_init__(self):
         if (self.threshold is None) == (self.share is None):
@@ -44,8 +47,10 @@ class Threshold(Wrapper, Ragged):
             is_wanted = ranked >= self.threshold
         else:
             own = scores.gather(-1, order).masked_fill(positions.gather(-1, order) < 0, 0)
-            if (own < 0).any():
+            # decoding on a device does not wait for it to say what the prompt has said already
+            if (scores.device.type == "cpu" or not self._has_looked) and (own < 0).any():
                 raise ValueError(f"Threshold: scores of {type(self.scorer).__name__} are negative; use threshold=")
+            self._has_looked = True
             before = own.cumsum(-1) - own
             is_wanted = before < self.share * own.sum(-1, keepdim=True)
             # the sum of all is reached before the last row where that adds less than rounding

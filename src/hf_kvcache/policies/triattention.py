@@ -8,6 +8,7 @@ import torch
 
 from hf_kvcache.policies.query_centres import read_centres
 from hf_kvcache.policies.query_statistics import QueryStatistics
+from hf_kvcache.transfers import sent_to
 
 
 @dataclass
@@ -58,7 +59,7 @@ class TriAttention(QueryStatistics):
             half = len(self.rope.inv_freq)
             cos, sin = self.rope.tables(view.device).cos_sin(view.tokens_seen - 1 - view.layer_state["n_pads"])
             angles = (2.0 ** torch.arange(self.n_future.bit_length())).double().outer(self.rope.inv_freq)
-            ahead = torch.exp(1j * angles).mean(0).to(view.device, centre.dtype)  # [R / 2]
+            ahead = sent_to(view.device, torch.exp(1j * angles).mean(0).to(centre.dtype))  # [R / 2]
             centre[..., :half] *= torch.complex(cos, sin) * ahead * self.rope.scaling
             rest[..., :half] *= self.rope.scaling
         centre, scores = torch.view_as_real(centre), []

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from hf_kvcache.transfers import Landing, sent_to
+
 SLACK = 16  # spare pages when the pool has to grow, as a fraction of the pages in use
 MIN_SLACK_PAGES = 2
 
@@ -15,6 +17,10 @@ class PagedBuffer:
 
     Row `i` of a head is row `i % page` of page `table[b, h, i // page]`. Eviction moves the rows that stay to the front
     of their head and frees the pages behind them, for other heads to use; when many are free, the pool shrinks.
+
+    Page 0 is nobody's: what is no row is written there, so that the host need not know which rows are. What it knows is
+    how long heads can be at most (`counts`). On a device that would have to be waited for they may be shorter
+    (`is_estimate`), until the lengths have come over by themselves (`expect`), or somebody waits for them (`look`).
 
     Args:
         fields: names of the tensors.
@@ -36,6 +42,9 @@ class PagedBuffer:
         self.free: torch.Tensor | None = None
         # whether only the device knows the lengths: `counts` are then what they can be at most
         self.is_estimate = False
+        # lengths on their way here, and the rows that every head may have got since they left
+        self._landing: Landing | None = None
+        self._n_since = 0
 
     @property
     def counts(self) -> torch.Tensor:
@@ -54,7 +63,7 @@ class PagedBuffer:
 
     @property
     def n_pages(self) -> int:
-        """Pages allocated, free ones included."""
+        """Pages allocated, free ones and the one that is nobody's included."""
         return next(iter(self.tensors.values())).shape[0] if self.tensors else 0
 
     @property
@@ -68,73 +77,108 @@ class PagedBuffer:
 
     # -- rows in and out ---------------------------------------------------------------------------------------------
 
-    def append(self, rows: dict[str, torch.Tensor], is_kept: torch.Tensor | None = None) -> None:
-        """Add rows `[B, Hkv, n, ...]` behind those of their heads: all of them, or where `is_kept` `[B, Hkv, n]`."""
-        self.look()
+    def append(self, rows: dict[str, torch.Tensor], is_kept: torch.Tensor | None = None, may_wait: bool = True) -> None:
+        """Add rows `[B, Hkv, n, ...]` behind those of their heads.
+
+        Args:
+            rows: by name.
+            is_kept: which of them are added, boolean `[B, Hkv, n]`; None for all.
+            may_wait: for a device to say how many these are; otherwise there are pages for all.
+        """
         like = rows[self.fields[0]]
-        if is_kept is None:
-            is_kept = torch.ones(like.shape[:3], dtype=torch.bool, device=like.device)
         if self.table is None:
             self.allocate(*like.shape[:2], like.device)
-        first = self.lengths.unsqueeze(-1)
-        self._allot(self.counts + is_kept.sum(-1).cpu(), rows)
-        at, source = self._address(first + is_kept.cumsum(-1) - 1)[is_kept], is_kept.flatten().nonzero().squeeze(1)
-        for name in self.fields:
-            self._flat(name)[at] = rows[name].flatten(0, 2)[source]
+        n, lengths = like.shape[2], self.lengths.unsqueeze(-1)
+        if is_kept is None:
+            at, n_kept = lengths + torch.arange(n, device=like.device), n
+        else:
+            at, n_kept = torch.where(is_kept, lengths + is_kept.cumsum(-1) - 1, -1), is_kept.sum(-1)
+        if may_wait or self.is_at_hand:
+            self.look()
+            counts = self.counts + (n if is_kept is None else n_kept.cpu())
+        else:
+            self._settle()
+            counts, self.is_estimate = self.counts + n, self.is_estimate or is_kept is not None
+        self._n_since += n
+        self._allot(counts, rows)
+        self.lengths = (self.lengths + n_kept).int()
+        self._put(rows, at)
 
     def follow_lengths(self, like: dict[str, torch.Tensor]) -> None:
         """Bring pages and counts in line with `lengths`, which have been changed in place (on a CPU)."""
-        counts = self.lengths.long()
-        if (self._pages(counts) > self._pages(self.counts)).any() or not self.tensors:
-            self._allot(counts, like)
-        self.counts = counts
+        self._allot(self.lengths.long(), like)
 
     def make_room(self, like: dict[str, torch.Tensor]) -> None:
-        """Have a page for one more row of every head, whose lengths only the device knows; `counts` are what they can
-        be at most.
-        """
-        counts, lengths = self.counts + 1, self.lengths
-        if (self._pages(counts) > self._pages(self.counts)).any() or not self.tensors:
-            self._allot(counts, like)
-        self.counts, self.lengths, self.is_estimate = counts, lengths, True
+        """Have a page for one more row of every head, whose lengths only the device knows."""
+        self._settle()
+        self._n_since += 1
+        self._allot(self.counts + 1, like)
+        self.is_estimate = True
 
     def look(self) -> None:
         """Wait for the device to say how long heads are, and take back the pages that they turned out not to need."""
         if self.is_estimate:
             self._allot(self.lengths.cpu().long())
+        self.is_estimate, self._landing = False, None
 
-    def put(self, rows: dict[str, torch.Tensor], slot: torch.Tensor, is_whole: bool) -> None:
-        """Write rows `[B, Hkv, 1, ...]` at `slot` `[B, Hkv]` of their heads; where it is -1 nothing is written.
+    def expect(self) -> None:
+        """Have the lengths sent here; pages are taken back at the first change after they have arrived."""
+        if self.is_estimate and self._landing is None:
+            self._landing, self._n_since = Landing(self.lengths), 0
+
+    def _settle(self) -> None:
+        """Make use of lengths that have arrived: heads can have grown since, by as many rows as were added."""
+        if self._landing is not None and self._landing.has_arrived:
+            arrived, self._landing = self._landing.values.long() + self._n_since, None
+            self._allot(torch.minimum(self.counts, arrived))
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether looking at lengths costs nothing."""
+        return self.table is None or self.table.device.type == "cpu"
+
+    def put(self, rows: dict[str, torch.Tensor], slot: torch.Tensor) -> None:
+        """Write rows `[B, Hkv, 1, ...]` at `slot` `[B, Hkv]` of their heads; where it is -1 they go nowhere."""
+        self._put(rows, slot.unsqueeze(-1))
+
+    def _put(self, rows: dict[str, torch.Tensor], at: torch.Tensor) -> None:
+        """Write rows `[B, Hkv, n, ...]` at `at` `[B, Hkv, n]` of their heads; what is below 0 goes to page 0."""
+        at = self._address(at).flatten()
+        for name in self.fields:
+            self._flat(name)[at] = rows[name].flatten(0, 2)
+
+    def keep(self, is_kept: torch.Tensor, may_wait: bool = True) -> None:
+        """Keep the rows where boolean `is_kept` `[B, Hkv, n_tokens]`, and free the pages that this leaves empty.
 
         Args:
-            rows: by name.
-            slot: int32.
-            is_whole: whether none is -1.
+            is_kept: which.
+            may_wait: for a device to say how many these are; otherwise pages are freed later, see `expect`.
         """
-        at = self._address(slot.unsqueeze(-1))
-        is_written = None if is_whole else slot.unsqueeze(-1) >= 0
-        for name in self.fields:
-            if is_whole:
-                self._flat(name)[at.flatten()] = rows[name].flatten(0, 2)
-            else:
-                self._flat(name)[at[is_written]] = rows[name][is_written]
-
-    def keep(self, is_kept: torch.Tensor) -> None:
-        """Keep the rows where boolean `is_kept` `[B, Hkv, n_tokens]` and free the pages that this leaves empty."""
         is_kept = is_kept & self.is_row
-        rank = is_kept.cumsum(-1) - 1
-        # rows before the first one that goes stay where they are
-        moves = is_kept & (rank != torch.arange(is_kept.shape[-1], device=rank.device))
-        source, target = self._address(None)[moves], self._address(rank)[moves]
+        n = is_kept.shape[-1]
+        index = torch.arange(n, device=is_kept.device).expand(is_kept.shape)
+        # the row that comes to each place; of those that go, behind the end
+        target = torch.where(is_kept, is_kept.cumsum(-1) - 1, n)
+        source = index.new_zeros(*index.shape[:2], n + 1).scatter_(-1, target, index)[..., :n]
+        source, lengths = self._address(source).flatten(), is_kept.sum(-1, dtype=torch.int32)
+        at = self._address(torch.where(index < lengths.unsqueeze(-1), index, -1)).flatten()
         for name in self.fields:
             flat = self._flat(name)
-            flat[target] = flat[source]
-        self._allot(is_kept.sum(-1).cpu())
+            flat[at] = flat[source]
+        self.lengths = lengths
+        if may_wait or self.is_at_hand:
+            self._allot(lengths.cpu().long())
+            self.is_estimate, self._landing = False, None
+        else:
+            self._settle()
+            self.is_estimate = True
+            self.expect()
 
     def truncate_by(self, n: int) -> None:
         """Drop the newest `n` rows of every head (or all it has)."""
         self.look()
         self._allot((self.counts - n).clamp(min=0))
+        self._send_lengths()
 
     def read(self, name: str, start: int = 0, stop: int | None = None, fill: float = 0) -> torch.Tensor:
         """Rows `[start, stop)` of every head, `[B, Hkv, stop - start, ...]`, `fill` behind the end of a head."""
@@ -151,8 +195,9 @@ class PagedBuffer:
 
     def write(self, name: str, values: torch.Tensor) -> None:
         """Overwrite all rows by `[B, Hkv, n_tokens, ...]`; what stands behind the end of a head is ignored."""
-        is_row = self.is_row
-        self._flat(name)[self._address(None)[is_row]] = values[is_row].to(self.tensors[name].dtype)
+        index = torch.arange(self.n_tokens, device=self.lengths.device)
+        at = self._address(torch.where(self.is_row, index, -1)).flatten()
+        self._flat(name)[at] = values.flatten(0, 2).to(self.tensors[name].dtype)
 
     @property
     def is_row(self) -> torch.Tensor:
@@ -180,6 +225,7 @@ class PagedBuffer:
         counts = views["counts"].cpu()
         self.allocate(*counts.shape, device)
         self._allot(counts, {name: t[None, None] for name, t in rows.items()})
+        self._send_lengths()
         at = self._address(None)[self.is_row]
         for name, t in rows.items():
             self._flat(name)[at] = t
@@ -193,9 +239,10 @@ class PagedBuffer:
         sources = change(self.table)
         self.allocate(*counts.shape, self.table.device)
         used = torch.arange(sources.shape[2]) < self._pages(counts).unsqueeze(-1)
-        pages = sources[used.to(sources.device)].long()
+        pages = torch.nn.functional.pad(sources[used.to(sources.device)].long(), (1, 0))
         self.tensors = {name: t[pages] for name, t in held.items()}
         self._own_all(used, counts)
+        self._send_lengths()
 
     def move(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Bring every tensor to another device."""
@@ -220,28 +267,39 @@ class PagedBuffer:
     def _allot(self, counts: torch.Tensor, like: dict[str, torch.Tensor] | None = None) -> None:
         """Give every head the pages for `counts` `[B, Hkv]` rows, take back those beyond, and note the counts."""
         before, after = self._pages(self.counts), self._pages(counts)
-        most = max(int(after.max()), self.table.shape[2])
-        has, wants = (torch.arange(most) < n_pages.unsqueeze(-1) for n_pages in (before, after))
-        takes = wants & ~has
-        n_new = int(takes.sum())
-        table = torch.nn.functional.pad(self.table, (0, most - self.table.shape[2]))
-        self.free = torch.cat([self.free, table[(has & ~wants).to(table.device)]])
+        self.counts = counts
         if like is not None and not self.tensors:
             # rows that are all padding need no page, but those who look for rows a place to find none in
             self._grow(0, like)
+        if before.equal(after):
+            return
+        most = max(int(after.max()), self.table.shape[2])
+        has, wants = (torch.arange(most) < n_pages.unsqueeze(-1) for n_pages in (before, after))
+        gives, takes = self._places(has & ~wants), self._places(wants & ~has)
+        # one that was handed out stays as it is
+        table = torch.nn.functional.pad(self.table, (0, most - self.table.shape[2])).flatten()
+        self.free = torch.cat([self.free, table[gives]])
+        n_new = len(takes)
         if n_new > self.free.shape[0]:
             self._grow(n_new - self.free.shape[0] + max(MIN_SLACK_PAGES, int(after.sum()) // SLACK), like)
         # the pages that were freed last go first
         n_left = self.free.shape[0] - n_new
-        table[takes.to(table.device)], self.free = self.free[n_left:], self.free[:n_left].clone()
-        self.table, self.counts, self.is_estimate = table, counts, False
-        self.lengths = counts.to(device=table.device, dtype=torch.int32)
+        table[takes], self.free = self.free[n_left:], self.free[:n_left].clone()
+        self.table = table.view(*counts.shape, most)
         spare = int(after.sum()) // SLACK + MIN_SLACK_PAGES
         if self.free.shape[0] > 2 * spare:
             self._shrink(spare)
 
+    def _places(self, where: torch.Tensor) -> torch.Tensor:
+        """Places in the flat table: of a boolean mask on the CPU, where it costs no wait to find them."""
+        return sent_to(self.table.device, where.flatten().nonzero().squeeze(1))
+
+    def _send_lengths(self) -> None:
+        """Have the device know the counts."""
+        self.lengths = sent_to(self.table.device, self.counts.int())
+
     def _grow(self, n_pages: int, like: dict[str, torch.Tensor] | None) -> None:
-        first = self.n_pages
+        first = max(self.n_pages, 1)  # behind the page that is nobody's
         for name in self.fields:
             held = self.tensors.get(name)
             shape = like[name].shape[3:] if held is None else held.shape[3:]
@@ -256,22 +314,21 @@ class PagedBuffer:
     def _shrink(self, spare: int) -> None:
         """Copy the pages in use, head after head, to a pool of that size and `spare` pages."""
         used = torch.arange(self.table.shape[2]) < self._pages(self.counts).unsqueeze(-1)
-        pages = self.table[used.to(self.table.device)].long()
+        pages = self.table.flatten()[self._places(used)].long()
+        n_used = 1 + pages.shape[0]
         for name, held in self.tensors.items():
-            fresh = torch.empty(pages.shape[0] + spare, *held.shape[1:], dtype=held.dtype, device=held.device)
-            fresh[: pages.shape[0]] = held[pages]
+            fresh = torch.empty(n_used + spare, *held.shape[1:], dtype=held.dtype, device=held.device)
+            fresh[1:n_used] = held[pages]
             self.tensors[name] = fresh
         self._own_all(used, self.counts)
 
     def _own_all(self, used: torch.Tensor, counts: torch.Tensor) -> None:
-        """Let heads own the first pages of the pool one after another, at the places of the table where `used`."""
+        """Let heads own the pages behind the first one after another, at the places of the table where `used`."""
         most = int(self._pages(counts).max()) if counts.numel() else 0
-        table = torch.zeros(used.shape, dtype=torch.int32)
-        n_used = int(used.sum())
-        table[used] = torch.arange(n_used, dtype=torch.int32)
+        table, n_used = torch.zeros(used.shape, dtype=torch.int32), 1 + int(used.sum())
+        table[used] = torch.arange(1, n_used, dtype=torch.int32)
         device = self.lengths.device
-        self.table = table[..., :most].contiguous().to(device)
-        self.counts, self.lengths = counts, counts.to(device=device, dtype=torch.int32)
+        self.table, self.counts = sent_to(device, table[..., :most].contiguous()), counts
         self.free = torch.arange(n_used, self.n_pages, dtype=torch.int32, device=device).flip(0)
 
     def _flat(self, name: str) -> torch.Tensor:
@@ -279,10 +336,15 @@ class PagedBuffer:
         return self.tensors[name].flatten(0, 2)
 
     def _address(self, index: torch.Tensor | None) -> torch.Tensor:
-        """Where rows `index` `[B, Hkv, n]` of their heads lie among all; None means every place of the padded form."""
+        """Where rows `index` `[B, Hkv, n]` of their heads lie among all; None means every place of the padded form.
+
+        Those below 0 and behind the table lie in the page of nobody.
+        """
         if index is None:
             index = torch.arange(self.n_tokens, device=self.table.device).expand(*self.table.shape[:2], -1)
-        index = index.clamp(min=0, max=max(self.table.shape[2] * self.page - 1, 0))
-        if not self.table.shape[2]:
+        n = self.table.shape[2] * self.page
+        if not n:
             return torch.zeros_like(index)
-        return self.table.long().gather(2, index // self.page) * self.page + index % self.page
+        is_place, index = (index >= 0) & (index < n), index.clamp(min=0, max=n - 1)
+        pages = self.table.long().gather(2, index // self.page)
+        return torch.where(is_place, pages, 0) * self.page + index % self.page

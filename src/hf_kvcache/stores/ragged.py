@@ -25,10 +25,16 @@ class RaggedStore(UniformStore):
     """
 
     is_ragged = True
+    # whether a step of decoding brought the newest rows: it must not wait for the device
+    is_decoding = False
 
     def __init__(self, keys: Codec | None = None, values: Codec | None = None, *, page: int = PAGE, **options):
         super().__init__(keys or Dense(), values or Dense(), **options)
         self.packed = PagedBuffer(self.packed.tokens_per_row, page)
+
+    def append(self, k, v, state=None) -> None:
+        self.is_decoding = k.shape[2] == 1
+        super().append(k, v, state)
 
     @property
     def n_fixed(self) -> int:
@@ -50,8 +56,13 @@ class RaggedStore(UniformStore):
         """Keep the rows where `indices`, here boolean `[B, Hkv, N]`, says so, among those that have left the window."""
         n = self.packed.n_tokens
         if n:
-            self.packed.keep(indices[..., :n])
+            self.packed.keep(indices[..., :n], may_wait=not self.is_decoding)
         self._to_pages(self.dense.n_tokens - self.n_fixed, indices[..., n:])
+
+    def all_stay(self, kept: torch.Tensor, positions: torch.Tensor) -> bool:
+        """Whether no row goes; False, too, where a step of decoding would have to wait for a device to say so."""
+        is_at_hand = positions.device.type == "cpu" and self.packed.is_at_hand
+        return (is_at_hand or not self.is_decoding) and bool((kept | (positions < 0)).all())
 
     def track(self, name: str, dtype: torch.dtype) -> None:
         super().track(name, dtype)
@@ -83,7 +94,8 @@ class RaggedStore(UniformStore):
         if not n:
             return
         is_real = self.dense["position"][:, :, :n] >= 0
-        self.packed.append(self._encoded_rows(0, n), is_real if is_kept is None else is_real & is_kept[..., :n])
+        is_kept = is_real if is_kept is None else is_real & is_kept[..., :n]
+        self.packed.append(self._encoded_rows(0, n), is_kept, may_wait=not self.is_decoding)
         self._drop(0, n)
 
     def _copy_storage(self) -> None:
@@ -121,6 +133,7 @@ class RaggedStore(UniformStore):
         Raises:
             ValueError: they do not.
         """
+        self.packed.look()
         if self.packed.n_rows < self.packed.counts.numel() * self.packed.n_tokens:
             raise ValueError("heads keep different numbers of rows, which one dense tensor cannot hold")
         return super().logical_rows()
