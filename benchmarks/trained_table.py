@@ -24,7 +24,7 @@ DENSE, SETTING = "dynamic", "unknown"
 def trained() -> str:
     """By cache: bytes, and the score of every task that adapters were asked, on instances that all have answered.
 
-    Both are compared with the dense cache of the model as it was: what trains the model beside its cache shall pay for it.
+    All are compared with the dense cache of the model as it came: what else training has changed shall count.
     """
     files = {name: _load(name) for name in ("", *ADAPTERS)}
     cells = {
