@@ -65,7 +65,7 @@ def test_a_decode_step_is_a_short_walk(name):
 
 # from what knows nothing of caches to what people run; a file imports from its own line and from those above
 ORDER = (
-    "lazy on_import warn former_names typed standin batch copying compat accounting",
+    "lazy on_import warn former_names typed standin batch copying compat accounting transfers",
     "hf_layers shards sharded_model",
     "rope rope_of_call rotary_embedding rope_of_model kernels",
     "codecs stores registry rerotation adapters.errors adapters.base_weights adapters.modules",

@@ -9,7 +9,7 @@ import torch
 from hf_kvcache.transfers import Landing, sent_to
 
 SLACK = 16  # spare pages when the pool has to grow, as a fraction of the pages in use
-MIN_SLACK_PAGES = 2
+MIN_SLACK_PAGES = 1
 
 
 class PagedBuffer:

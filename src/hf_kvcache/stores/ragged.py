@@ -25,16 +25,10 @@ class RaggedStore(UniformStore):
     """
 
     is_ragged = True
-    # whether a step of decoding brought the newest rows: it must not wait for the device
-    is_decoding = False
 
     def __init__(self, keys: Codec | None = None, values: Codec | None = None, *, page: int = PAGE, **options):
         super().__init__(keys or Dense(), values or Dense(), **options)
         self.packed = PagedBuffer(self.packed.tokens_per_row, page)
-
-    def append(self, k, v, state=None) -> None:
-        self.is_decoding = k.shape[2] == 1
-        super().append(k, v, state)
 
     @property
     def n_fixed(self) -> int:

@@ -34,6 +34,7 @@ class UniformStore(Store):
 
     is_ragged = False
     shares_layers = False  # whether packed rows are those of several layers
+    is_decoding = False  # whether a single token brought the newest rows: nothing may wait for a device then
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class UniformStore(Store):
             state: what is tracked of them by name, `[B | 1, Hkv | 1, n, ...]`, or one number for all; zero by default.
         """
         self.dtype, self.owns_storage = k.dtype, self.dense.n_tokens > 0 or self.packed.n_tokens > 0
+        self.is_decoding = k.shape[2] == 1
         rows = {"k": k, "v": v}
         if self.tracked:
             rows |= dict.fromkeys(self.tracked, 0) | (state or {})
