@@ -5,6 +5,8 @@ import torch
 from cases import ARCHITECTURES, CASES, new_model
 from pretended import Pretended, decode, pretending, there
 
+import hf_kvcache as kv
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -16,6 +18,23 @@ def model():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_step_waits(case, batch, model, monkeypatch):
     assert decode(model, case.make(), batch, monkeypatch) == {}
+
+
+# of the policies that evict by themselves, those of which the table has none
+OTHERS = {name: dict(ratio=0.5) for name in ("tova", "l2norm", "lagkv", "rkv", "nacl", "random")} | {"fastgen": {}}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_step_of_other_policies_waits(name, model, monkeypatch):
+    cache = kv.EvictionCache(name, **OTHERS[name], n_sink=2, n_recent=8, interval=4)
+    assert decode(model, cache, 2, monkeypatch) == {}
+
+
+def test_where_nothing_can_go_nothing_is_called_evicted(model, monkeypatch):
+    """Within the budget a device need not be asked: all rows can be cropped."""
+    cache = kv.EvictionCache("adakv", budget=256, window=4, n_sink=2, n_recent=8, interval=4)
+    assert decode(model, cache, 2, monkeypatch) == {}
+    assert [layer.evicted_at for layer in cache.layers] == [None, None]
 
 
 def test_what_waits_is_seen(monkeypatch):

@@ -133,6 +133,33 @@ def test_rows_are_the_same_where_nobody_waits_for_lengths(page, seed, monkeypatc
     assert_pages_are_owned_once(paged)
 
 
+@pytest.mark.parametrize("n_first", [0, 40])
+def test_without_memory_pages_stay_as_they_were(n_first, monkeypatch):
+    paged, lists = PagedBuffer(["x", "n"], 4), Lists()
+    rows = new_rows(n_first or 1, 0)
+    paged.append(rows)
+    lists.append(rows)
+    empty, asked = torch.empty, []
+
+    def short(*args, **options):
+        asked.append(args)
+        if len(asked) == 2:
+            raise torch.OutOfMemoryError("the second of two tensors does not fit")
+        return empty(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            paged.append(new_rows(400, 1))
+    assert len(asked) == 2
+    assert_same(paged, lists)
+    assert_pages_are_owned_once(paged)
+    rows = new_rows(400, 2)
+    paged.append(rows)
+    lists.append(rows)
+    assert_same(paged, lists)
+
+
 def test_restored_from_its_views():
     paged, again = PagedBuffer(["x", "n"], 4), PagedBuffer(["x", "n"], 4)
     paged.append(new_rows(23, 0), mask(23, 0, 0.5))

@@ -305,7 +305,7 @@ class KVLayer(LayerContract):
 
     def _keep(self, view: KVView, kept: torch.Tensor) -> None:
         store, self.last_eviction_check = self.store, self.tokens_seen
-        if store.is_ragged and store.all_stay(kept, view.positions):
+        if store.is_ragged and self.policy.all_stay(view, kept):
             return
         self.policy.merge_evicted(view, kept)
         store.keep(kept)

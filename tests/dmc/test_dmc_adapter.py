@@ -428,6 +428,28 @@ def test_lora_of_strangers_is_refused_and_changes_nothing(damage, with_lora, mod
     assert torch.equal(logits(model), before) and [name for name, _ in model.named_modules()] == modules
 
 
+LORA_CONFIGS = {
+    "other-weights": (dict(modules_to_save=["lm_head"]), "modules_to_save would change"),
+    "biases": (dict(bias="all"), "bias would change"),
+    "initialised-from-weights": (dict(init_lora_weights="pissa"), "init_lora_weights would change"),
+    "nowhere": (dict(target_modules=["no_such_proj"]), "does not fit"),
+    "no-lora": (dict(peft_type="IA3"), "LoRA was expected"),
+}
+
+
+@pytest.mark.parametrize("damage", LORA_CONFIGS)
+def test_configs_of_lora_that_would_do_more_are_refused(damage, with_lora, model):
+    folder, _ = with_lora
+    fields, message = LORA_CONFIGS[damage]
+    edit(folder / "lora", **fields)
+    before, modules = logits(model), [name for name, _ in model.named_modules()]
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(AdapterError, match=message):
+        attach(model, folder)
+    assert torch.equal(logits(model), before) and [name for name, _ in model.named_modules()] == modules
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
 def test_a_retrofit_that_is_refused_leaves_no_lora(with_lora):
     folder, _ = with_lora
     other = base_of(seed=1)

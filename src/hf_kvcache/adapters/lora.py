@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from hf_kvcache.adapters.errors import AdapterError
 from hf_kvcache.adapters.files import CONFIG, ROOT, TENSORS, find
 
+# what a config can ask for that has weights beside those of LoRA
+OTHER_WEIGHTS = "modules_to_save", "trainable_token_indices", "target_parameters"
+
 
 def inject(model: torch.nn.Module, config, name: str) -> None:
     """PEFT's `inject_adapter_in_model`, after which the parameters that were there are trained or not as before."""
@@ -48,8 +51,11 @@ def trained_with(model: torch.nn.Module, source: str | os.PathLike, hub: Mapping
     if name in getattr(model, "peft_config", {}):
         raise AdapterError(f"the model has an adapter {name!r} already; give what is trained with it another name")
     config.inference_mode = not trainable
-    inject(model, config, name)
     try:
+        try:
+            inject(model, config, name)
+        except (ValueError, TypeError) as error:
+            raise AdapterError(f"the LoRA does not fit the model: {error}") from error
         _fill(model, tensors, name, trainable)
         yield
     except BaseException:
@@ -68,6 +74,10 @@ def _read(files: tuple[Path, Path]):
         raise AdapterError(f"{path.parent} holds no LoRA that could be read: {error}") from error
     if not isinstance(config, LoraConfig):
         raise AdapterError(f"{path.parent} is of peft_type {config.peft_type}, and LoRA was expected")
+    odd = [key for key in OTHER_WEIGHTS if getattr(config, key, None)]
+    odd += ["bias"] * (config.bias != "none") + ["init_lora_weights"] * (config.init_lora_weights not in (True, False))
+    if odd:
+        raise AdapterError(f"{path}: {', '.join(odd)} would change weights of the model itself")
     if wrong := [name for name, t in tensors.items() if not t.isfinite().all()]:
         raise AdapterError(f"{weights}: NaN or infinity in {', '.join(wrong[:3])}")
     return config, {name.removeprefix(ROOT): t for name, t in tensors.items()}
@@ -89,7 +99,7 @@ def _fill(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], name: str
 
 
 def _take_off(model: torch.nn.Module, name: str) -> None:
-    """Leave nothing of a LoRA, and what it alone had wrapped as it was."""
+    """Leave nothing of a LoRA, of which all or a part is there, and what it alone had wrapped as it was."""
     from peft.tuners.lora import LoraLayer
 
     for path, layer in [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]:
@@ -97,5 +107,8 @@ def _take_off(model: torch.nn.Module, name: str) -> None:
             layer.delete_adapter(name)
             if not layer.lora_A:
                 model.set_submodule(path, layer.get_base_layer())
-    del model.peft_config[name]
-    model._hf_peft_config_loaded = bool(model.peft_config)
+    left = getattr(model, "peft_config", {})
+    left.pop(name, None)
+    model._hf_peft_config_loaded = bool(left)
+    if not left and "peft_config" in vars(model):
+        del model.peft_config

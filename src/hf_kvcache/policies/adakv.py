@@ -41,6 +41,10 @@ class AdaKV(Wrapper, Ragged):
         # layers may have budgets of their own
         return self.scorer.tokens_to_keep(tokens_seen)
 
+    def keeps_all(self, n_kept, tokens_seen):
+        # the heads of other processes may hold more rows
+        return self.shard.count == 1 and n_kept <= self.tokens_to_keep(tokens_seen)
+
     def is_protected(self, positions, tokens_seen):
         return self.scorer.is_protected(positions, tokens_seen)
 

@@ -36,6 +36,15 @@ class Ragged(Policy):
             return self.decode and n_since >= self.interval
         return n_since > 0
 
+    def all_stay(self, view, kept: torch.Tensor) -> bool:
+        """Whether no row goes, as far as that can be told without waiting for a device in a step of decoding."""
+        store = view.layer.store
+        return self.keeps_all(store.n_kept, view.tokens_seen) or store.all_stay(kept, view.positions)
+
+    def keeps_all(self, n_kept: int, tokens_seen: int) -> bool:
+        """Whether nothing can go, whatever scores are, of heads that have up to `n_kept` rows each."""
+        return n_kept <= self.n_sink + self.n_recent
+
     def keep_only(
         self, is_wanted: torch.Tensor, positions: torch.Tensor, tokens_seen: int, n_fixed: int
     ) -> torch.Tensor:

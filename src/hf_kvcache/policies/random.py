@@ -8,6 +8,7 @@ import torch
 
 from hf_kvcache.policies.base import Policy
 from hf_kvcache.shards import Shard
+from hf_kvcache.transfers import sent_to
 
 
 @dataclass
@@ -42,4 +43,4 @@ def uniform(seeds: tuple[int, ...], like: torch.Tensor, shard: Shard) -> torch.T
     # drawn on the CPU: other devices draw other numbers from the same seed
     shape = like.shape[1] * shard.count, like.shape[2]
     drawn = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return shard.local_shard(drawn, 0).clamp(1e-6, 1 - 1e-6).float().to(like.device)
+    return sent_to(like.device, shard.local_shard(drawn, 0).clamp(1e-6, 1 - 1e-6).float())

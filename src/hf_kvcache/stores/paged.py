@@ -259,35 +259,38 @@ class PagedBuffer:
         self.counts = torch.zeros(batch, n_heads, dtype=torch.long)
         self.lengths = torch.zeros(batch, n_heads, dtype=torch.int32, device=device)
         self.free = torch.zeros(0, dtype=torch.int32, device=device)
-        self.tensors = {}
+        self.tensors, self.is_estimate, self._landing = {}, False, None
 
     def _pages(self, counts: torch.Tensor) -> torch.Tensor:
         return (counts + (self.page - 1)) // self.page
 
     def _allot(self, counts: torch.Tensor, like: dict[str, torch.Tensor] | None = None) -> None:
-        """Give every head the pages for `counts` `[B, Hkv]` rows, take back those beyond, and note the counts."""
+        """Give every head the pages for `counts` `[B, Hkv]` rows, take back those beyond, and note the counts.
+
+        Where memory does not suffice, heads have the pages that they had.
+        """
         before, after = self._pages(self.counts), self._pages(counts)
-        self.counts = counts
         if like is not None and not self.tensors:
             # rows that are all padding need no page, but those who look for rows a place to find none in
             self._grow(0, like)
         if before.equal(after):
+            self.counts = counts
             return
         most = max(int(after.max()), self.table.shape[2])
         has, wants = (torch.arange(most) < n_pages.unsqueeze(-1) for n_pages in (before, after))
         gives, takes = self._places(has & ~wants), self._places(wants & ~has)
+        n_missing = len(takes) - len(gives) - self.free.shape[0]
+        if n_missing > 0:
+            self._grow(n_missing + max(MIN_SLACK_PAGES, int(after.sum()) // SLACK), like)
         # one that was handed out stays as it is
         table = torch.nn.functional.pad(self.table, (0, most - self.table.shape[2])).flatten()
-        self.free = torch.cat([self.free, table[gives]])
-        n_new = len(takes)
-        if n_new > self.free.shape[0]:
-            self._grow(n_new - self.free.shape[0] + max(MIN_SLACK_PAGES, int(after.sum()) // SLACK), like)
         # the pages that were freed last go first
-        n_left = self.free.shape[0] - n_new
-        table[takes], self.free = self.free[n_left:], self.free[:n_left].clone()
-        self.table = table.view(*counts.shape, most)
+        free = torch.cat([self.free, table[gives]])
+        n_left = free.shape[0] - len(takes)
+        table[takes], free = free[n_left:], free[:n_left].clone()
+        self.table, self.free, self.counts = table.view(*counts.shape, most), free, counts
         spare = int(after.sum()) // SLACK + MIN_SLACK_PAGES
-        if self.free.shape[0] > 2 * spare:
+        if free.shape[0] > 2 * spare:
             self._shrink(spare)
 
     def _places(self, where: torch.Tensor) -> torch.Tensor:
@@ -299,7 +302,7 @@ class PagedBuffer:
         self.lengths = sent_to(self.table.device, self.counts.int())
 
     def _grow(self, n_pages: int, like: dict[str, torch.Tensor] | None) -> None:
-        first = max(self.n_pages, 1)  # behind the page that is nobody's
+        first, grown = max(self.n_pages, 1), {}  # behind the page that is nobody's
         for name in self.fields:
             held = self.tensors.get(name)
             shape = like[name].shape[3:] if held is None else held.shape[3:]
@@ -307,19 +310,20 @@ class PagedBuffer:
             fresh = torch.empty(first + n_pages, 1, self.page, *shape, dtype=dtype, device=self.table.device)
             if held is not None:
                 fresh[:first] = held
-            self.tensors[name] = fresh
+            grown[name] = fresh
         new = torch.arange(first, first + n_pages, dtype=torch.int32, device=self.table.device)
-        self.free = torch.cat([new.flip(0), self.free])
+        self.tensors, self.free = grown, torch.cat([new.flip(0), self.free])
 
     def _shrink(self, spare: int) -> None:
         """Copy the pages in use, head after head, to a pool of that size and `spare` pages."""
         used = torch.arange(self.table.shape[2]) < self._pages(self.counts).unsqueeze(-1)
         pages = self.table.flatten()[self._places(used)].long()
-        n_used = 1 + pages.shape[0]
+        n_used, shrunk = 1 + pages.shape[0], {}
         for name, held in self.tensors.items():
             fresh = torch.empty(n_used + spare, *held.shape[1:], dtype=held.dtype, device=held.device)
             fresh[1:n_used] = held[pages]
-            self.tensors[name] = fresh
+            shrunk[name] = fresh
+        self.tensors = shrunk
         self._own_all(used, self.counts)
 
     def _own_all(self, used: torch.Tensor, counts: torch.Tensor) -> None:
